@@ -1,0 +1,146 @@
+#!/usr/bin/env bash
+# One command for everything: set up what is needed, run all notebooks, make the report.
+# Needs bash and Python 3.11 or 3.12; see --help.
+set -euo pipefail
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+venv="$here/.venv"
+python="$venv/bin/python"
+stamp="$venv/set-up-complete"
+begun="$venv/set-up-begun"
+
+usage() {
+    cat <<'TEXT'
+usage: ./run_all.sh [profile] [-p name value]... [--name run] [--only NN] [--fresh]
+       ./run_all.sh setup | test | profiles | report RUN_DIR [--open] | --help
+
+Sets up a virtual environment in .venv (once), runs the notebooks of a profile in order, and makes
+runs/<name>/index.html. Without a profile: quick.
+
+  -p name value   set a parameter in every notebook that has one of that name; names and types are
+                  checked before anything runs. Relative paths are taken from where you are.
+                  Lists in quotes: -p test_folds "[1, 2]"
+  --name run      folder under runs/ (default: the profile's name)
+  --only NN       run this one notebook, on what the others left in the same run folder
+  --fresh         run everything again
+
+  setup           only install
+  test            lint, unit tests, and the notebooks
+  profiles        the profiles with their time, memory, disk and needs
+  report DIR      make the report of a run again; --open shows it in the browser
+
+Resuming: give the same command again. Notebooks whose code, parameters and inputs are unchanged
+are skipped. The report opens from disk, without a server: runs/<name>/index.html
+To open the notebooks: .venv/bin/jupyter lab notebooks
+
+Profiles (files in notebooks/profiles; add your own there):
+TEXT
+    local file
+    for file in "$here"/notebooks/profiles/*.yaml; do
+        printf '  %-10s %s\n' "$(basename "$file" .yaml)" "$(sed -n 's/^description: *//p' "$file")"
+    done
+}
+
+fail() {
+    printf 'run_all.sh: %s\n' "$*" >&2
+    exit 1
+}
+
+# Prints the real path of the first Python that fits. A name on the PATH is not enough: version
+# managers leave commands there that only print an error.
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3 python; do
+        "$candidate" -c '
+import sys
+if not (3, 11) <= sys.version_info[:2] <= (3, 12): sys.exit(1)
+import ensurepip, venv
+print(sys.executable)' 2>/dev/null && return 0
+    done
+    fail "no Python 3.11 or 3.12 found (with its venv module). Looked at: ${PYTHON:+$PYTHON, }\
+python3.11, python3.12, python3 ($(python3 --version 2>&1 | head -n 1)), python.
+Install one (Debian and Ubuntu: apt install python3.11 python3.11-venv; macOS: brew install \
+python@3.11; conda: see environment.yml; anywhere: uv python install 3.11) or name it: \
+PYTHON=/path/to/python3.11 ./run_all.sh"
+}
+
+# What an environment must agree with to be used as it is: lock, package, place, Python.
+fingerprint() {
+    "$python" - "$here" <<'CODE'
+import hashlib, pathlib, sys
+here = pathlib.Path(sys.argv[1])
+parts = [(here / name).read_bytes() for name in ("requirements.txt", "pyproject.toml")]
+print(hashlib.sha256(b"\0".join(parts + [str(here).encode(), sys.version.encode()])).hexdigest())
+CODE
+}
+
+is_set_up() {
+    [ -x "$python" ] && [ -f "$stamp" ] && [ ! -e "$begun" ] &&
+        [ "$(fingerprint 2>/dev/null)" = "$(cat "$stamp")" ]
+}
+
+find_uv() {
+    if uv --version >/dev/null 2>&1; then
+        uv=(uv)
+    else
+        "$python" -m uv --version >/dev/null 2>&1 ||
+            "$python" -m pip install --quiet --disable-pip-version-check uv ||
+            fail "could not install uv with pip: is the network there?"
+        uv=("$python" -m uv)
+    fi
+}
+
+set_up() {
+    # The mark of a set-up that was begun and never ended, or a Python that is gone: start over.
+    if [ -e "$begun" ] || ! "$python" -c 'import pip' >/dev/null 2>&1; then
+        local base
+        base="$(find_python)" || exit 1
+        echo "Making $venv with $base"
+        rm -rf "$venv"
+        mkdir -p "$venv"
+        touch "$begun"
+        "$base" -m venv "$venv" || fail "could not make $venv (is the disk full?)"
+    fi
+    touch "$begun"
+    rm -f "$stamp"
+    find_uv
+    echo "Installing the locked packages (about 6 GB; minutes the first time)"
+    if ! "${uv[@]}" pip install --python "$python" --no-deps -r "$here/requirements.txt"; then
+        rm -f "$begun" # uv stopped in good order: what is there can be kept
+        fail "the installation stopped (network? disk?); give the same command again to go on"
+    fi
+    # setuptools comes with the lock: building the package itself fetches nothing.
+    "${uv[@]}" pip install --quiet --python "$python" --no-deps --no-build-isolation -e "$here" ||
+        fail "could not install the package from $here"
+    fingerprint >"$stamp"
+    rm -f "$begun"
+    echo "Set up in $venv"
+}
+
+run_tests() {
+    cd "$here"
+    # What is tested needs no network, and must not quietly begin to.
+    export HF_HUB_OFFLINE=1 MPLBACKEND=Agg
+    "$python" -m ruff check .
+    "$python" -m ruff format --check .
+    exec "$python" -m pytest "$@"
+}
+
+case "${1:-}" in
+-h | --help | help)
+    usage
+    exit 0
+    ;;
+esac
+
+is_set_up || set_up
+export JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1
+case "${1:-}" in
+setup) [ $# -eq 1 ] || fail "setup takes no arguments" ;;
+test)
+    shift
+    run_tests "$@"
+    ;;
+profiles | report | train-mini) exec "$python" -m soundscapes_utils "$@" ;;
+*) exec "$python" -m soundscapes_utils run "$@" ;;
+esac

@@ -1,0 +1,132 @@
+"""Command line: ``python -m soundscapes_utils --help``; ``run_all.sh`` calls it after set-up."""
+
+import argparse
+import signal
+import sys
+import textwrap
+import webbrowser
+
+from . import pipeline, report
+
+EPILOG = """\
+profiles    A profile is a file notebooks/profiles/<name>.yaml: for each notebook the parameters
+            that differ from its own defaults. `profiles` lists them with time, memory and needs.
+-p          -p name value sets a parameter in every notebook that has one of that name. Names are
+            checked before anything runs. Lists in quotes: -p test_folds "[1, 2]". Relative paths
+            are taken from the folder that you are in.
+resuming    The same command again continues a run: notebooks whose code, parameters and inputs are
+            unchanged are skipped. --fresh runs everything again.
+one notebook  --only 03 runs just that one, on what the others left in the same run folder.
+report      runs/<name>/index.html; `report runs/<name> --open` makes it again and opens it.
+
+examples
+  ./run_all.sh                                           profile quick
+  ./run_all.sh esc10 -p esc50_root ~/ESC-50              real recordings
+  ./run_all.sh quick -p seed 1 --name quick-seed1        a second run beside the first
+"""
+
+
+def main(argv=None):
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Without the program's name; those of the process by default.
+
+    Returns
+    -------
+    int
+        Exit code: 0, 1 after a failed notebook, 2 for a wrong call, 130 after an interruption.
+
+    Examples
+    --------
+    >>> main(["run", "qick"])
+    2
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["train-mini"]:
+        from . import minimodel
+
+        return minimodel.main(arguments[1:])
+    options = _parser().parse_args(arguments)
+    try:
+        return options.action(options)
+    except (pipeline.UsageError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except pipeline.RunFailed as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="soundscapes_utils",
+        description="Run the notebooks of a profile in order and make the report.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    run = commands.add_parser("run", help="run a profile, or go on with it")
+    run.add_argument("profile", nargs="?", default="quick")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    run.add_argument("--name", help="folder under runs/; the profile's name by default")
+    run.add_argument("--only", metavar="NN", help="run this one notebook, changed or not")
+    run.add_argument("--fresh", action="store_true", help="skip nothing")
+    run.set_defaults(action=_run)
+    page = commands.add_parser("report", help="make the report of a run again")
+    page.add_argument("run_dir", help="for example runs/quick")
+    page.add_argument("--open", action="store_true", help="show it in the browser")
+    page.add_argument(
+        "--readme", action="store_true", help="copy figures to figures/, print the README's table"
+    )
+    page.set_defaults(action=_report)
+    listing = commands.add_parser("profiles", help="list the profiles and what they need")
+    listing.set_defaults(action=_profiles)
+    commands.add_parser(
+        "train-mini", help="make the small checkpoint again (its own --help)", add_help=False
+    )
+    return parser
+
+
+def _run(options):
+    page = pipeline.run(
+        options.profile, dict(options.p), name=options.name, only=options.only, fresh=options.fresh
+    )
+    _print_headlines(report.headlines(page.parent))
+    print(f"\nReport: {page}")
+    return 0
+
+
+def _print_headlines(table):
+    width = max(table["quantity"].str.len(), default=0)
+    print()
+    for row in table.itertuples():
+        print(f"{row.stage}  {row.quantity:<{width}}  {row.value:>12}  {row.note}".rstrip())
+
+
+def _report(options):
+    page = report.write_report(options.run_dir)
+    if options.readme:
+        print(report.copy_for_readme(options.run_dir, pipeline.project_path("figures")))
+    print(f"Report: {page}")
+    if options.open:
+        webbrowser.open(page.as_uri())
+    return 0
+
+
+def _profiles(_):
+    for name in pipeline.profiles():
+        profile = pipeline.read_profile(name)
+        print(name)
+        print(textwrap.indent(textwrap.fill(profile["description"], 94), "  "))
+        for key in ("time", "memory", "disk", "needs"):
+            print(f"  {key + ':':8}{profile[key]}")
+    return 0
+
+
+if __name__ == "__main__":
+    # A scheduler's time limit is an interruption like any other: say how to resume.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

@@ -1,0 +1,436 @@
+"""Sound files and signals: read, resample, write, measure, listen.
+
+The only module that touches files of sound. A signal is a one-dimensional float32 array in which
+±1 is full scale; whatever cannot be such a signal is an :class:`AudioError` that says what to do.
+"""
+
+import base64
+import html
+import io
+import os
+import re
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import soxr
+
+LOG_MEL_RATE = 16_000
+LOG_MEL_HOP = 160
+LOG_MEL_FFT = 1024
+LOG_MEL_BANDS = 64
+LOG_MEL_FMAX = 8_000.0
+LOG_MEL_FLOOR = 1e-5
+
+LISTEN_SECONDS = 5.0
+_GATING_BLOCK_S = 0.4
+# half a step of 16-bit PCM: anything quieter is written as digital silence
+_SILENCE_PEAK = 0.5 / 32768
+_FORMATS = {".wav": "WAV", ".flac": "FLAC"}
+
+
+class AudioError(ValueError):
+    """Sound that cannot be used: unreadable, empty, cut short, silent, clipping, not finite."""
+
+
+def check_audio(y, name, silent_ok=False):
+    """Return a signal as float32, or say why it is none.
+
+    Parameters
+    ----------
+    y : array_like, shape (samples,)
+        Signal, ±1 is full scale.
+    name : str or Path
+        What the message calls it: a path, a clip id.
+    silent_ok : bool, default False
+        Accept a signal that would be digital silence in 16 bit.
+
+    Returns
+    -------
+    np.ndarray of float32, shape (samples,)
+        The signal, not copied where it was float32 already.
+
+    Raises
+    ------
+    AudioError
+        Not one-dimensional, empty, not finite, or (unless `silent_ok`) silent.
+
+    Examples
+    --------
+    >>> check_audio([0.0, 0.5], "two samples").dtype
+    dtype('float32')
+    """
+    y = np.asarray(y)
+    if y.ndim != 1:
+        raise AudioError(f"{name}: expected one channel, shape (samples,), got shape {y.shape}")
+    if y.size == 0:
+        raise AudioError(f"{name}: holds no samples; remove it or fetch it again")
+    y = y.astype(np.float32, copy=False)
+    # min and max of a signal with a NaN are NaN: one pass each, no mask in memory
+    low, high = float(y.min()), float(y.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        bad = int(np.count_nonzero(~np.isfinite(y)))
+        raise AudioError(f"{name}: {bad} of {y.size} samples are NaN or infinite; make it anew")
+    if not silent_ok and max(-low, high) < _SILENCE_PEAK:
+        raise AudioError(f"{name}: is silent; leave it out or replace it")
+    return y
+
+
+def resample(y, from_rate, to_rate):
+    """Change the sample rate with soxr's "HQ" recipe (the rate that all stages share).
+
+    Parameters
+    ----------
+    y : np.ndarray, shape (samples,)
+        Signal.
+    from_rate, to_rate : int
+        Sample rates in Hz.
+
+    Returns
+    -------
+    np.ndarray of float32, shape (about samples * to_rate / from_rate,)
+        The same object where both rates are equal and `y` is float32.
+
+    Raises
+    ------
+    AudioError
+        A rate is not positive.
+
+    Examples
+    --------
+    >>> resample(np.zeros(44100, np.float32), 44100, 16000).shape
+    (16000,)
+    """
+    if min(from_rate, to_rate) <= 0:
+        raise AudioError(f"sample rates must be positive, got {from_rate} and {to_rate} Hz")
+    y = np.asarray(y, dtype=np.float32)
+    if from_rate == to_rate:
+        return y
+    return soxr.resample(y, from_rate, to_rate, quality="HQ")
+
+
+def load_audio(path, sample_rate=None, duration=None):
+    """Read a sound file as mono float32.
+
+    Parameters
+    ----------
+    path : str or Path
+        Any format libsndfile reads: WAV, FLAC, OGG, MP3, AIFF.
+    sample_rate : int, optional
+        Resample to this rate in Hz (soxr "HQ"); by default keep the file's.
+    duration : float, optional
+        Read at most this many seconds from the start; a shorter file stays shorter.
+
+    Returns
+    -------
+    y : np.ndarray of float32, shape (samples,)
+        Mean over the channels.
+    sample_rate : int
+        Rate of `y` in Hz.
+
+    Raises
+    ------
+    AudioError
+        Missing, empty, cut short, no sound file, or samples that are not finite. Silence is
+        returned: :func:`check_audio` refuses it where it matters.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "tone.wav"
+    >>> _ = save_audio(file, np.sin(np.arange(44100) * 0.06), 44100)
+    >>> y, rate = load_audio(file, sample_rate=16000, duration=0.5)
+    >>> y.shape, rate
+    ((8000,), 16000)
+    """
+    path = Path(path)
+    if duration is not None and not duration > 0:
+        raise AudioError(f"{path}: duration must be positive, got {duration} s")
+    y, rate = _read(path, duration)
+    y = check_audio(y.mean(axis=1) if y.shape[1] > 1 else y[:, 0], path, silent_ok=True)
+    if sample_rate is not None:
+        y, rate = resample(y, rate, sample_rate), int(sample_rate)
+    if duration is not None:
+        y = y[: round(duration * rate)]
+    return y, rate
+
+
+def _read(path, duration):
+    if not path.is_file():
+        raise AudioError(f"{path}: no such file; check the data folder, or fetch the data again")
+    if path.stat().st_size == 0:
+        raise AudioError(f"{path}: the file is empty (0 bytes); copy or fetch it again")
+    try:
+        with sf.SoundFile(path) as file:
+            _refuse_truncated(path, file.extra_info)
+            frames = -1 if duration is None else int(np.ceil(duration * file.samplerate))
+            return file.read(frames, dtype="float32", always_2d=True), file.samplerate
+    except (sf.SoundFileError, OSError) as error:
+        raise AudioError(
+            f"{path}: cannot be read as sound ({error}); it may be damaged or cut short, "
+            "or be no sound file: replace it with WAV, FLAC, OGG or MP3"
+        ) from error
+
+
+def _refuse_truncated(path, info):
+    # libsndfile reads what is left of a file that was cut short and only notes it in its log
+    data = re.search(r"data : (\d+) \(should be (\d+)\)", info)
+    # writers into a pipe cannot know the length and leave 0 or all ones in the header
+    cut_wav = data and int(data[2]) < int(data[1]) < 0xFFFFFFFF - 64
+    if cut_wav or "lacks an end-of-stream bit" in info:
+        raise AudioError(f"{path}: the file was cut short; copy or fetch it again")
+
+
+def save_audio(path, y, sample_rate):
+    """Write a signal as 16-bit PCM; the file is there complete or not at all.
+
+    A sample is stored as ``round(32768 * y)``, so that what was read from 16 bit is written back
+    bit by bit. Nothing is scaled and nothing is clipped silently: beyond full scale is an error
+    (+1 itself becomes the largest code, 32767).
+
+    Parameters
+    ----------
+    path : str or Path
+        Ends in .wav or .flac; missing folders are made.
+    y : array_like, shape (samples,)
+        Signal within ±1.
+    sample_rate : int
+        Rate in Hz.
+
+    Returns
+    -------
+    Path
+        The file written.
+
+    Raises
+    ------
+    AudioError
+        Empty, not finite or clipping signal, other file ending, or a disk that refuses.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> save_audio(Path(tempfile.mkdtemp()) / "click.wav", [0.0, 1.0, 0.0], 16000).name
+    'click.wav'
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _FORMATS:
+        raise AudioError(f"{path}: can only write {' and '.join(_FORMATS)}; change the file's end")
+    y = check_audio(y, path, silent_ok=True)
+    peak = float(np.abs(y).max())
+    if peak > 1.0:
+        raise AudioError(f"{path}: peak {peak:.3f} would clip; divide the signal by it first")
+    pcm = np.clip(np.rint(y * 32768.0), -32768, 32767).astype(np.int16)
+    buffer = io.BytesIO()
+    sf.write(buffer, pcm, sample_rate, format=_FORMATS[path.suffix.lower()], subtype="PCM_16")
+    _write_whole(path, buffer.getvalue())
+    return path
+
+
+def _write_whole(path, content):
+    # the process id keeps two writers of one path from sharing a half-written file
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise AudioError(
+            f"{path}: cannot be written ({error}); free some space or choose another folder"
+        ) from error
+
+
+def fit_length(y, n, mode="repeat"):
+    """Give a signal exactly `n` samples; what is longer loses its end.
+
+    Parameters
+    ----------
+    y : np.ndarray, shape (samples,)
+        Signal, not empty.
+    n : int
+        Samples wanted, at least 1.
+    mode : {"repeat", "pad"}
+        What fills a short signal: itself again, or zeros at the end.
+
+    Returns
+    -------
+    np.ndarray, shape (n,)
+        Same dtype as `y`.
+
+    Raises
+    ------
+    AudioError
+        Empty signal, `n` < 1 or unknown `mode`.
+
+    Examples
+    --------
+    >>> fit_length(np.array([1, 2, 3]), 5).tolist()
+    [1, 2, 3, 1, 2]
+    >>> fit_length(np.array([1, 2, 3]), 5, "pad").tolist()
+    [1, 2, 3, 0, 0]
+    """
+    y = np.asarray(y)
+    if mode not in ("repeat", "pad"):
+        raise AudioError(f"unknown mode {mode!r}; use 'repeat' or 'pad'")
+    if n < 1 or y.ndim != 1 or y.size == 0:
+        raise AudioError(f"cannot fit a signal of shape {y.shape} to {n} samples")
+    if y.size >= n:
+        return y[:n]
+    return np.resize(y, n) if mode == "repeat" else np.pad(y, (0, n - y.size))
+
+
+def loudness(y, sample_rate):
+    """Integrated loudness after ITU-R BS.1770-4 (K-weighted, gated).
+
+    A signal shorter than the standard's gating block of 400 ms is one block of its own length.
+
+    Parameters
+    ----------
+    y : array_like, shape (samples,)
+        Signal, ±1 is full scale.
+    sample_rate : int
+        Rate in Hz.
+
+    Returns
+    -------
+    float
+        LUFS; −inf for silence and for what stays below the absolute gate of −70 LUFS.
+
+    Raises
+    ------
+    AudioError
+        Empty or not finite.
+
+    Examples
+    --------
+    >>> tone = np.sin(2 * np.pi * 997 * np.arange(48000) / 48000)
+    >>> round(loudness(tone, 48000))
+    -3
+    """
+    import pyloudnorm
+
+    y = check_audio(y, "signal", silent_ok=True).astype(np.float64)
+    block = min(_GATING_BLOCK_S, y.size / sample_rate)
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        # a clip wholly under the gate has no blocks to average, which is no fault
+        warnings.simplefilter("ignore", RuntimeWarning)
+        value = pyloudnorm.Meter(sample_rate, block_size=block).integrated_loudness(y)
+    return float(value)
+
+
+@lru_cache(maxsize=1)
+def mel_filters():
+    """Mel filter bank of `log_mel`: 64 Slaney bands, Slaney norm, over 0–8 kHz.
+
+    Returns
+    -------
+    np.ndarray of float32, shape (513, 64)
+        Weights from FFT bins to mel bands; do not write into it, it is shared.
+
+    Examples
+    --------
+    >>> mel_filters().shape
+    (513, 64)
+    """
+    from librosa.filters import mel
+
+    basis = mel(
+        sr=LOG_MEL_RATE, n_fft=LOG_MEL_FFT, n_mels=LOG_MEL_BANDS, fmin=0.0, fmax=LOG_MEL_FMAX
+    )
+    return np.ascontiguousarray(basis.T, dtype=np.float32)
+
+
+@lru_cache(maxsize=1)
+def _hann():
+    n = np.arange(LOG_MEL_FFT)
+    return (0.5 - 0.5 * np.cos(2 * np.pi * n / LOG_MEL_FFT)).astype(np.float32)
+
+
+def log_mel(y, sample_rate=LOG_MEL_RATE):
+    """Log-mel spectrogram of AudioLDM's trainer, value for value.
+
+    16 kHz, reflection padding of 432 samples at each end, periodic Hann window and FFT of 1024,
+    hop 160 (10 ms), magnitude, 64 Slaney mel bands over 0–8 kHz, natural logarithm floored at 1e-5.
+    Signals of another rate are resampled to 16 kHz first.
+
+    Parameters
+    ----------
+    y : array_like, shape (samples,)
+        Signal, ±1 is full scale, at least 433 samples at 16 kHz.
+    sample_rate : int, default 16000
+        Rate of `y` in Hz.
+
+    Returns
+    -------
+    np.ndarray of float32, shape (samples at 16 kHz // 160, 64)
+        Values from log(1e-5) = −11.5 to about 3.
+
+    Raises
+    ------
+    AudioError
+        Empty, not finite, or too short for the padding.
+
+    Notes
+    -----
+    Source: ``mel_spectrogram_train`` of AudioLDM-training-finetuning, which took it from HiFi-GAN.
+
+    Examples
+    --------
+    >>> log_mel(np.zeros(16000)).shape
+    (100, 64)
+    """
+    y = resample(check_audio(y, "signal", silent_ok=True), sample_rate, LOG_MEL_RATE)
+    pad = (LOG_MEL_FFT - LOG_MEL_HOP) // 2
+    if y.size <= pad:
+        raise AudioError(
+            f"a signal of {y.size} samples at 16 kHz is too short for a log-mel spectrogram; "
+            f"bring it to {pad + 1} or more with fit_length"
+        )
+    padded = np.pad(y, pad, mode="reflect")
+    frames = np.lib.stride_tricks.sliding_window_view(padded, LOG_MEL_FFT)[::LOG_MEL_HOP]
+    magnitude = np.abs(np.fft.rfft(frames * _hann(), axis=1))
+    return np.log(np.maximum(magnitude @ mel_filters(), np.float32(LOG_MEL_FLOOR)))
+
+
+def listen(y, sample_rate, title=None):
+    """Player for a notebook: at most 5 s, Vorbis inside the page (about 10 kB a second).
+
+    Parameters
+    ----------
+    y : array_like, shape (samples,)
+        Signal; what passes ±1 is scaled to it.
+    sample_rate : int
+        Rate in Hz.
+    title : str, optional
+        Caption above the player.
+
+    Returns
+    -------
+    IPython.display.HTML
+        Caption and player; needs no file and no network.
+
+    Raises
+    ------
+    AudioError
+        Empty or not finite.
+
+    Examples
+    --------
+    >>> "<audio" in listen(np.zeros(16000), 16000, "silence").data
+    True
+    """
+    from IPython.display import HTML
+
+    y = check_audio(y, title or "signal", silent_ok=True)[: int(LISTEN_SECONDS * sample_rate)]
+    buffer = io.BytesIO()
+    sf.write(buffer, y / max(1.0, np.abs(y).max()), sample_rate, format="OGG", subtype="VORBIS")
+    # IPython's own player labels every stream as WAV, which some browsers then refuse
+    source = f"data:audio/ogg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    caption = f"<figcaption>{html.escape(title)}</figcaption>" if title else ""
+    return HTML(
+        f'<figure style="margin:0.3em 0">{caption}'
+        f'<audio controls preload="metadata" src="{source}"></audio></figure>'
+    )

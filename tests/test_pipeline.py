@@ -1,0 +1,424 @@
+"""The runner, on throw-away projects with tiny notebooks."""
+
+import errno
+import html.parser
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from nbformat import v4
+
+from soundscapes_utils import __main__ as cli
+from soundscapes_utils import pipeline, report
+
+FIRST = """
+run_dir = "runs/quick"  # where results go
+seed = 0  # of everything
+rate = 0.5  # a number
+flag = False  # a switch
+folds = [1, 2]  # a list
+esc50_root = ""  # recordings
+"""
+USES_PACKAGE = "from soundscapes_utils import pipeline\nrun = pipeline.open_run(run_dir)\n"
+WRITE = USES_PACKAGE + (
+    "import pandas as pd\n"
+    "run.save_table(pd.DataFrame({'seed': [seed]}), 'mixes0')\n"
+    "run.save_table(pd.DataFrame({'quantity': ['the seed'], 'value': [seed], 'note': ['<n>']}),"
+    " '00_summary')"
+)
+READ = USES_PACKAGE + (
+    "seen = run.load_table('mixes0', made_by='00_make')\n"
+    "run.save_table(seen.assign(gain=gain), 'result')"
+)
+
+
+def write_notebook(path, parameters, *code, text="# A title\n\nA sentence."):
+    cells = [v4.new_markdown_cell(text)]
+    cells.append(v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+    cells += [v4.new_code_cell(source) for source in code]
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"  # random ids would differ between two writings
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), path)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    root = tmp_path / "clone"
+    (root / "notebooks" / "profiles").mkdir(parents=True)
+    (root / "pyproject.toml").write_text("")
+    (root / "notebooks/profiles/quick.yaml").write_text("description: small\n")
+    (root / "notebooks/profiles/large.yaml").write_text(
+        "extends: quick\ncommon: {seed: 5}\n01_use: {gain: 2}\n"
+    )
+    write_notebook(root / "notebooks/00_make.ipynb", FIRST, WRITE)
+    write_notebook(root / "notebooks/01_use.ipynb", 'run_dir = "runs/quick"\ngain = 1.0\n', READ)
+    monkeypatch.chdir(root)
+    return root
+
+
+def executions(root, name="quick"):
+    stages = json.loads((root / "runs" / name / "run.json").read_text())["stages"]
+    return {stem: stage["started"] + stage["status"] for stem, stage in stages.items()}
+
+
+# --- inside a notebook ---------------------------------------------------------------------------
+
+
+def test_relative_run_dir_is_the_same_folder_from_the_root_and_from_notebooks(project, monkeypatch):
+    from_root = pipeline.open_run("runs/x").path
+    monkeypatch.chdir(project / "notebooks")
+    assert pipeline.open_run("runs/x").path == from_root == project / "runs" / "x"
+
+
+def test_tables_come_back_as_they_were_saved(tmp_path):
+    run = pipeline.open_run(tmp_path)
+    table = pd.DataFrame({"label": ["dog", "rain, heavy"], "value": [1.5, -2e-9]})
+    run.save_table(table, "t")
+    pd.testing.assert_frame_equal(run.load_table("t", made_by="00_x"), table)
+
+
+def test_missing_table_names_the_notebook_to_run(tmp_path):
+    with pytest.raises(pipeline.MissingStage, match="run notebook 02_synthetic_generation first"):
+        pipeline.open_run(tmp_path).load_table("generated", made_by="02_synthetic_generation")
+
+
+@pytest.mark.parametrize("fails_at", ["to_csv", "replace"])
+def test_full_disk_leaves_the_old_table_and_no_debris(tmp_path, monkeypatch, fails_at):
+    run = pipeline.open_run(tmp_path)
+    run.save_table(pd.DataFrame({"a": [1]}), "t")
+
+    def no_space(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    owner = pd.DataFrame if fails_at == "to_csv" else Path
+    monkeypatch.setattr(owner, fails_at, no_space)
+    with pytest.raises(OSError, match="No space left"):
+        run.save_table(pd.DataFrame({"a": [2]}), "t")
+    monkeypatch.undo()
+    assert run.load_table("t", made_by="00_x")["a"].tolist() == [1]
+    assert [path.name for path in run.tables.iterdir()] == ["t.csv"]
+
+
+def test_figure_carries_its_caption(tmp_path):
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure()
+    figure.subplots().set_title("Loudness of the mixes")
+    path = pipeline.open_run(tmp_path).save_figure(figure, "01_loudness")
+    assert Image.open(path).info["Description"] == "Loudness of the mixes"
+
+
+# --- parameters ----------------------------------------------------------------------------------
+
+
+def test_texts_become_the_type_of_the_default(project):
+    given = {"seed": "3", "rate": "1e-3", "flag": "true", "folds": "[3, 4]", "gain": "2"}
+    resolved = pipeline.resolve_parameters("quick", given, project)
+    expected = {"seed": 3, "rate": 0.001, "flag": True, "folds": [3, 4], "esc50_root": ""}
+    assert resolved["00_make"] == expected
+    assert resolved["01_use"] == {"gain": 2.0}
+    assert isinstance(resolved["01_use"]["gain"], float)
+
+
+def test_profile_extends_and_command_line_wins(project):
+    assert pipeline.resolve_parameters("large", {}, project)["00_make"]["seed"] == 5
+    assert pipeline.resolve_parameters("large", {"seed": 9}, project)["00_make"]["seed"] == 9
+
+
+@pytest.mark.parametrize(
+    ("profile", "given", "only", "message"),
+    [
+        ("qick", {}, None, "no profile 'qick'; nearest: quick"),
+        ("quick", {"seeed": "1"}, None, "no parameter 'seeed'; nearest: seed"),
+        ("quick", {"seed": "one"}, None, "'seed' of 00_make takes a whole number, not 'one'"),
+        ("quick", {"seed": 1.5}, None, "takes a whole number"),
+        ("quick", {"flag": "perhaps"}, None, "takes true or false"),
+        ("quick", {"folds": "1"}, None, r"takes a list such as \[1, 2\]"),
+        ("quick", {"folds": "[1, b]"}, None, "takes a list"),
+        ("quick", {"esc50_root": "nowhere"}, None, "nowhere does not exist"),
+        ("quick", {"run_dir": "elsewhere"}, None, "use --name"),
+        ("quick", {}, "07", "no notebook '07'"),
+        ("quick", {"seed": "1"}, "01", "notebook 01: no parameter 'seed'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_runs(project, profile, given, only, message):
+    with pytest.raises(pipeline.UsageError, match=message):
+        pipeline.run(profile, given, only=only, root=project)
+    assert not (project / "runs").exists()
+
+
+def test_profile_with_an_unknown_section_or_parameter(project):
+    path = project / "notebooks/profiles/mine.yaml"
+    path.write_text("01_us: {gain: 2}\n")
+    with pytest.raises(pipeline.UsageError, match="no notebook '01_us'; nearest: 01_use"):
+        pipeline.read_profile("mine", project)
+    path.write_text("01_use: {gian: 2}\n")
+    with pytest.raises(pipeline.UsageError, match="no parameter 'gian'; nearest: gain"):
+        pipeline.resolve_parameters("mine", {}, project)
+
+
+@pytest.mark.parametrize("line", ["x = {}", "x: int = 1", "x = y = 1", "x = (1, 2)", "x = None"])
+def test_parameters_cell_holds_plain_values_only(tmp_path, line):
+    write_notebook(tmp_path / "n.ipynb", line)
+    with pytest.raises(pipeline.UsageError, match="scalar or list"):
+        pipeline.notebook_parameters(tmp_path / "n.ipynb")
+
+
+def test_typed_paths_are_meant_from_where_one_stands(project, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere" / "ESC-50").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resolved = pipeline.resolve_parameters("quick", {"esc50_root": "ESC-50"}, project)
+    assert resolved["00_make"]["esc50_root"] == str(tmp_path / "elsewhere" / "ESC-50")
+
+
+@pytest.mark.parametrize("name", ["../up", ".hidden", "a b", ""])
+def test_run_name_stays_in_runs(project, name):
+    if name:
+        with pytest.raises(pipeline.UsageError, match="run's name"):
+            pipeline.run("quick", name=name, root=project)
+    else:
+        assert pipeline.resolve_parameters("quick", {}, project)
+
+
+# --- staleness -----------------------------------------------------------------------------------
+
+
+def test_state_key_follows_code_values_inputs_and_what_came_before(project, tmp_path):
+    source = project / "notebooks/01_use.ipynb"
+
+    def key(values=None, stages=None):
+        return pipeline._state_key(source, values or {}, stages or {}, project)
+
+    first = key()
+    assert key() == first
+    assert key({"gain": 2.0}) != first
+    assert key(stages={"00_make": {"key": "new"}}) != first
+    assert key(stages={"02_unrelated": {"key": "new"}}) == first
+    data = tmp_path / "data.csv"
+    data.write_text("a")
+    with_data = key({"esc50_root": str(tmp_path)})
+    data.write_text("ab")
+    assert key({"esc50_root": str(tmp_path)}) != with_data
+    write_notebook(source, "gain = 1.0\n", READ, text="# Another title")
+    changed_parameters = key()
+    assert changed_parameters != first
+    write_notebook(source, "gain = 1.0\n", READ, text="# Words do not change results")
+    assert key() == changed_parameters
+
+
+def test_only_the_modules_that_a_notebook_leads_to_count(tmp_path, monkeypatch):
+    package = tmp_path / "soundscapes_utils"
+    package.mkdir()
+    (package / "one.py").write_text("def f():\n    from . import two\n")
+    (package / "two.py").write_text("from .three import x\n")
+    (package / "three.py").write_text("")
+    (package / "four.py").write_text("")
+    monkeypatch.setattr(pipeline, "PACKAGE", package)
+    for code in ("from soundscapes_utils import one", "%time\nimport soundscapes_utils.one as o"):
+        assert set(pipeline._modules_behind(code)) == {"one", "two", "three"}
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def test_run_resume_and_report(project, capsys):
+    page = pipeline.run("quick", {"seed": "3"}, root=project)
+    assert pd.read_csv(project / "runs/quick/tables/result.csv")["seed"].tolist() == [3]
+    record = json.loads((project / "runs/quick/run.json").read_text())
+    assert record["stages"]["00_make"]["parameters"]["seed"] == 3
+    assert record["stages"]["00_make"]["outputs"] == [
+        "tables/00_summary.csv",
+        "tables/mixes0.csv",
+    ]
+    assert 0.01 < record["stages"]["00_make"]["peak_memory_gb"] < 64
+    assert record["versions"]["papermill"] and record["finished"]
+    assert "the seed" in page.read_text() and "&lt;n&gt;" in page.read_text()
+
+    before = executions(project)
+    capsys.readouterr()
+    pipeline.run("quick", {"seed": 3}, root=project)
+    assert capsys.readouterr().out.count("unchanged, skipped") == 2
+    assert executions(project) == before
+
+    (project / "runs/quick/tables/result.csv").unlink()  # what is gone is made again
+    pipeline.run("quick", {"seed": 3}, root=project)
+    out = capsys.readouterr().out
+    assert "00_make: unchanged" in out and "01_use: unchanged" not in out
+
+
+def test_failing_cell_names_itself_and_resumes(project, capsys):
+    source = project / "notebooks/01_use.ipynb"
+    write_notebook(source, 'run_dir = ""\ngain = 1.0\n', "x = 1\n", "raise ValueError('too <loud>')")
+    assert main_in(project, ["run", "quick", "-p", "seed", "3", "--name", "my-run"]) == 1
+    said = capsys.readouterr().err
+    assert "01_use failed in cell In [4]" in said
+    assert "ValueError: too <loud>" in said
+    assert "./run_all.sh quick -p seed 3 --name my-run" in said
+    assert "runs/my-run/notebooks/01_use.ipynb" in said
+    record = json.loads((project / "runs/my-run/run.json").read_text())
+    assert record["stages"]["01_use"]["status"] == "failed"
+
+    write_notebook(source, 'run_dir = ""\ngain = 1.0\n', READ)
+    assert main_in(project, ["run", "quick", "-p", "seed", "3", "--name", "my-run"]) == 0
+    said = capsys.readouterr().out
+    assert "00_make: unchanged, skipped" in said and "01_use: unchanged" not in said
+    assert "the seed" in said and "runs/my-run/index.html" in said
+
+
+def main_in(project, arguments):
+    """Call the command line as if the package lay in `project`."""
+    real = pipeline.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "run", lambda *a, **k: real(*a, root=project, **k))
+        return cli.main(arguments)
+
+
+def test_full_disk_inside_a_notebook_and_in_the_runner(project, monkeypatch):
+    code = "raise OSError(28, 'No space left on device', 'a.wav')"
+    write_notebook(project / "notebooks/00_make.ipynb", FIRST, code)
+    with pytest.raises(pipeline.RunFailed, match=r"(?s)No space left.*make room.*Resume with"):
+        pipeline.run("quick", root=project)
+
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "_save_json", no_space)
+    with pytest.raises(pipeline.RunFailed, match=r"(?s)No space left.*Resume with"):
+        pipeline.run("quick", root=project)
+
+
+def test_only_runs_one_notebook_even_if_unchanged(project, capsys):
+    pipeline.run("quick", only="00", root=project)
+    pipeline.run("quick", only="0", root=project)
+    out = capsys.readouterr().out
+    assert "skipped" not in out and "01_use" not in out
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_says_how_to_resume_and_resumes(project, how, capsys):
+    slow = "import time, pathlib\npathlib.Path('started').touch()\ntime.sleep(60)"
+    write_notebook(project / "notebooks/01_use.ipynb", 'run_dir = ""\ngain = 1.0\n', slow)
+    code = (
+        "import sys, signal\nfrom soundscapes_utils import pipeline, __main__ as cli\n"
+        "from pathlib import Path\nimport soundscapes_utils\n"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        "real = pipeline.run\n"
+        f"pipeline.run = lambda *a, **k: real(*a, root=Path({str(project)!r}), **k)\n"
+        "sys.exit(cli.main(['run', 'quick']))"
+    )
+    package = str(pipeline.PACKAGE.parent)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": package},
+    )
+    deadline = time.monotonic() + 40
+    while not (project / "notebooks/started").exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(how)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Interrupted" in said and "./run_all.sh quick" in said
+    write_notebook(project / "notebooks/01_use.ipynb", 'run_dir = ""\ngain = 1.0\n', READ)
+    pipeline.run("quick", root=project)
+    assert "00_make: unchanged, skipped" in capsys.readouterr().out
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+class References(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.links, self.images, self.ids = [], [], set()
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids.add(attrs.get("id"))
+        self.links += [attrs[name] for name in ("src", "href") if name in attrs]
+        if tag == "img":
+            self.images.append(attrs)
+
+
+def finished_run(folder):
+    from matplotlib.figure import Figure
+
+    from soundscapes_utils import audio
+
+    run = pipeline.open_run(folder)
+    sounds = []
+    for number, label in enumerate(["dog", "rain"]):
+        path = run.audio / f"{label}.wav"
+        y = 0.3 * np.sin(np.arange(16_000) * 0.05 * (number + 1)).astype(np.float32)
+        audio.save_audio(path, y, 16_000)
+        sounds.append(
+            {"foreground_label": label, "scene": "park", "caption": "<b>a dog", "path": path}
+        )
+    run.save_table(pd.DataFrame(sounds), "mixes")
+    figure = Figure()
+    figure.subplots().set_title('Two "mixes" & more')
+    run.save_figure(figure, "01_mix")
+    run.save_table(pd.DataFrame({"quantity": ["mixes"], "value": [2], "note": [""]}), "01_summary")
+    stage = {"status": "finished", "seconds": 61, "peak_memory_gb": 1.0, "parameters": {"seed": 0}}
+    record = {"name": "t", "profile": "quick", "given": {}, "started": "2024-01-01T00:00:00"}
+    record |= {"python": "3.11", "platform": "x", "cores": 2, "versions": {"numpy": "2"}}
+    record |= {"git": {"commit": "abc", "dirty": False}, "stages": {"01_dataset_mixing": stage}}
+    (run.path / "run.json").write_text(json.dumps(record))
+    return run.path
+
+
+def test_report_refers_to_files_of_the_run_only_and_escapes(tmp_path):
+    page = report.write_report(finished_run(tmp_path))
+    text = page.read_text()
+    found = References()
+    found.feed(text)
+    for link in found.links:
+        if link.startswith("#"):
+            assert link[1:] in found.ids
+        else:
+            assert (tmp_path / link).is_file(), link
+    assert all(image["alt"] for image in found.images) and len(found.images) == 3
+    assert "&lt;b&gt;a dog" in text and "<b>a dog" not in text
+    assert "://" not in text
+    assert "1 min 01 s" in text
+
+
+def test_report_of_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        report.write_report(tmp_path)
+
+
+def test_numbers_are_rounded_and_texts_kept():
+    shown = [report._number(x) for x in (0.123456, 12345.6, 3.0, "62.9 ± 4.1", float("nan"))]
+    assert shown == ["0.1235", "12346", "3", "62.9 ± 4.1", ""]
+
+
+def test_accuracy_is_the_mean_over_folds_and_runs(tmp_path):
+    rows = [("real", 1, 0.5), ("real", 2, 0.7), ("both", 1, 0.9)]
+    table = pd.DataFrame(rows, columns=["arm", "fold", "accuracy"])
+    table = table.assign(model="cnn", backend=["", "", "ldm"], prompt_family="", ratio=0)
+    pipeline.open_run(tmp_path).save_table(table, "results")
+    shown = report._accuracy(tmp_path)
+    by_arm = {row[shown["columns"].index("arm")]: row for row in shown["rows"]}
+    assert by_arm["real"][shown["columns"].index("accuracy, mean")] == "0.6"
+    assert by_arm["real"][-1] == "2" and by_arm["both"][-1] == "1"
+
+
+def test_readme_figures_and_table(tmp_path):
+    table = report.copy_for_readme(finished_run(tmp_path / "run"), tmp_path / "figures")
+    assert (tmp_path / "figures" / "01_mix.png").is_file()
+    assert "| mixes | 2 |  |" in table

@@ -1,0 +1,260 @@
+"""Tiny text-to-audio checkpoints of random weights, in the real layouts, made in a second.
+
+They make noise, but they are loaded and run by the very code that loads and runs the public
+checkpoints, without network: AudioLDM and AudioLDM 2 in diffusers' folder layout, AudioGen in
+audiocraft's (``state_dict.bin`` and ``compression_state_dict.bin``, plus a T5 folder).
+"""
+
+import contextlib
+from pathlib import Path
+
+MEL = 16  # bands of the tiny vocoder and VAE
+VOCODER = {
+    "model_in_dim": MEL,
+    "sampling_rate": 16_000,
+    "upsample_initial_channel": 16,
+    "upsample_rates": [10, 4, 4],
+    "upsample_kernel_sizes": [20, 8, 8],
+    "resblock_kernel_sizes": [3],
+    "resblock_dilation_sizes": [[1, 3]],
+    "normalize_before": False,
+}
+
+
+def _roberta_tokenizer():
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import RobertaTokenizer
+
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(ByteLevel.alphabet())]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    return RobertaTokenizer(vocab=vocab, merges=[], model_max_length=77)
+
+
+def _t5_tokenizer():
+    import string
+
+    from transformers import T5Tokenizer
+
+    letters = ["▁", *string.ascii_letters, *string.punctuation]
+    pieces = ["<pad>", "</s>", "<unk>", *letters]
+    vocab = [(piece, 0.0 if number < 3 else -3.0) for number, piece in enumerate(pieces)]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=77)
+
+
+def _t5_encoder(vocabulary, width):
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    return T5EncoderModel(config)
+
+
+def _clap_text_config(vocabulary):
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 90,
+        "projection_dim": 16,
+    }
+
+
+def _vae():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        layers_per_block=1,
+    )
+
+
+def _scheduler():
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.0015,
+        beta_end=0.0195,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
+
+
+def _vocoder():
+    from torch import nn
+    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+    vocoder = SpeechT5HifiGan(SpeechT5HifiGanConfig(**VOCODER))
+    for weights in vocoder.parameters():
+        # transformers' own start is so small that the output would count as silence
+        if weights.ndim > 1:
+            nn.init.kaiming_normal_(weights)
+    return vocoder
+
+
+def audioldm(folder, seed=0):
+    """Write a tiny AudioLDM checkpoint; return its folder."""
+    import torch
+    from diffusers import AudioLDMPipeline, UNet2DConditionModel
+    from transformers import ClapTextConfig, ClapTextModelWithProjection
+
+    torch.manual_seed(seed)
+    tokenizer = _roberta_tokenizer()
+    text = ClapTextModelWithProjection(ClapTextConfig(**_clap_text_config(len(tokenizer))))
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=(8, 16),
+        attention_head_dim=4,
+        norm_num_groups=4,
+        class_embed_type="simple_projection",
+        projection_class_embeddings_input_dim=16,
+        class_embeddings_concat=True,
+    )
+    pipe = AudioLDMPipeline(
+        vae=_vae(),
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=_scheduler(),
+        vocoder=_vocoder(),
+    )
+    pipe.save_pretrained(folder)
+    return Path(folder)
+
+
+def audioldm2(folder, seed=0):
+    """Write a tiny AudioLDM 2 checkpoint; return its folder."""
+    import torch
+    from diffusers import AudioLDM2Pipeline, AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
+    from transformers import (
+        ClapConfig,
+        ClapFeatureExtractor,
+        ClapModel,
+        GPT2Config,
+        GPT2LMHeadModel,
+    )
+
+    torch.manual_seed(seed)
+    tokenizer, tokenizer_2 = _roberta_tokenizer(), _t5_tokenizer()
+    clap = ClapModel(
+        ClapConfig(
+            text_config=_clap_text_config(len(tokenizer)),
+            audio_config={
+                "spec_size": 64,
+                "window_size": 4,
+                "num_mel_bins": 64,
+                "patch_size": 4,
+                "patch_stride": [4, 4],
+                "patch_embeds_hidden_size": 16,
+                "depths": [1, 1],
+                "num_attention_heads": [2, 2],
+                "num_hidden_layers": 2,
+                "hidden_size": 32,
+                "projection_dim": 16,
+            },
+            projection_dim=16,
+        )
+    )
+    unet = AudioLDM2UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=([None, 16, 32], [None, 16, 32]),
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    pipe = AudioLDM2Pipeline(
+        vae=_vae(),
+        text_encoder=clap,
+        text_encoder_2=_t5_encoder(len(tokenizer_2), 32),
+        projection_model=AudioLDM2ProjectionModel(
+            text_encoder_dim=16, text_encoder_1_dim=32, langauge_model_dim=16
+        ),
+        language_model=GPT2LMHeadModel(
+            GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=99, max_new_tokens=8)
+        ),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        feature_extractor=ClapFeatureExtractor(),
+        unet=unet,
+        scheduler=_scheduler(),
+        vocoder=_vocoder(),
+    )
+    pipe.save_pretrained(folder)
+    return Path(folder)
+
+
+_CODEC = """
+compression_model: encodec
+sample_rate: 16000
+channels: 1
+encodec: {autoencoder: seanet, quantizer: rvq, sample_rate: 16000, channels: 1,
+          causal: false, renormalize: false}
+seanet: {dimension: 16, channels: 1, causal: false, n_filters: 4, n_residual_layers: 1,
+         ratios: [10, 8, 8], encoder: {}, decoder: {}}
+rvq: {n_q: 4, q_dropout: false, bins: 32, kmeans_init: false}
+"""
+_LANGUAGE_MODEL = """
+lm_model: transformer_lm
+dataset: {segment_duration: 10}
+transformer_lm: {n_q: 4, card: 32, dim: 16, num_heads: 2, num_layers: 1, hidden_scale: 2,
+                 causal: true, custom: true, memory_efficient: false, cross_attention: true,
+                 weight_init: gaussian, depthwise_init: current}
+codebooks_pattern: {modeling: delay, delay: {delays: [0, 1, 2, 3]}}
+attribute_dropout: {}
+classifier_free_guidance: {training_dropout: 0.1, inference_coef: 3.0}
+conditioners: {description: {model: t5, t5: {name: t5-small, finetune: false}}}
+fuser: {sum: [], prepend: [], cross: [description], input_interpolate: [],
+        cross_attention_pos_emb: false, cross_attention_pos_emb_scale: 1}
+"""
+
+
+def audiogen(folder, seed=0):
+    """Write a tiny AudioGen checkpoint and, beside it, the ``t5-small`` folder that it names.
+
+    audiocraft finds the text encoder by its name: run the test in this folder's parent.
+    """
+    import torch
+    from omegaconf import OmegaConf
+
+    from soundscapes_utils.generation import import_audiocraft
+
+    builders = import_audiocraft().models.builders
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    tokenizer = _t5_tokenizer()
+    tokenizer.save_pretrained(folder.parent / "t5-small")
+    # audiocraft holds the width of t5-small (512) in a table of its own
+    _t5_encoder(len(tokenizer), 512).save_pretrained(folder.parent / "t5-small")
+    parts = {
+        "compression_state_dict.bin": (_CODEC, builders.get_compression_model),
+        "state_dict.bin": (_LANGUAGE_MODEL, builders.get_lm_model),
+    }
+    for name, (text, build) in parts.items():
+        config = OmegaConf.create(text)
+        config.device, config.dtype = "cpu", "float32"
+        with contextlib.chdir(folder.parent):
+            weights = build(config).state_dict()
+        checkpoint = {"xp.cfg": OmegaConf.to_yaml(config), "best_state": weights}
+        torch.save(checkpoint, folder / name)
+    return folder
