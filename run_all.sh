@@ -123,6 +123,8 @@ run_tests() {
     export HF_HUB_OFFLINE=1 MPLBACKEND=Agg
     "$python" -m ruff check .
     "$python" -m ruff format --check .
+    # Units first: they say in a minute what the notebooks would say in ten.
+    [ $# -gt 0 ] || set -- tests/test_*.py tests/notebooks
     exec "$python" -m pytest "$@"
 }
 
@@ -141,6 +143,6 @@ test)
     shift
     run_tests "$@"
     ;;
-profiles | report | train-mini) exec "$python" -m soundscapes_utils "$@" ;;
+profiles | report | publish | train-mini) exec "$python" -m soundscapes_utils "$@" ;;
 *) exec "$python" -m soundscapes_utils run "$@" ;;
 esac

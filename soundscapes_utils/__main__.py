@@ -78,12 +78,14 @@ def _parser():
     page = commands.add_parser("report", help="make the report of a run again")
     page.add_argument("run_dir", help="for example runs/quick")
     page.add_argument("--open", action="store_true", help="show it in the browser")
-    page.add_argument(
-        "--readme", action="store_true", help="copy figures to figures/, print the README's table"
-    )
     page.set_defaults(action=_report)
     listing = commands.add_parser("profiles", help="list the profiles and what they need")
     listing.set_defaults(action=_profiles)
+    publishing = commands.add_parser(
+        "publish", help="outputs of a quick run into notebooks/, figures and table for README.md"
+    )
+    publishing.add_argument("run_dir", nargs="?", default="runs/quick")
+    publishing.set_defaults(action=_publish)
     commands.add_parser(
         "train-mini", help="make the small checkpoint again (its own --help)", add_help=False
     )
@@ -108,11 +110,16 @@ def _print_headlines(table):
 
 def _report(options):
     page = report.write_report(options.run_dir)
-    if options.readme:
-        print(report.copy_for_readme(options.run_dir, pipeline.project_path("figures")))
     print(f"Report: {page}")
     if options.open:
         webbrowser.open(page.as_uri())
+    return 0
+
+
+def _publish(options):
+    for path in report.publish(options.run_dir):
+        print(f"outputs taken over: {path.name}")
+    print(report.copy_for_readme(options.run_dir, pipeline.project_path("figures")))
     return 0
 
 

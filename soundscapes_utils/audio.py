@@ -5,6 +5,7 @@ The only module that touches files of sound. A signal is a one-dimensional float
 """
 
 import base64
+import contextlib
 import html
 import io
 import os
@@ -225,11 +226,36 @@ def save_audio(path, y, sample_rate):
     pcm = np.clip(np.rint(y * 32768.0), -32768, 32767).astype(np.int16)
     buffer = io.BytesIO()
     sf.write(buffer, pcm, sample_rate, format=_FORMATS[path.suffix.lower()], subtype="PCM_16")
-    _write_whole(path, buffer.getvalue())
-    return path
+    return write_whole(path, buffer.getvalue())
 
 
-def _write_whole(path, content):
+def write_whole(path, content):
+    """Write bytes so that the file is there complete or not at all.
+
+    Parameters
+    ----------
+    path : str or Path
+        Missing folders are made; a file of that name is replaced in one step.
+    content : bytes
+        What it shall hold.
+
+    Returns
+    -------
+    Path
+        The file written.
+
+    Raises
+    ------
+    AudioError
+        The disk is full or the folder cannot be written to; nothing is left behind.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> write_whole(Path(tempfile.mkdtemp()) / "meta.csv", b"a,b").read_text()
+    'a,b'
+    """
+    path = Path(path)
     # the process id keeps two writers of one path from sharing a half-written file
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -237,10 +263,12 @@ def _write_whole(path, content):
         part.write_bytes(content)
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise AudioError(
             f"{path}: cannot be written ({error}); free some space or choose another folder"
         ) from error
+    return path
 
 
 def fit_length(y, n, mode="repeat"):

@@ -323,7 +323,7 @@ class CRNN(nn.Module):
     References
     ----------
     Castorena, Cobos, Lopez-Ballester and Ferri, "A safety-oriented framework for sound event
-    detection in driving scenarios", Applied Acoustics 215, 2024.
+    detection in driving scenarios", Applied Acoustics 215, 109719, 2023.
 
     Examples
     --------

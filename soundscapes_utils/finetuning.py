@@ -321,6 +321,31 @@ def _segment_frames(pipe, segment_s):
 
 
 def loudest(y, n, tries, rng):
+    """Cut the loudest of a few random segments out of a signal.
+
+    Events are short and recordings long: a segment drawn blindly would often hold none.
+
+    Parameters
+    ----------
+    y : np.ndarray [samples]
+        Signal.
+    n : int
+        Samples of a segment; a shorter signal is returned whole.
+    tries : int
+        Positions drawn; 1 cuts blindly.
+    rng : np.random.Generator
+        Draws the positions.
+
+    Returns
+    -------
+    np.ndarray [min(n, samples)]
+        The segment with the largest energy.
+
+    Examples
+    --------
+    >>> loudest(np.ones(5), 3, 4, np.random.default_rng(0)).tolist()
+    [1.0, 1.0, 1.0]
+    """
     starts = rng.integers(0, max(1, len(y) - n + 1), size=tries)
     return max((y[s : s + n] for s in starts), key=lambda part: float(np.sum(part**2)))
 
@@ -504,7 +529,7 @@ class _Run:
             for name, value in self.unet.state_dict().items():
                 self.ema[name].lerp_(value, 1 - decay)
         self.step += 1
-        return float(loss), float(norm)
+        return float(loss.detach()), float(norm)
 
     def _saved(self):
         return self.log[-1]["step"] if self.log else 0

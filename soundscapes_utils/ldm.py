@@ -249,14 +249,20 @@ class AudioTower(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, projection_dim: int = 128, channels: tuple = (16, 32, 64, 128)):
+    def __init__(self, projection_dim: int = 128, channels: tuple = (24, 48, 96, 128)):
         super().__init__()
-        widths = [1, *channels]
-        self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-            for a, b in itertools.pairwise(widths)
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False),
+                    nn.BatchNorm2d(b),
+                    nn.ReLU(),
+                )
+                for a, b in itertools.pairwise([1, *channels])
+            )
         )
-        self.projection = nn.Linear(2 * channels[-1], projection_dim)
+        bands = N_MELS // 2 ** len(channels)
+        self.projection = nn.Linear(2 * bands * channels[-1], projection_dim)
 
     def forward(self, mel):
         """Embed log-mels.
@@ -271,10 +277,7 @@ class AudioTower(ModelMixin, ConfigMixin):
         torch.Tensor [batch, projection_dim]
             Unit-length embeddings.
         """
-        h = (mel[:, None] + 5.0) / 3.0
-        for stage in self.stages:
-            h = F.avg_pool2d(stage(h), 2)
-        h = h.mean(-1)
+        h = self.stages((mel[:, None] + 5.0) / 3.0).movedim(2, -1).flatten(1, 2)
         return F.normalize(self.projection(torch.cat([h.mean(-1), h.amax(-1)], dim=1)), dim=-1)
 
 
@@ -680,6 +683,8 @@ def build_small(texts, seed=0, projection_dim=128, channels=(64, 128, 192)):
     )
     with _quiet():
         pipe = AudioLDMPipeline(PatchVAE(), text, tokenizer, unet, scheduler, NoiseVocoder())
+    for part in (text, unet):
+        part.eval()  # as from_pretrained leaves them
     pipe.set_progress_bar_config(disable=True)
     return pipe, AudioTower(projection_dim)
 

@@ -78,7 +78,6 @@ AUDIOSET_MIDS = {
     "street_traffic": "/m/0btp2",
 }
 OWN_ID = "/own/"
-CAPTIONS = ("caption", "caption_2", "caption_3")
 CLASS_FILE = "class_labels_indices.csv"
 ROOT_FILE = "dataset_root.json"
 _SHOWN = 5
@@ -165,7 +164,7 @@ def write_audiocaps(mixes, out_dir, name):
     for split, path in files.items():
         entries = [_entry(row, audio_root) for row in _rows(mixes[mixes.split == split])]
         _write_json(path, {"data": entries})
-    labels = class_labels([*mixes.foreground_label, *mixes.scene])
+    labels = class_labels(name for row in _rows(mixes) for name in _names(row))
     _write_text(out_dir / CLASS_FILE, labels.to_csv(index=False, quoting=csv.QUOTE_MINIMAL))
     paths = {split: str(path) for split, path in files.items()}
     paths["class_label_indices"] = str(out_dir / CLASS_FILE)
@@ -187,8 +186,14 @@ def _common_folder(paths):
 
 def _entry(row, audio_root):
     wav = Path(row["path"]).resolve().relative_to(audio_root).as_posix()
-    labels = ",".join(dict.fromkeys(_mid(row[key]) for key in ("foreground_label", "scene")))
-    return {"wav": wav, "labels": labels} | {key: row[key] for key in CAPTIONS}
+    labels = ",".join(dict.fromkeys(_mid(name) for name in _names(row)))
+    captions = {key: text for key, text in row.items() if key.startswith("caption")}
+    return {"wav": wav, "labels": labels} | captions
+
+
+def _names(row):
+    # a clip of a single event has no scene
+    return [row[key] for key in ("foreground_label", "scene") if row[key]]
 
 
 def _write_json(path, content):

@@ -488,7 +488,8 @@ def resolve_parameters(profile, parameters=None, root=None, only=None):
         reach = defaults if section == "common" else {section: defaults[section]}
         _apply(values, reach, resolved, f"profile {profile}, section {section}")
     given = {name: _given_path(name, value) for name, value in (parameters or {}).items()}
-    _apply(given, {stem: defaults[stem] for stem in selected}, resolved, f"notebook {only or '*'}")
+    reach = {stem: defaults[stem] for stem in selected}
+    _apply(given, reach, resolved, "-p" if only is None else f"-p, notebook {only}")
     for stem in selected:
         resolved[stem].pop(INJECTED, None)
         _check_paths(stem, resolved[stem], root)
@@ -559,7 +560,7 @@ def _nearest(name, known):
 
     close = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
     if close:
-        return f"; nearest: {', '.join(close)} (all: {', '.join(known)})"
+        return f"; nearest: {', '.join(close)}"
     return f"; there are: {', '.join(known)}"
 
 

@@ -90,7 +90,7 @@ def aligned_spectrograms(signals, sample_rate, title=""):
 
     rows, columns = -(-len(signals) // 2), 2
     figure, axes = plt.subplots(
-        rows, columns, figsize=(10, 1.7 * rows + 0.6), sharex=True, squeeze=False,
+        rows, columns, figsize=(8, 1.4 * rows + 0.6), sharex=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for panel, (name, y) in zip(axes.flat, signals.items(), strict=False):
@@ -126,13 +126,16 @@ def mix_grid(mixes):
     import matplotlib.pyplot as plt
     import pandas as pd
     import seaborn as sns
+    from matplotlib.ticker import MaxNLocator
 
     from . import captions
 
     splits = list(mixes.split.unique())
+    named = mixes[["split", "foreground_label", "scene"]].map(captions.tidy)
+    whole = pd.crosstab(named.foreground_label, named.scene)
     grids = [
-        pd.crosstab(part.foreground_label.map(captions.tidy), part.scene.map(captions.tidy))
-        for part in (mixes[mixes.split == split] for split in splits)
+        pd.crosstab(part.foreground_label, part.scene).reindex_like(whole).fillna(0)
+        for part in (named[named.split == split] for split in splits)
     ]
     highest = max(grid.to_numpy().max() for grid in grids)
     figure, axes = plt.subplots(
@@ -141,7 +144,13 @@ def mix_grid(mixes):
     )  # fmt: skip
     for panel, split, grid in zip(axes.flat, splits, grids, strict=True):
         sns.heatmap(
-            grid, ax=panel, vmin=0, vmax=highest, cmap="viridis", cbar=panel is axes.flat[-1]
+            grid,
+            ax=panel,
+            vmin=0,
+            vmax=highest,
+            cmap="viridis",
+            cbar=panel is axes.flat[-1],
+            cbar_kws={"ticks": MaxNLocator(integer=True)},
         )
         panel.set(title=f"{split}: {int(grid.to_numpy().sum())} mixes", xlabel="", ylabel="")
     figure.suptitle("Mixes of each event over each scene")
@@ -168,6 +177,7 @@ def mix_levels(mixes):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     sns.histplot(mixes, x="snr_db", hue="split", multiple="stack", bins=20, ax=left)
     left.set(xlabel="foreground over background, dB", ylabel="mixes", title="Signal-to-noise ratio")
+    sns.move_legend(left, "upper left", bbox_to_anchor=(1, 1))
     scaled = mixes.peak_scale[mixes.peak_scale < 1]
     sns.histplot(x=20 * np.log10(scaled), bins=20, ax=right)
     right.set(
@@ -175,4 +185,480 @@ def mix_levels(mixes):
         ylabel="mixes",
         title=f"{len(scaled)} of {len(mixes)} mixes scaled to fit",
     )
+    return figure
+
+
+def gaussian_pair(x, y, labels=("reference", "candidate")):
+    """Draw two clouds of points and the Gaussians fitted to them.
+
+    Parameters
+    ----------
+    x, y : np.ndarray, shape (n, 2)
+        Points.
+    labels : (str, str)
+        Their names.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Points with ellipses at one and two standard deviations.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+    import seaborn as sns
+
+    figure, panel = plt.subplots(figsize=(5.5, 4.2), layout="constrained")
+    circle = np.linspace(0, 2 * np.pi, 200)
+    for points, label, colour in zip((x, y), labels, sns.color_palette(), strict=False):
+        sns.scatterplot(x=points[:, 0], y=points[:, 1], color=colour, s=14, alpha=0.5, label=label)
+        spread = np.linalg.cholesky(np.cov(points.T)) @ [np.cos(circle), np.sin(circle)]
+        for radius in (1, 2):
+            panel.plot(*(points.mean(axis=0)[:, None] + radius * spread), color=colour)
+    panel.set(xlabel="dimension 1", ylabel="dimension 2", aspect="equal")
+    panel.set_title("Two clouds and the Gaussians fitted to them")
+    return figure
+
+
+def floor_by_size(floors):
+    """Draw what "real against real" scores, over the number of clips.
+
+    Parameters
+    ----------
+    floors : pandas.DataFrame
+        One row a split: ``embedding``, ``metric``, ``n`` clips in each half, ``value``.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One panel a metric and embedding: mean, and a band of one standard deviation.
+    """
+    import seaborn as sns
+
+    grid = sns.relplot(
+        floors,
+        x="n",
+        y="value",
+        col="embedding",
+        row="metric",
+        kind="line",
+        errorbar="sd",
+        marker="o",
+        height=2.6,
+        aspect=1.3,
+        facet_kws={"sharey": False, "margin_titles": True},
+    )
+    grid.set_titles(row_template="{row_name}", col_template="{col_name}")
+    grid.set_axis_labels("clips in each half", "distance")
+    grid.refline(y=0, linestyle=":")
+    grid.figure.suptitle("Real against real: what a perfect model scores", y=1.03)
+    return grid.figure
+
+
+def scores_beside_floor(scores, floor_name, title=""):
+    """Draw scores with their intervals, and the floor of real clips as a band.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        Table of scores of one reference.
+    floor_name : str
+        The ``candidate`` of floor rows.
+    title : str, optional
+        Above all panels.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One panel a metric (row) and embedding (column), one line a candidate.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    metrics, networks = (list(scores[key].unique()) for key in ("metric", "embedding"))
+    is_floor = scores.candidate == floor_name
+    names = list(scores.candidate[~is_floor].unique())
+    palette = dict(zip(names, sns.color_palette(n_colors=len(names)), strict=True))
+    figure, axes = plt.subplots(
+        len(metrics), len(networks), squeeze=False, layout="constrained",
+        figsize=(4.2 * len(networks) + 1, (0.4 * len(names) + 1.1) * len(metrics)),
+    )  # fmt: skip
+    for panel, (metric, network) in zip(
+        axes.flat, [(m, e) for m in metrics for e in networks], strict=True
+    ):
+        here = (scores.metric == metric) & (scores.embedding == network)
+        for floor in scores[here & is_floor].itertuples():
+            panel.axvspan(floor.ci_low, floor.ci_high, color="0.85", zorder=0)
+            panel.axvline(floor.value, color="0.5", zorder=1)
+        for row in scores[here & ~is_floor].itertuples():
+            panel.plot([row.ci_low, row.ci_high], [row.candidate] * 2, color=palette[row.candidate])
+            panel.plot(row.value, row.candidate, "o", color=palette[row.candidate])
+        panel.margins(y=0.3)
+        panel.invert_yaxis()
+        panel.set(title=f"{metric}, {network}")
+        panel.tick_params(axis="y", labelleft=network == networks[0])
+    figure.suptitle(title or "Distance to held-out recordings; grey: real against real")
+    return figure
+
+
+def fad_against_size(curves):
+    """Draw FAD over 1/n, and the line that leads to infinitely many clips.
+
+    Parameters
+    ----------
+    curves : pandas.DataFrame
+        ``embedding``, ``candidate``, ``n`` and ``fad``, from :func:`fad.fad_infinity`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One panel an embedding; where a line meets the left edge is its FAD-inf.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+    import seaborn as sns
+
+    networks, names = (list(curves[key].unique()) for key in ("embedding", "candidate"))
+    palette = dict(zip(names, sns.color_palette(n_colors=len(names)), strict=True))
+    figure, axes = plt.subplots(
+        1, len(networks), figsize=(4.2 * len(networks), 3.4), squeeze=False, layout="constrained"
+    )
+    for panel, network in zip(axes.flat, networks, strict=True):
+        for name, part in curves[curves.embedding == network].groupby("candidate", sort=False):
+            inverse, ends = 1 / part.n, np.array([0, 1 / part.n.min()])
+            panel.plot(inverse, part.fad, "o", color=palette[name], label=name)
+            line = np.polyval(np.polyfit(inverse, part.fad, 1), ends)
+            panel.plot(ends, line, color=palette[name])
+        panel.axhline(0, color="0.5", linestyle=":")
+        panel.set(title=network, xlabel="1 / clips", ylabel="FAD", xlim=(0, None))
+    axes.flat[0].legend()
+    figure.suptitle("FAD falls with the number of clips: the left edge is FAD-inf")
+    return figure
+
+
+def class_distances(scores, floor_name):
+    """Draw one distance a class, with its interval and the floor of that class.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        Table of scores of one metric; ``reference`` is the class.
+    floor_name : str
+        The ``candidate`` of floor rows.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One panel an embedding: candidate (coloured) and real (grey) for every class.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    from . import captions
+
+    networks = list(scores.embedding.unique())
+    names = [name for name in scores.candidate.unique() if name != floor_name]
+    colours = {floor_name: "0.6", **dict(zip(names, sns.color_palette(), strict=False))}
+    figure, axes = plt.subplots(
+        1, len(networks), figsize=(3.8 * len(networks) + 1.6, 4.4), squeeze=False,
+        sharey=True, layout="constrained",
+    )  # fmt: skip
+    for panel, network in zip(axes.flat, networks, strict=True):
+        for i, (name, colour) in enumerate(colours.items()):
+            rows = scores[(scores.embedding == network) & (scores.candidate == name)]
+            place = rows.reference.map({c: k for k, c in enumerate(scores.reference.unique())})
+            panel.hlines(place + 0.2 * i - 0.1, rows.ci_low, rows.ci_high, color=colour)
+            panel.plot(rows.value, place + 0.2 * i - 0.1, "o", color=colour, label=name)
+        panel.set(title=network, xlabel=rows.metric.iloc[0])
+    classes = [captions.tidy(label) for label in scores.reference.unique()]
+    axes.flat[0].set_yticks(range(len(classes)), classes)
+    axes.flat[0].invert_yaxis()
+    axes.flat[-1].legend(loc="best")
+    figure.suptitle("Distance to the held-out recordings of every class")
+    return figure
+
+
+def mel_panels(mels, n_columns=4, title="", frame_s=0.01):
+    """Log-mel spectrograms that are at hand as arrays, side by side on one scale.
+
+    Parameters
+    ----------
+    mels : dict of str to array_like, shape (frames, 64)
+        Name and log-mel of each panel.
+    n_columns : int, optional
+        Panels in a row.
+    title : str, optional
+        Above all panels.
+    frame_s : float, optional
+        Seconds from one frame to the next.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Time in seconds to the right, 64 mel bands from 0 to 8 kHz upwards.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    n_rows = -(-len(mels) // n_columns)
+    figure, axes = plt.subplots(
+        n_rows, n_columns, figsize=(2.6 * n_columns, 1.9 * n_rows + 0.6), squeeze=False,
+        sharex=True, sharey=True, layout="constrained",
+    )  # fmt: skip
+    for panel in axes.flat[len(mels) :]:
+        panel.set_axis_off()
+    for panel, (name, mel) in zip(axes.flat, mels.items(), strict=False):
+        mel = np.asarray(mel)
+        extent = (0, len(mel) * frame_s, 0, mel.shape[1])
+        panel.imshow(
+            mel.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=-8, vmax=2
+        )
+        panel.set(title=name, yticks=[])
+        panel.grid(False)
+    figure.supxlabel("time, s")
+    figure.supylabel("mel band, 0 to 8 kHz")
+    figure.suptitle(title)
+    return figure
+
+
+def judged_as(labels, judged, title=""):
+    """Which class a judge hears in clips of each class, as shares of the row.
+
+    Parameters
+    ----------
+    labels, judged : sequence of str, shape (clips,)
+        What each clip should be, and what the judge says.
+    title : str, optional
+        Above the matrix.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One row a class; a perfect set is a diagonal of ones.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+    import pandas as pd
+    import seaborn as sns
+
+    from . import captions
+
+    asked = pd.Series([captions.tidy(label) for label in labels], name="asked for")
+    heard = pd.Series([captions.tidy(label) for label in judged], name="judged as")
+    names = sorted(set(asked) | set(heard))
+    shares = pd.crosstab(asked, heard, normalize="index")
+    shares = shares.reindex(index=sorted(set(asked)), columns=names, fill_value=0.0)
+    size = 0.55 * len(names) + 2.2
+    figure, axes = plt.subplots(figsize=(size + 0.8, size), layout="constrained")
+    # empty cells stay empty: the eye should find the confusions
+    numbers = np.where(shares > 0, shares.map("{:.2f}".format), "")
+    few = numbers if len(names) <= 12 else False
+    sns.heatmap(shares, vmin=0, vmax=1, cmap="viridis", annot=few, fmt="", ax=axes)
+    axes.set(title=title)
+    return figure
+
+
+def noise_schedule(alphas_cumprod):
+    """Draw how much of a latent is signal and how much is noise at every step of diffusion.
+
+    Parameters
+    ----------
+    alphas_cumprod : array_like, shape (steps,)
+        Share of the variance that is still signal.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        The two factors of the noisy latent (left), and their ratio in dB (right).
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    signal = np.asarray(alphas_cumprod, dtype=np.float64)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    left.plot(np.sqrt(signal), label="of the sound")
+    left.plot(np.sqrt(1 - signal), label="of the noise", linestyle="--")
+    left.set(xlabel="t", ylabel="factor")
+    left.legend()
+    right.plot(10 * np.log10(signal / (1 - signal)))
+    right.axhline(0, color="0.5", linestyle=":")
+    right.set(xlabel="t", ylabel="sound over noise, dB")
+    figure.suptitle("From a sound (t = 0) to noise")
+    return figure
+
+
+def caption_similarity(similarity, names):
+    """Draw how near each sound is to each caption in the space that both share.
+
+    Parameters
+    ----------
+    similarity : array_like, shape (sounds, captions)
+        Cosines of the embeddings; sound and caption of one index belong together.
+    names : sequence of str
+        The captions.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    figure, axes = plt.subplots(figsize=(0.8 * len(names) + 6, 0.5 * len(names) + 1.5))
+    numbers = range(1, len(names) + 1)
+    sns.heatmap(
+        similarity, annot=True, fmt=".2f", cmap="viridis", ax=axes, xticklabels=numbers,
+        yticklabels=[f"{name}  {i}" for i, name in zip(numbers, names, strict=True)],
+    )  # fmt: skip
+    axes.set(xlabel="caption", ylabel="sound", title="Cosine of sound and caption (CLAP)")
+    axes.tick_params(axis="y", rotation=0)
+    # only now: seaborn draws the figure to place its numbers, when nothing has found its place yet
+    figure.set_layout_engine("constrained")
+    return figure
+
+
+def training_curves(log, best_step):
+    """Draw the losses and the learning rate of a training run.
+
+    Parameters
+    ----------
+    log : pandas.DataFrame
+        ``step, train_loss, val_loss, val_loss_ema, learning_rate``.
+    best_step : int
+        Marked by a line.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9.5, 3.2), width_ratios=[2, 1], layout="constrained"
+    )
+    names = {
+        "train_loss": "training",
+        "val_loss": "validation",
+        "val_loss_ema": "validation, averaged weights",
+    }
+    for (column, name), style in zip(names.items(), (":", "--", "-"), strict=True):
+        left.plot(log["step"], log[column], style, marker="o", markersize=4, label=name)
+    left.axvline(best_step, color="0.5", linewidth=1, label="best")
+    left.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    left.legend()
+    right.plot(log["step"], log["learning_rate"], marker="o", markersize=4)
+    right.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    figure.suptitle("Fine-tuning")
+    return figure
+
+
+def arm_counts(plan):
+    """How many real and synthetic clips each arm trains on.
+
+    Parameters
+    ----------
+    plan : pandas.DataFrame
+        Of `esc.plan_units`; ``arm, ratio, n_real, n_synthetic`` are used.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One bar an arm, in the order of the plan.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    counts = plan.drop_duplicates(["arm", "ratio"])
+    names = [
+        f"{arm} {ratio:g}" if ratio else arm
+        for arm, ratio in zip(counts.arm, counts.ratio, strict=True)
+    ]
+    figure, axes = plt.subplots(figsize=(7, 0.42 * len(counts) + 1.2), layout="constrained")
+    real, synthetic = sns.color_palette("colorblind", 2)
+    axes.barh(names, counts.n_real, color=real, label="real")
+    axes.barh(names, counts.n_synthetic, left=counts.n_real, color=synthetic, label="synthetic")
+    axes.invert_yaxis()
+    axes.set(xlabel="training clips", title="What each arm is trained on")
+    axes.legend(loc="lower right")
+    axes.grid(False, axis="y")
+    return figure
+
+
+def accuracy_curve(results, arm, xlabel, title=""):
+    """Accuracy on real test clips against how much synthetic sound an arm holds.
+
+    Parameters
+    ----------
+    results : pandas.DataFrame
+        Table *results* of `esc.run_arms`; the arm "real" stands at 0.
+    arm : str
+        "both", "mixed" or "synthetic".
+    xlabel : str
+        What the arm's ratio means.
+    title : str, optional
+        Above the axes.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Small points: trained classifiers; lines: their means; bars: 1.96·SD/√n.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    from . import esc
+
+    part = results[results.arm.isin(["real", arm])]
+    summary = esc.summarise(part).sort_values("ratio")
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    models = list(summary.model.unique())
+    for color, (place, model) in zip(
+        sns.color_palette("colorblind"), enumerate(models), strict=False
+    ):
+        # side by side, so that bars of two models do not hide each other
+        shift = 0.02 * (place - (len(models) - 1) / 2) * max(1.0, summary.ratio.max())
+        one, each = summary[summary.model == model], part[part.model == model]
+        axes.scatter(each.ratio + shift, each.accuracy, s=14, color=color, alpha=0.45)
+        axes.errorbar(
+            one.ratio + shift, one.accuracy, one.half_width.fillna(0.0), color=color, marker="o",
+            capsize=3, label=model,
+        )  # fmt: skip
+    axes.set(xlabel=xlabel, ylabel="accuracy on real test clips", ylim=(0, 1.02), title=title)
+    axes.set_xticks(sorted(summary.ratio.unique()))
+    axes.legend(loc="lower left")
+    return figure
+
+
+def confusion_matrices(tables, title=""):
+    """Confusion matrices side by side, each row as shares of its true class.
+
+    Parameters
+    ----------
+    tables : dict of str to pandas.DataFrame
+        Heading and counts (rows: true class, columns: predicted), as `esc.confusion` gives them.
+    title : str, optional
+        Above all matrices.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One colour scale from 0 to 1; perfect classifiers have a diagonal of ones.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    from . import captions
+
+    classes = max(len(table) for table in tables.values())
+    side = 0.36 * classes + 0.9
+    figure, axes = plt.subplots(
+        1, len(tables), figsize=(side * len(tables) + 1.8, side + 1.3), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for panel, (name, table) in zip(axes.flat, tables.items(), strict=True):
+        shares = table.div(table.sum(axis=1).clip(lower=1), axis=0)
+        shares = shares.rename(index=captions.tidy, columns=captions.tidy)
+        sns.heatmap(shares, vmin=0, vmax=1, cmap="viridis", ax=panel, cbar=panel is axes.flat[-1])
+        panel.set(title=name, xlabel="predicted", ylabel="")
+    axes.flat[0].set_ylabel("true class")
+    figure.suptitle(title)
     return figure

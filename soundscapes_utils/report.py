@@ -124,6 +124,65 @@ def copy_for_readme(run_dir, out_dir):
     return "\n".join(["| quantity | value | note |", "|---|---|---|", *rows])
 
 
+def publish(run_dir="runs/quick"):
+    """Take the outputs of a finished run over into the notebooks themselves.
+
+    Only outputs move; the cells and their parameters stay as they are in ``notebooks/``.
+
+    Parameters
+    ----------
+    run_dir : path-like, optional
+        Run of profile ``quick``, without other parameters.
+
+    Returns
+    -------
+    list of Path
+        The notebooks that were written.
+
+    Raises
+    ------
+    pipeline.UsageError
+        If the run had other parameters than the notebooks, is not finished, or a notebook was
+        edited since.
+    """
+    import nbformat
+
+    folder = pipeline.project_path(run_dir)
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if record["profile"] != "quick" or record["given"]:
+        raise pipeline.UsageError(
+            f"{folder} is no plain run of profile quick: committed outputs would lie"
+        )
+    written = []
+    for stem, path in pipeline.notebooks().items():
+        if record["stages"].get(stem, {}).get("status") != "finished":
+            raise pipeline.UsageError(
+                f"{stem} is not finished in {folder}: run ./run_all.sh quick first"
+            )
+        source = nbformat.read(path, as_version=4)
+        _take_outputs(source, nbformat.read(folder / "notebooks" / path.name, as_version=4), stem)
+        with pipeline._replacing(path) as part:
+            nbformat.write(source, part)
+        written.append(path)
+    return written
+
+
+def _take_outputs(source, executed, stem):
+    made = [
+        cell
+        for cell in executed.cells
+        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
+    cells = [cell for cell in source.cells if cell.cell_type == "code"]
+    if [cell.source for cell in cells] != [cell.source for cell in made]:
+        raise pipeline.UsageError(f"{stem} was edited after it ran: run ./run_all.sh quick again")
+    for number, (cell, run) in enumerate(zip(cells, made, strict=True), 1):
+        cell.outputs, cell.execution_count = run.outputs, number
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = number
+
+
 def _stage(folder, stem, stage):
     executed = folder / "notebooks" / f"{stem}.ipynb"
     title, lead = _title_of(executed) if executed.is_file() else (stem, "")
@@ -142,12 +201,11 @@ def _stage(folder, stem, stage):
 
 
 def _title_of(notebook):
-    """First heading and first sentence of a notebook."""
+    """First heading of a notebook, and the paragraph below it."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    lines = "".join(cells[0]["source"]).splitlines() if cells else []
-    lines = [line.strip() for line in lines if line.strip()]
-    title = lines[0].lstrip("# ") if lines else notebook.stem
-    return title, lines[1] if len(lines) > 1 else ""
+    paragraphs = "".join(cells[0]["source"]).strip().split("\n\n") if cells else []
+    title = paragraphs[0].lstrip("# ") if paragraphs else notebook.stem
+    return title, " ".join(paragraphs[1].split()) if len(paragraphs) > 1 else ""
 
 
 def _notebook_page(folder, executed):
@@ -159,7 +217,10 @@ def _notebook_page(folder, executed):
         from nbconvert import HTMLExporter
 
         # Scripts that nbconvert would fetch from elsewhere serve widgets, of which there are none.
-        exporter = HTMLExporter(require_js_url="", jquery_url="", mermaid_js_url="")
+        nowhere = dict.fromkeys(
+            ("require_js_url", "jquery_url", "mermaid_js_url", "mermaid_layout_elk_js_url"), ""
+        )
+        exporter = HTMLExporter(**nowhere)
         text, _ = exporter.from_filename(str(executed))
         with pipeline._replacing(page) as part:
             part.write_text(text, encoding="utf-8")

@@ -15,6 +15,15 @@ ESC10 = Path(__file__).parents[2] / "shared/data/ESC-10/audio"
 RATE = 16_000
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    # two torch jobs side by side that each want all cores slow each other a hundredfold
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def tone(frequency, seed, seconds=1.0):
     t = np.arange(int(seconds * RATE)) / RATE
     noise = np.random.default_rng(seed).normal(size=t.size)
@@ -193,14 +202,14 @@ def toy_set(n, seed):
 
 
 # batch norm's running statistics need a few dozen steps before they serve the test
-@pytest.mark.parametrize(("name", "epochs"), [("sbcnn", 4), ("crnn", 10)])
+@pytest.mark.parametrize(("name", "epochs"), [("sbcnn", 5), ("crnn", 12)])
 def test_networks_learn_and_keep_their_best_weights(name, epochs):
-    train, validation = toy_set(24, 0), toy_set(16, 1)
+    train, validation = toy_set(16, 0), toy_set(8, 1)
     network, log = esc.train_classifier(
         name, train, validation, 2, epochs=epochs, batch_size=4, seed=1
     )
     probabilities = esc.predict(network, validation[0])
-    kept = -np.log(probabilities[np.arange(16), validation[1]]).mean()
+    kept = -np.log(probabilities[np.arange(8), validation[1]]).mean()
     assert kept == pytest.approx(log["validation_loss"].min(), rel=1e-4)
     assert (probabilities.argmax(axis=1) == validation[1]).mean() >= 0.9
 

@@ -385,6 +385,17 @@ def test_score_table_extrapolates():
     assert wide["note"].str.contains("fewer clips than dimensions").all()
 
 
+def test_intervals_stay_within_what_a_metric_can_be():
+    table = fad.score_table(
+        gaussian(30, 3, 1), {"y": gaussian(30, 3, 2, 1.5)}, embedding="toy", repeats=60,
+        metrics=("precision", "recall", "coverage", "density", "FAD"), floor=gaussian(30, 3, 3),
+    )  # fmt: skip
+    assert (table["ci_low"] >= 0).all()
+    shares = table[table["metric"].isin(["precision", "recall", "coverage"])]
+    assert (shares["ci_high"] <= 1).all()
+    assert (table["ci_low"] < table["ci_high"]).all()
+
+
 def test_score_table_gives_every_candidate_the_bandwidth_of_the_reference():
     x, y = gaussian(40, 4, 1), gaussian(30, 4, 2, 1)
     table = fad.score_table(x, {"y": y}, embedding="toy", metrics=("KAD",), repeats=10)
@@ -414,6 +425,7 @@ def test_beside_floor_takes_the_floor_of_the_nearest_n():
     table = fad.score_table(
         gaussian(40, 3, 1), candidates, embedding="toy", floor=gaussian(30, 3, 4), metrics=["FAD"]
     )
+    table.index = [0] * len(table)  # what concatenating tables without care gives
     view = fad.beside_floor(table)
     assert view["floor_n"].tolist() == ["40 / 10", "40 / 20"]
     assert view["n"].tolist() == ["40 / 10", "40 / 20"]

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -36,9 +37,8 @@ class Tones:
         time.sleep(self.pause)
         t = np.arange(round(duration_s * self.sample_rate)) / self.sample_rate
         tones = [0.3 * np.sin(2 * np.pi * (200 + s % 1000) * t) for s in seeds]
-        return [
-            (y * self.bad.get(s, 1.0)).astype(np.float32) for s, y in zip(seeds, tones, strict=True)
-        ]
+        gains = [np.float32(self.bad.get(s, 1.0)) for s in seeds]
+        return [y.astype(np.float32) * g for y, g in zip(tones, gains, strict=True)]
 
 
 def small_plan(n=3, labels=("dog", "rain")):
@@ -99,11 +99,7 @@ def test_odd_durations_have_exactly_the_samples_asked_for(backends, name):
 def test_audioldm_is_what_diffusers_makes_of_the_same_noise(backends, checkpoints):
     import torch
 
-    options = {"steps": 3, "guidance_scale": 2.5, "eta": 1.0, "device": "cpu"}
-    backend = generation.get_backend(
-        "audioldm", checkpoint=checkpoints["audioldm"], clips_per_pass=1, **options
-    )
-    ours = backend.generate(["a dog"], [11], 0.5, ["noise"])[0]
+    ours = backends["audioldm"].generate(["a dog"], [11], 0.5, ["noise"])[0]
     reference = ldm.load_pipeline(checkpoints["audioldm"], "cpu")(
         "a dog",
         negative_prompt="noise",
@@ -114,9 +110,14 @@ def test_audioldm_is_what_diffusers_makes_of_the_same_noise(backends, checkpoint
         generator=torch.Generator().manual_seed(11),
     ).audios[0]
     np.testing.assert_array_equal(ours, reference)
-    # and the shape of the pass moves it by rounding only
-    in_a_pass_of_four = backends["audioldm"].generate(["a dog"], [11], 0.5, ["noise"])[0]
-    np.testing.assert_allclose(in_a_pass_of_four, reference, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", generation.BACKENDS)
+def test_passes_of_several_clips_differ_by_rounding_only(backends, name, monkeypatch):
+    one = backends[name].generate(PROMPTS, SEEDS, 0.5)
+    monkeypatch.setitem(backends[name].settings, "clips_per_pass", 4)
+    four = backends[name].generate(PROMPTS, SEEDS, 0.5)
+    np.testing.assert_allclose(np.stack(four), np.stack(one), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["audioldm", "audioldm2"])
@@ -298,8 +299,22 @@ def test_generated_table_describes_the_files(tmp_path):
         assert len(y) == round(row.duration_s * rate)
         assert 20 * np.log10(np.abs(y).max()) == pytest.approx(-1.0, abs=0.01)
         assert audio.loudness(y, rate) == pytest.approx(row.lufs, abs=0.02)
-    read_back = pd.read_csv(pd.io.common.StringIO(generated.to_csv(index=False)))
+
+
+def test_tables_survive_a_csv_file(tmp_path):
+    plan = small_plan()
+    plan.to_csv(tmp_path / "plan.csv", index=False)
+    generated = generation.generate_clips(pd.read_csv(tmp_path / "plan.csv"), Tones(), tmp_path)
+    assert (generated.negative_prompt == "").all()
+    again = Tones()
+    generation.generate_clips(plan, again, tmp_path)
+    assert again.asked == []
+    generated.to_csv(tmp_path / "generated.csv", index=False)
+    read_back = pd.read_csv(
+        tmp_path / "generated.csv", keep_default_na=False, na_values={"score": ""}
+    )
     assert read_back.seed.tolist() == plan.seed.tolist()
+    assert read_back.lufs.tolist() == generated.lufs.tolist()
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
@@ -325,7 +340,7 @@ def test_a_killed_process_leaves_only_whole_clips(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300  # only a bound for a loaded machine
         while len(contents(tmp_path)) < 3:
             assert time.monotonic() < deadline
             assert process.poll() is None
@@ -381,7 +396,7 @@ def test_other_settings_and_other_weights_are_other_clips(checkpoints, tmp_path)
 def test_useless_outputs_are_set_aside_and_made_again(tmp_path):
     plan = small_plan(2, ["dog"])
     silent, broken = plan.seed
-    backend = Tones(bad={silent: 1e-4, broken: np.nan, broken + 1: np.inf})
+    backend = Tones(bad={silent: 1e-4, broken: np.nan, broken + 1: np.nan})
     generated = generation.generate_clips(plan, backend, tmp_path)
     assert generated.seed.tolist() == [silent + 1, broken + 2]
     rejected = generation.rejected_clips(tmp_path)
@@ -411,10 +426,18 @@ def test_a_constant_offset_counts_as_silence():
     assert generation._fault(np.array([0.7, 0.71], np.float32)) == ""
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(audio.AudioError, match="file"):
-        generation.generate_clips(small_plan(), Tones(), tmp_path / "file" / "clips")
+def test_a_full_disk_is_named_and_loses_nothing(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(audio.AudioError, match=r"dog-simple-0000.*No space left"):
+            generation.generate_clips(small_plan(), Tones(), tmp_path)
+    assert len(generation.generate_clips(small_plan(), Tones(), tmp_path)) == 6
+
+
+def test_a_manifest_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / generation.MANIFEST).mkdir()
     with pytest.raises(GenerationError, match=r"manifest.jsonl: cannot be written"):
         generation.generate_clips(small_plan(), Tones(), tmp_path)

@@ -1,7 +1,6 @@
 """The runner, on throw-away projects with tiny notebooks."""
 
 import errno
-import html.parser
 import json
 import os
 import signal
@@ -11,13 +10,13 @@ import time
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from nbformat import v4
 
 from soundscapes_utils import __main__ as cli
-from soundscapes_utils import pipeline, report
+from soundscapes_utils import pipeline
 
 FIRST = """
 run_dir = "runs/quick"  # where results go
@@ -258,7 +257,9 @@ def test_run_resume_and_report(project, capsys):
 
 def test_failing_cell_names_itself_and_resumes(project, capsys):
     source = project / "notebooks/01_use.ipynb"
-    write_notebook(source, 'run_dir = ""\ngain = 1.0\n', "x = 1\n", "raise ValueError('too <loud>')")
+    write_notebook(
+        source, 'run_dir = ""\ngain = 1.0\n', "x = 1\n", "raise ValueError('too <loud>')"
+    )
     assert main_in(project, ["run", "quick", "-p", "seed", "3", "--name", "my-run"]) == 1
     said = capsys.readouterr().err
     assert "01_use failed in cell In [4]" in said
@@ -329,96 +330,12 @@ def test_interrupted_run_says_how_to_resume_and_resumes(project, how, capsys):
     while not (project / "notebooks/started").exists():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.1)
+    kernels = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(how)
     _, said = process.communicate(timeout=20)
+    assert kernels and not psutil.wait_procs(kernels, timeout=10)[1], "a kernel was left behind"
     assert process.returncode == 130
     assert "Interrupted" in said and "./run_all.sh quick" in said
     write_notebook(project / "notebooks/01_use.ipynb", 'run_dir = ""\ngain = 1.0\n', READ)
     pipeline.run("quick", root=project)
     assert "00_make: unchanged, skipped" in capsys.readouterr().out
-
-
-# --- the report ----------------------------------------------------------------------------------
-
-
-class References(html.parser.HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.links, self.images, self.ids = [], [], set()
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.ids.add(attrs.get("id"))
-        self.links += [attrs[name] for name in ("src", "href") if name in attrs]
-        if tag == "img":
-            self.images.append(attrs)
-
-
-def finished_run(folder):
-    from matplotlib.figure import Figure
-
-    from soundscapes_utils import audio
-
-    run = pipeline.open_run(folder)
-    sounds = []
-    for number, label in enumerate(["dog", "rain"]):
-        path = run.audio / f"{label}.wav"
-        y = 0.3 * np.sin(np.arange(16_000) * 0.05 * (number + 1)).astype(np.float32)
-        audio.save_audio(path, y, 16_000)
-        sounds.append(
-            {"foreground_label": label, "scene": "park", "caption": "<b>a dog", "path": path}
-        )
-    run.save_table(pd.DataFrame(sounds), "mixes")
-    figure = Figure()
-    figure.subplots().set_title('Two "mixes" & more')
-    run.save_figure(figure, "01_mix")
-    run.save_table(pd.DataFrame({"quantity": ["mixes"], "value": [2], "note": [""]}), "01_summary")
-    stage = {"status": "finished", "seconds": 61, "peak_memory_gb": 1.0, "parameters": {"seed": 0}}
-    record = {"name": "t", "profile": "quick", "given": {}, "started": "2024-01-01T00:00:00"}
-    record |= {"python": "3.11", "platform": "x", "cores": 2, "versions": {"numpy": "2"}}
-    record |= {"git": {"commit": "abc", "dirty": False}, "stages": {"01_dataset_mixing": stage}}
-    (run.path / "run.json").write_text(json.dumps(record))
-    return run.path
-
-
-def test_report_refers_to_files_of_the_run_only_and_escapes(tmp_path):
-    page = report.write_report(finished_run(tmp_path))
-    text = page.read_text()
-    found = References()
-    found.feed(text)
-    for link in found.links:
-        if link.startswith("#"):
-            assert link[1:] in found.ids
-        else:
-            assert (tmp_path / link).is_file(), link
-    assert all(image["alt"] for image in found.images) and len(found.images) == 3
-    assert "&lt;b&gt;a dog" in text and "<b>a dog" not in text
-    assert "://" not in text
-    assert "1 min 01 s" in text
-
-
-def test_report_of_nothing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no run"):
-        report.write_report(tmp_path)
-
-
-def test_numbers_are_rounded_and_texts_kept():
-    shown = [report._number(x) for x in (0.123456, 12345.6, 3.0, "62.9 ± 4.1", float("nan"))]
-    assert shown == ["0.1235", "12346", "3", "62.9 ± 4.1", ""]
-
-
-def test_accuracy_is_the_mean_over_folds_and_runs(tmp_path):
-    rows = [("real", 1, 0.5), ("real", 2, 0.7), ("both", 1, 0.9)]
-    table = pd.DataFrame(rows, columns=["arm", "fold", "accuracy"])
-    table = table.assign(model="cnn", backend=["", "", "ldm"], prompt_family="", ratio=0)
-    pipeline.open_run(tmp_path).save_table(table, "results")
-    shown = report._accuracy(tmp_path)
-    by_arm = {row[shown["columns"].index("arm")]: row for row in shown["rows"]}
-    assert by_arm["real"][shown["columns"].index("accuracy, mean")] == "0.6"
-    assert by_arm["real"][-1] == "2" and by_arm["both"][-1] == "1"
-
-
-def test_readme_figures_and_table(tmp_path):
-    table = report.copy_for_readme(finished_run(tmp_path / "run"), tmp_path / "figures")
-    assert (tmp_path / "figures" / "01_mix.png").is_file()
-    assert "| mixes | 2 |  |" in table
