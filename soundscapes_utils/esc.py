@@ -364,6 +364,7 @@ def train_classifier(
     epochs=100,
     batch_size=128,
     patience=15,
+    patches_per_epoch=None,
     seed=0,
     device="cpu",
 ):
@@ -385,6 +386,9 @@ def train_classifier(
         Patches a step; take less for a few hundred clips, else there are few steps.
     patience : int, default 15
         Stop after so many epochs without a lower validation loss.
+    patches_per_epoch : int, optional
+        Patches an epoch, however many clips there are; by default one of each clip, as in the paper.
+        With a number, arms of different size take equally many steps.
     seed : int, default 0
         Initial weights, order, patches and dropout follow from it.
     device : str, default "cpu"
@@ -416,7 +420,8 @@ def train_classifier(
         chance = torch.Generator().manual_seed(seed)
         rows, best, best_loss, waited = [], None, np.inf, 0
         for epoch in range(1, epochs + 1):
-            train_loss = _train_epoch(network, optimiser, x, y, batch_size, chance)
+            order = _draw_order(len(x), patches_per_epoch, chance)
+            train_loss = _train_epoch(network, optimiser, x, y, order.split(batch_size), chance)
             probabilities = predict(network, validation[0])
             loss, accuracy = _score(probabilities, validation[1])
             rows.append((epoch, train_loss, loss, accuracy))
@@ -433,21 +438,27 @@ def train_classifier(
     return network.eval(), pd.DataFrame(rows, columns=columns)
 
 
-def _train_epoch(network, optimiser, x, y, batch_size, chance):
+def _draw_order(n, wanted, chance):
+    """Row numbers of an epoch: every clip once before any comes again."""
+    wanted = wanted or n
+    rounds = [torch.randperm(n, generator=chance) for _ in range(-(-wanted // n))]
+    return torch.cat(rounds)[:wanted]
+
+
+def _train_epoch(network, optimiser, x, y, batches, chance):
     network.train()
     # a view of every patch that a clip holds; a batch copies only those it draws
     patches = x.unfold(1, PATCH_FRAMES, 1)
-    order = torch.randperm(len(x), generator=chance)
-    starts = torch.randint(patches.shape[1], (len(x),), generator=chance)
-    total = 0.0
-    for part in order.split(batch_size):
-        batch = patches[part, starts[part]].transpose(1, 2).unsqueeze(1)
+    losses = []
+    for part in batches:
+        starts = torch.randint(patches.shape[1], (len(part),), generator=chance)
+        batch = patches[part, starts].transpose(1, 2).unsqueeze(1)
         loss = functional.cross_entropy(network(batch), y[part])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        total += loss.item() * len(part)
-    return total / len(x)
+        losses.append(loss.item())
+    return float(np.mean(losses))
 
 
 def _score(probabilities, y):
@@ -715,6 +726,7 @@ def run_arms(
     epochs=100,
     batch_size=128,
     patience=15,
+    patches_per_epoch=None,
     real_per_class=None,
     out_dir,
     generator_folds=None,
@@ -730,7 +742,7 @@ def run_arms(
     ----------
     clips, generated, arms, models, test_folds, runs, seed, real_per_class, generator_folds
         See :func:`plan_units`.
-    epochs, batch_size, patience, device
+    epochs, batch_size, patience, patches_per_epoch, device
         See :func:`train_classifier`.
     out_dir : str or Path
         Gets ``features/`` (cache), ``units/`` (result and predictions of each unit),
@@ -775,6 +787,7 @@ def run_arms(
     )
     synthetic = generated.reset_index(drop=True) if plan["n_synthetic"].any() else clips.iloc[:0]
     training = {"epochs": epochs, "batch_size": batch_size, "patience": patience}
+    training |= {"patches_per_epoch": patches_per_epoch}
     shared = _gather(clips, synthetic, out_dir, workers)
     units = [_complete(unit, shared, training) for unit in plan.to_dict("records")]
     missing = [unit for unit in units if not _is_done(out_dir, unit)]
@@ -896,6 +909,7 @@ def _run_unit(unit, shared, out_dir, device):
         epochs=about["epochs"],
         batch_size=about["batch_size"],
         patience=about["patience"],
+        patches_per_epoch=about["patches_per_epoch"],
         seed=about["seed"],
         device=device,
     )

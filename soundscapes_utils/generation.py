@@ -109,8 +109,8 @@ class DiffusersBackend:
     Clips run through the model in passes of exactly ``clips_per_pass``: the last pass is filled up
     with copies, and clips share a pass only if their prompts have the same length in tokens where
     that length reaches the sound (AudioLDM 2 pads to the longest). With the default of 1 a clip is
-    bit by bit independent of its batch. With more, its place in the pass may round it differently
-    (some 1e-6 of full scale in float32), and another ``clips_per_pass`` does (some 1e-5).
+    bit by bit independent of its batch. With more, its place in the pass and their number may round
+    it differently: by about 1e-5 of full scale in float32, with the tiny models of the tests.
 
     Attributes
     ----------

@@ -192,8 +192,8 @@ def _entry(row, audio_root):
 
 
 def _names(row):
-    # a clip of a single event has no scene
-    return [row[key] for key in ("foreground_label", "scene") if row[key]]
+    # a clip of a single event has no scene; CSV turns that into NaN
+    return [row[key] for key in ("foreground_label", "scene") if row[key] and row[key] == row[key]]
 
 
 def _write_json(path, content):

@@ -98,7 +98,7 @@ def active_level(y, sample_rate):
     starts = np.arange(0, y.size, frame)
     power = np.add.reduceat(y**2, starts) / np.diff(np.append(starts, y.size))
     active = power >= power.max() * 10 ** (-_ACTIVE_DB / 10)
-    first, last = np.flatnonzero(active)[[0, -1]]
+    first, last = np.flatnonzero(active)[[0, -1]].tolist()
     end = min((last + 1) * frame, y.size)
     return _db(math.sqrt(power[active].mean())), first * frame / sample_rate, end / sample_rate
 

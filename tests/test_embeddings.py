@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from soundscapes_utils import audio, embeddings, ldm
 
@@ -14,10 +15,6 @@ YAMNET = SHARED / "models" / "yamnet.tflite"
 ESC10 = SHARED / "data" / "ESC-10"
 needs_yamnet = pytest.mark.skipif(not YAMNET.is_file(), reason="yamnet.tflite is not at hand")
 needs_esc10 = pytest.mark.skipif(not ESC10.is_dir(), reason="ESC-10 is not at hand")
-needs_checkpoint = pytest.mark.skipif(
-    not (ldm.EMBEDDED_CHECKPOINT / "model_index.json").is_file(),
-    reason="the embedded checkpoint is not there",
-)
 
 
 def noise(seconds=2.0, seed=0, level=0.1):
@@ -181,14 +178,21 @@ def test_modulation_rate_is_found(logmel, rate, octave, tolerance):
 # --- mini-clap -------------------------------------------------------------------------------------
 
 
-@needs_checkpoint
-def test_mini_clap_is_the_checkpoints_tower():
-    y = noise()
-    clap = embeddings.get_embedding("mini-clap")
-    found = clap.embed([y, y])
-    np.testing.assert_array_equal(found[0], found[1])
-    np.testing.assert_allclose(found[0], ldm.embed_audio([y], 16_000)[0], atol=1e-6)
+def test_mini_clap_is_the_checkpoints_tower(tmp_path):
+    def checkpoint(name, seed):
+        torch.manual_seed(seed)
+        ldm.AudioTower().save_pretrained(tmp_path / name / "audio_encoder")
+        (tmp_path / name / "model_index.json").write_text("{}")
+        return tmp_path / name
+
+    y, folder = noise(), checkpoint("one", 1)
+    clap, other = (embeddings.get_embedding("mini-clap", f) for f in (folder, checkpoint("two", 2)))
+    expected = ldm.embed_audio([y], 16_000, str(folder))[0]
+    np.testing.assert_allclose(clap.embed([y])[0], expected, atol=1e-6)
     assert clap.dim == embeddings.EMBEDDINGS.set_index("name").loc["mini-clap", "dim"]
+    # other weights under the same name must not be answered from the cache
+    first = clap.embed([y], cache_dir=tmp_path / "cache")
+    assert not np.allclose(other.embed([y], cache_dir=tmp_path / "cache"), first, atol=1e-3)
 
 
 # --- yamnet ----------------------------------------------------------------------------------------

@@ -13,32 +13,13 @@ import pytest
 import tiny_checkpoints
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_checkpoints import Tones
 
 from soundscapes_utils import audio, generation, ldm
 from soundscapes_utils.generation import GenerationError
 
 PROMPTS = ["a dog", "a dog barking loudly", "rain", "a dog", "rain", "a dog"]
 SEEDS = [11, 12, 13, 14, 15, 16]
-
-
-class Tones:
-    """A model of a few lines: the seed is the pitch, and some seeds fail."""
-
-    name, checkpoint, sample_rate = "tones", "none", 8000
-
-    def __init__(self, bad=None, interrupt_at=None, pause=0.0):
-        self.settings = {"steps": 1}
-        self.bad, self.interrupt_at, self.pause, self.asked = bad or {}, interrupt_at, pause, []
-
-    def generate(self, prompts, seeds, duration_s, negative_prompts=None):
-        if self.interrupt_at is not None and len(self.asked) >= self.interrupt_at:
-            raise KeyboardInterrupt
-        self.asked += seeds
-        time.sleep(self.pause)
-        t = np.arange(round(duration_s * self.sample_rate)) / self.sample_rate
-        tones = [0.3 * np.sin(2 * np.pi * (200 + s % 1000) * t) for s in seeds]
-        gains = [np.float32(self.bad.get(s, 1.0)) for s in seeds]
-        return [y.astype(np.float32) * g for y, g in zip(tones, gains, strict=True)]
 
 
 def small_plan(n=3, labels=("dog", "rain")):
@@ -333,8 +314,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
 
 def test_a_killed_process_leaves_only_whole_clips(tmp_path):
     code = (
-        "import test_generation as t; from soundscapes_utils import generation as g;"
-        f"g.generate_clips(t.small_plan(50), t.Tones(pause=0.05), {str(tmp_path)!r}, batch_size=1)"
+        "from tiny_checkpoints import Tones; from soundscapes_utils import generation as g;"
+        "plan = g.plan_clips(['dog', 'rain'], 50, duration_s=0.25);"
+        f"g.generate_clips(plan, Tones(pause=0.05), {str(tmp_path)!r}, batch_size=1)"
     )
     folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}

@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile as sf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soundscapes_utils import metadata
 
+CAPTIONS = ["caption", "caption_2", "caption_3"]
 CLASS_MAP = Path(__file__).parents[2] / "shared/models/yamnet_class_map.csv"
 
 
@@ -64,9 +65,15 @@ def test_what_was_written_is_read_back(mixes, tmp_path):
     table = metadata.read_audiocaps(root_file)
     assert table.split.tolist() == mixes.split.tolist()
     assert [Path(p) for p in table.path] == [Path(p) for p in mixes.path]
-    assert table[list(metadata.CAPTIONS)].equals(mixes[list(metadata.CAPTIONS)])
+    assert table[CAPTIONS].equals(mixes[CAPTIONS])
     assert table.labels[1] == "mouse click, street traffic"
     assert metadata.validate(root_file).empty
+
+
+@pytest.mark.parametrize("no_scene", ["", np.nan])
+def test_clip_of_a_single_event_has_one_label(mixes, tmp_path, no_scene):
+    root_file = metadata.write_audiocaps(mixes.assign(scene=no_scene), tmp_path / "meta", "events")
+    assert metadata.read_audiocaps(root_file).labels.unique().tolist() == ["dog", "mouse click"]
 
 
 def test_one_split_alone_keeps_its_folder(mixes, tmp_path):
@@ -148,6 +155,7 @@ def test_clean_mixes_pass(mixes):
     assert metadata.check_leaks(mixes) is None
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_every_kind_of_leak_is_found_and_named(data):
     splits = ["train"] * 4 + ["val"] * 2 + ["test"] * 2

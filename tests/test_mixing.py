@@ -132,7 +132,7 @@ def test_plan_is_the_table_of_mixes_and_balanced(clips):
         assert used.max() - used.min() <= 1
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(st.integers(0, 2**31), st.integers(5, 60), st.integers(1, 5), st.sampled_from(mixing.MODES))
 def test_any_plan_is_balanced_seeded_and_free_of_leaks(clips, seed, n, test_fold, mode):
     mixes = plan(clips, n, seed, test_fold=test_fold, mode=mode)

@@ -2,11 +2,15 @@
 
 They make noise, but they are loaded and run by the very code that loads and runs the public
 checkpoints, without network: AudioLDM and AudioLDM 2 in diffusers' folder layout, AudioGen in
-audiocraft's (``state_dict.bin`` and ``compression_state_dict.bin``, plus a T5 folder).
+audiocraft's (``state_dict.bin`` and ``compression_state_dict.bin``, plus a T5 folder). `Tones` is
+the smallest back-end of all, for what has nothing to do with models.
 """
 
 import contextlib
+import time
 from pathlib import Path
+
+import numpy as np
 
 MEL = 16  # bands of the tiny vocoder and VAE
 VOCODER = {
@@ -19,6 +23,26 @@ VOCODER = {
     "resblock_dilation_sizes": [[1, 3]],
     "normalize_before": False,
 }
+
+
+class Tones:
+    """A model of a few lines: the seed is the pitch, and some seeds fail."""
+
+    name, checkpoint, sample_rate = "tones", "none", 8000
+
+    def __init__(self, bad=None, interrupt_at=None, pause=0.0):
+        self.settings = {"steps": 1}
+        self.bad, self.interrupt_at, self.pause, self.asked = bad or {}, interrupt_at, pause, []
+
+    def generate(self, prompts, seeds, duration_s, negative_prompts=None):
+        if self.interrupt_at is not None and len(self.asked) >= self.interrupt_at:
+            raise KeyboardInterrupt
+        self.asked += seeds
+        time.sleep(self.pause)
+        t = np.arange(round(duration_s * self.sample_rate)) / self.sample_rate
+        tones = [0.3 * np.sin(2 * np.pi * (200 + s % 1000) * t) for s in seeds]
+        gains = [np.float32(self.bad.get(s, 1.0)) for s in seeds]
+        return [y.astype(np.float32) * g for y, g in zip(tones, gains, strict=True)]
 
 
 def _roberta_tokenizer():
