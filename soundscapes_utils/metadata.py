@@ -148,8 +148,15 @@ def write_audiocaps(mixes, out_dir, name):
 
     Examples
     --------
-    >>> write_audiocaps(mixes, "metadata", "scenes").name  # doctest: +SKIP
-    'dataset_root.json'
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> path = audio.save_audio(folder / "mixes" / "test" / "mix.wav", [0.1, 0.2], 16000)
+    >>> mix = {"split": "test", "foreground_label": "dog", "scene": "park", "caption": "a dog"}
+    >>> root = write_audiocaps(pd.DataFrame([mix | {"path": path}]), folder, "scenes")
+    >>> root.name, validate(root).empty
+    ('dataset_root.json', True)
+    >>> read_audiocaps(root).drop(columns="path").to_numpy().tolist()
+    [['test', 'dog, park', 'a dog']]
     """
     if mixes.empty:
         raise MetadataError("no mixes to describe; plan and render some first")
@@ -237,8 +244,10 @@ def read_audiocaps(dataset_root_json):
 
     Examples
     --------
-    >>> read_audiocaps("metadata/dataset_root.json").split.unique()  # doctest: +SKIP
-    array(['train', 'val', 'test'], dtype=object)
+    >>> read_audiocaps("none.json")
+    Traceback (most recent call last):
+    soundscapes_utils.metadata.MetadataError: none.json: no such file; run notebook \
+01_dataset_mixing
     """
     root_file = Path(dataset_root_json)
     root = _read_json(root_file)
@@ -313,8 +322,13 @@ def validate(dataset_root_json):
 
     Examples
     --------
-    >>> validate("metadata/dataset_root.json").empty  # doctest: +SKIP
-    True
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> path = audio.save_audio(folder / "mixes" / "test" / "mix.wav", [0.0, 0.0], 16000)
+    >>> mix = {"split": "test", "foreground_label": "dog", "scene": "park", "caption": "a dog"}
+    >>> root = write_audiocaps(pd.DataFrame([mix | {"path": path}]), folder, "scenes")
+    >>> validate(root).problem.tolist()
+    ['is silent; leave it out or replace it']
     """
     table = read_audiocaps(dataset_root_json)
     spoken = [column for column in table if "caption" in column]

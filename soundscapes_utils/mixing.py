@@ -286,8 +286,9 @@ def plan_mixes(
         Ratio in dB, fixed or drawn uniformly from a range.
     foreground_lambda, background_lambda : float
         λ1 and λ2 of mode "lambda", above 0; 1 and 1 is the equation of Gaurav et al.
-    onset : "uniform" or float
-        Seconds, or anywhere such that the foreground's active part ends within the mix.
+    onset : "uniform", float or str
+        Seconds (a number or its text), or anywhere such that the foreground's active part ends
+        within the mix.
     duration_s : float
         Length of the mixes.
     sample_rate : int, optional
@@ -310,15 +311,20 @@ def plan_mixes(
 
     Examples
     --------
-    >>> from soundscapes_utils import datasets
-    >>> events = datasets.load_embedded(clips_per_class=5)  # doctest: +SKIP
-    >>> scenes = datasets.load_embedded_scenes(scenes_per_class=5)  # doctest: +SKIP
-    >>> plan_mixes(events, scenes, n=50).split.value_counts().tolist()  # doctest: +SKIP
-    [30, 10, 10]
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> names = [f"{label}-{fold}" for label in ("dog", "park") for fold in (1, 2, 3)]
+    >>> paths = [audio.save_audio(folder / f"{n}.wav", [0.1] * 800, 8000) for n in names]
+    >>> clips = pd.DataFrame({"path": paths, "source_id": names, "fold": [1, 2, 3] * 2})
+    >>> clips["label"] = [name.split("-")[0] for name in names]
+    >>> mixes = plan_mixes(clips[:3], clips[3:], n=3, test_fold=3, duration_s=0.1)
+    >>> mixes[["split", "foreground_source", "background_source"]].to_numpy().tolist()
+    [['train', 'dog-2', 'park-2'], ['val', 'dog-1', 'park-1'], ['test', 'dog-3', 'park-3']]
     """
     low, high = (snr_db, snr_db) if np.isscalar(snr_db) else snr_db
     lambdas = foreground_lambda, background_lambda
-    _check_options(mode, low, high, lambdas, onset, duration_s)
+    _check_options(mode, low, high, lambdas)
+    onset_s = _fixed_onset(onset, duration_s)
     fg = foregrounds.assign(split=assign_splits(foregrounds, test_fold))
     bg_fold = _matching_fold(backgrounds, test_fold)
     bg = backgrounds.assign(split=assign_splits(backgrounds, bg_fold))
@@ -333,20 +339,29 @@ def plan_mixes(
             wanted = low + (high - low) * draw[0] if mode == "snr" else None
             levels = _gains(level(f.path, False), level(b.path, True), wanted, lambdas)
             end = level(f.path, False)[2]
-            begin = max(0.0, duration_s - end) * draw[1] if onset == "uniform" else onset
+            begin = max(0.0, duration_s - end) * draw[1] if onset_s is None else onset_s
             rows.append(_recipe_row(split, index, f, b, mix_seed, begin, duration_s, levels))
     return pd.DataFrame(rows, columns=MIX_COLUMNS)
 
 
-def _check_options(mode, low, high, lambdas, onset, duration_s):
+def _check_options(mode, low, high, lambdas):
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
         raise ValueError(f"snr_db from {low} to {high}: give finite dB, the smaller one first")
     if not all(math.isfinite(x) and x > 0 for x in lambdas):
         raise ValueError(f"λ of {lambdas}: both must be above 0")
-    if not duration_s > 0 or not (onset == "uniform" or 0 <= onset < duration_s):
+
+
+def _fixed_onset(onset, duration_s):
+    """Onset in seconds, None where it is to be drawn."""
+    try:
+        onset_s = None if onset == "uniform" else float(onset)
+    except ValueError as error:
+        raise ValueError(f"onset {onset!r}: give 'uniform' or seconds") from error
+    if not 0 <= (onset_s or 0.0) < duration_s:
         raise ValueError(f"onset {onset!r} does not lie in a mix of {duration_s} s")
+    return onset_s
 
 
 def _matching_fold(backgrounds, test_fold):
@@ -453,9 +468,16 @@ def render_mixes(mixes, out_dir, sample_rate, workers=None, engine="numpy"):
 
     Examples
     --------
-    >>> mixes = plan_mixes(events, scenes, n=50)  # doctest: +SKIP
-    >>> render_mixes(mixes, "mixes", 16000).path[0]  # doctest: +SKIP
-    'mixes/train/train-00000.wav'
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> names = [f"{label}-{fold}" for label in ("dog", "park") for fold in (1, 2, 3)]
+    >>> paths = [audio.save_audio(folder / f"{n}.wav", [0.1] * 800, 8000) for n in names]
+    >>> clips = pd.DataFrame({"path": paths, "source_id": names, "fold": [1, 2, 3] * 2})
+    >>> clips["label"] = [name.split("-")[0] for name in names]
+    >>> mixes = plan_mixes(clips[:3], clips[3:], n=3, test_fold=3, duration_s=0.1)
+    >>> done = render_mixes(mixes, folder / "mixes", 8000)
+    >>> sorted(path.name for path in (folder / "mixes").rglob("*.wav"))
+    ['test-00000.wav', 'train-00000.wav', 'val-00000.wav']
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")

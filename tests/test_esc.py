@@ -239,6 +239,16 @@ def test_training_stops_when_validation_no_longer_improves():
     assert len(log) == log["validation_loss"].idxmin() + 1 + 2 < 30
 
 
+def test_an_epoch_can_hold_any_number_of_patches():
+    chance = torch.Generator().manual_seed(0)
+    once = esc._draw_order(5, None, chance)
+    assert sorted(once.tolist()) == list(range(5))
+    # as even as possible: nothing a third time before all were drawn twice
+    counts = torch.bincount(esc._draw_order(5, 13, chance), minlength=5)
+    assert counts.sum() == 13 and set(counts.tolist()) == {2, 3}
+    assert len(set(esc._draw_order(5, 3, chance).tolist())) == 3
+
+
 def test_a_clip_is_scored_by_the_mean_over_patches_that_cover_it():
     torch.manual_seed(0)
     network, x = esc.SBCNN(3), toy_set(2, 0)[0]

@@ -177,6 +177,7 @@ def test_onsets_leave_the_event_whole(clips):
     mixes = plan(clips, 60)
     assert mixes.onset_s.between(0, 0.5).all() and mixes.onset_s.nunique() > 40
     assert set(plan(clips, 20, onset=0.25).onset_s) == {0.25}
+    assert set(plan(clips, 20, onset="0").onset_s) == {0.0}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +188,7 @@ def test_onsets_leave_the_event_whole(clips):
         ({"snr_db": (5, -5)}, "smaller one first"),
         ({"mode": "lambda", "foreground_lambda": 0}, "above 0"),
         ({"onset": 1.5}, "does not lie in a mix"),
+        ({"onset": "soon"}, "give 'uniform' or seconds"),
         ({"duration_s": 0}, "does not lie in a mix"),
         ({"test_fold": 9}, "test_fold 9"),
     ],
