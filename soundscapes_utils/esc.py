@@ -28,6 +28,7 @@ import io
 import json
 import multiprocessing
 import os
+import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -591,10 +592,10 @@ def plan_units(
     Raises
     ------
     LeakError
-        The generator saw a test fold, or a source recording spans splits.
+        The generator saw a test fold.
     ValueError
-        Unknown arm, model or fold; too few synthetic clips of a class; more folds to replace than
-        there are.
+        Unknown arm, model or fold; a source recording that spans splits; too few real or synthetic
+        clips of a class; more folds to replace than there are.
 
     Examples
     --------
@@ -604,7 +605,7 @@ def plan_units(
        n_real  n_test
     0       2       2
     """
-    wanted = [parse_arm(arm) for arm in arms]
+    wanted = list(dict.fromkeys(parse_arm(arm) for arm in arms))
     unknown = [model for model in models if model not in MODELS]
     if unknown or not wanted or not models:
         raise ValueError(f"models {list(models)}, arms {list(arms)}: models are {list(MODELS)}")
@@ -613,8 +614,6 @@ def plan_units(
         _refuse_leak(generated, test_folds, generator_folds)
     units = []
     for fold in test_folds:
-        if fold not in set(clips["fold"]):
-            raise ValueError(f"test fold {fold} is none of {sorted(set(clips['fold']))}")
         rows = _rows_by_split(clips, fold)
         for run in range(runs):
             rng = np.random.default_rng([seed, fold, run])
@@ -624,25 +623,15 @@ def plan_units(
             for name, amount in wanted:
                 chosen, added = _draw(clips, real, folds, pools, name, amount)
                 for model in models:
-                    units.append(
-                        {
-                            "arm": name,
-                            "ratio": amount,
-                            "model": model,
-                            "fold": int(fold),
-                            "run": run,
-                            "seed": _unit_seed(seed, model, fold, run),
-                            "n_real": len(chosen),
-                            "n_synthetic": len(added),
-                            "n_validation": len(rows["val"]),
-                            "n_test": len(rows["test"]),
-                            "real_rows": chosen,
-                            "synthetic_rows": added,
-                            "validation_rows": rows["val"],
-                            "test_rows": rows["test"],
-                        }
-                    )
-    return pd.DataFrame(units)
+                    unit_seed = _unit_seed(seed, model, fold, run)
+                    about = (name, amount, model, int(fold), run, unit_seed)
+                    units.append((*about, chosen, added, rows["val"], rows["test"]))
+    named = ["arm", "ratio", "model", "fold", "run", "seed"]
+    parts = ["real", "synthetic", "validation", "test"]
+    plan = pd.DataFrame(units, columns=named + [f"{part}_rows" for part in parts])
+    for place, part in enumerate(parts):
+        plan.insert(len(named) + place, f"n_{part}", plan[f"{part}_rows"].map(len))
+    return plan
 
 
 def _refuse_leak(generated, test_folds, generator_folds):
@@ -961,30 +950,33 @@ def _here(units, shared, out_dir, workers, device):
 
 
 def _in_processes(units, shared, out_dir, workers, device):
-    shared_dir = out_dir / "shared"
-    shared_dir.mkdir(exist_ok=True)
-    np.save(shared_dir / "x.npy", shared["x"])
-    np.save(shared_dir / "y.npy", shared["y"])
-    small = {name: shared[name] for name in ("classes", "clip_ids")}
-    (shared_dir / "shared.json").write_text(json.dumps(small))
     # the longest first, so that no core waits for another at the end
     units = sorted(units, key=lambda u: (u["about"]["model"] != "crnn", -len(u["rows"]["train"])))
-    # spawn: a process forked from one that has run torch can hang
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(str(shared_dir),),
-    )
-    try:
-        waiting = {pool.submit(_work, unit, out_dir, device): unit for unit in units}
-        for future in as_completed(waiting):
-            try:
-                yield waiting[future], future.result()
-            except BrokenProcessPool:
-                yield waiting[future], "its process was killed (too little memory?)"
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with tempfile.TemporaryDirectory(dir=out_dir, prefix="shared-") as shared_dir:
+        _share(shared, Path(shared_dir))
+        # spawn: a process forked from one that has run torch can hang
+        pool = ProcessPoolExecutor(
+            workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(shared_dir,),
+        )
+        try:
+            waiting = {pool.submit(_work, unit, out_dir, device): unit for unit in units}
+            for future in as_completed(waiting):
+                try:
+                    yield waiting[future], future.result()
+                except BrokenProcessPool:
+                    yield waiting[future], "its process was killed (too little memory?)"
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _share(shared, folder):
+    np.save(folder / "x.npy", shared["x"])
+    np.save(folder / "y.npy", shared["y"])
+    small = {name: shared[name] for name in ("classes", "clip_ids")}
+    (folder / "shared.json").write_text(json.dumps(small))
 
 
 def _collect(out_dir, units):

@@ -377,7 +377,7 @@ def class_distances(scores, floor_name):
     return figure
 
 
-def mel_panels(mels, n_columns=4, title="", frame_s=0.01):
+def mel_panels(mels, n_columns=4, title="", frame_s=0.01, limits=(-8, 2)):
     """Log-mel spectrograms that are at hand as arrays, side by side on one scale.
 
     Parameters
@@ -390,6 +390,8 @@ def mel_panels(mels, n_columns=4, title="", frame_s=0.01):
         Above all panels.
     frame_s : float, optional
         Seconds from one frame to the next.
+    limits : tuple of float, optional
+        Values of the darkest and of the brightest colour.
 
     Returns
     -------
@@ -401,22 +403,25 @@ def mel_panels(mels, n_columns=4, title="", frame_s=0.01):
 
     n_rows = -(-len(mels) // n_columns)
     figure, axes = plt.subplots(
-        n_rows, n_columns, figsize=(2.6 * n_columns, 1.9 * n_rows + 0.6), squeeze=False,
+        n_rows, n_columns, figsize=(2.4 * n_columns, 1.5 * n_rows + 0.6), squeeze=False,
         sharex=True, sharey=True, layout="constrained",
     )  # fmt: skip
     for panel in axes.flat[len(mels) :]:
         panel.set_axis_off()
     for panel, (name, mel) in zip(axes.flat, mels.items(), strict=False):
-        mel = np.asarray(mel)
-        extent = (0, len(mel) * frame_s, 0, mel.shape[1])
+        extent = (0, len(mel) * frame_s, 0, len(mel[0]))
+        # 20 ms a column: a panel this small cannot show more
+        mel = np.asarray(mel)[: len(mel) // 2 * 2].reshape(len(mel) // 2, 2, -1).mean(1)
         panel.imshow(
-            mel.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=-8, vmax=2
-        )
-        panel.set(title=name, yticks=[])
+            mel.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=-8, vmax=2,
+            interpolation="nearest",
+        )  # fmt: skip
+        panel.set_title(name, fontsize="small")
+        panel.set_yticks([])
         panel.grid(False)
-    figure.supxlabel("time, s")
-    figure.supylabel("mel band, 0 to 8 kHz")
-    figure.suptitle(title)
+    figure.supxlabel("time, s", fontsize="small")
+    figure.supylabel("mel band, 0 to 8 kHz", fontsize="small")
+    figure.suptitle(title, fontsize="medium")
     return figure
 
 
@@ -503,7 +508,7 @@ def caption_similarity(similarity, names):
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    figure, axes = plt.subplots(figsize=(0.8 * len(names) + 6, 0.5 * len(names) + 1.5))
+    figure, axes = plt.subplots(figsize=(0.8 * len(names) + 1.5, 0.5 * len(names) + 1))
     numbers = range(1, len(names) + 1)
     sns.heatmap(
         similarity, annot=True, fmt=".2f", cmap="viridis", ax=axes, xticklabels=numbers,
@@ -511,8 +516,6 @@ def caption_similarity(similarity, names):
     )  # fmt: skip
     axes.set(xlabel="caption", ylabel="sound", title="Cosine of sound and caption (CLAP)")
     axes.tick_params(axis="y", rotation=0)
-    # only now: seaborn draws the figure to place its numbers, when nothing has found its place yet
-    figure.set_layout_engine("constrained")
     return figure
 
 
@@ -543,7 +546,7 @@ def training_curves(log, best_step):
     for (column, name), style in zip(names.items(), (":", "--", "-"), strict=True):
         left.plot(log["step"], log[column], style, marker="o", markersize=4, label=name)
     left.axvline(best_step, color="0.5", linewidth=1, label="best")
-    left.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    left.set(xlabel="step", ylabel="loss")
     left.legend()
     right.plot(log["step"], log["learning_rate"], marker="o", markersize=4)
     right.set(xlabel="step", ylabel="learning rate", ylim=(0, None))

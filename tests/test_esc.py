@@ -309,7 +309,7 @@ def test_few_real_clips_are_spread_over_the_folds(clips, generated):
         (["mixed:4"], {}, "more folds than the 3"),
         (["real"], {"real_per_class": 9}, "'hum' has 6 training clips"),
         (["real"], {"models": ["alexnet"]}, "models are"),
-        (["real"], {"test_folds": [9]}, "test fold 9"),
+        (["real"], {"test_folds": [9]}, "test_fold 9"),
         (["bothh:1"], {}, "cannot read the arm 'bothh:1'"),
         (["both"], {}, "cannot read the arm"),
         (["mixed:0.5"], {}, "cannot read the arm"),
@@ -411,6 +411,8 @@ def test_processes_give_the_same_results_as_one(clips, generated, tmp_path):
     here = quick_run(clips, generated, tmp_path / "one")
     there = quick_run(clips, generated, tmp_path / "two", workers=2)
     pd.testing.assert_frame_equal(here.drop(columns="seconds"), there.drop(columns="seconds"))
+    left = {path.name for path in (tmp_path / "two").iterdir()}
+    assert left == {"features", "units", "results.csv", "predictions.csv"}
 
 
 # --- reading -------------------------------------------------------------------------------------
