@@ -180,39 +180,12 @@ def _run_key(config, clips):
     for place in ("out_dir", "dataset_root", "checkpoint"):
         settings.pop(place)
     digest.update(json.dumps(settings, sort_keys=True).encode())
-    digest.update(checkpoint_digest(config.checkpoint).encode())
+    digest.update(ldm.checkpoint_digest(ldm.resolve(config.checkpoint)).encode())
     captions = clips[["split", *_caption_columns(clips)]].fillna("")
     digest.update(captions.to_csv(index=False).encode())
     for path in clips["path"]:
         digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
     return digest.hexdigest()[:16]
-
-
-def checkpoint_digest(checkpoint):
-    """Identify a checkpoint by the content of its weight files, or by its hub name.
-
-    Parameters
-    ----------
-    checkpoint : str or Path
-        As for `ldm.load_pipeline`.
-
-    Returns
-    -------
-    str
-        Hexadecimal digest, or the hub name.
-
-    Examples
-    --------
-    >>> checkpoint_digest("cvssp/audioldm-s-full-v2")
-    'cvssp/audioldm-s-full-v2'
-    """
-    folder = Path(ldm.resolve(checkpoint))
-    if not folder.is_dir():
-        return str(checkpoint)
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def _finished(out_dir, key):
@@ -265,7 +238,7 @@ def prepare(pipe, clips, config, cache_dir):
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     settings = [config.segment_s, config.segments_per_clip, config.loudest_of, config.seed]
-    prefix = f"{checkpoint_digest(config.checkpoint)}{settings}"
+    prefix = f"{ldm.checkpoint_digest(ldm.resolve(config.checkpoint))}{settings}"
     prepared = {}
     for split in ("train", "val"):
         rows = clips[clips["split"] == split].reset_index(drop=True)

@@ -276,7 +276,7 @@ def _audioldm(
         "eta": info["eta"] if eta is None else eta,
         "clips_per_pass": clips_per_pass,
         "dtype": dtype,
-        "weights": _fingerprint(ldm.resolve(checkpoint)),
+        "weights": ldm.checkpoint_digest(ldm.resolve(checkpoint)),
     }
     pipe = ldm.load_pipeline(checkpoint, device)
     if dtype != "float32":
@@ -304,6 +304,8 @@ def _audioldm2(
     import torch
     from diffusers import AudioLDM2Pipeline
 
+    from . import ldm
+
     with _loading("AudioLDM 2", checkpoint):
         pipe = AudioLDM2Pipeline.from_pretrained(checkpoint, dtype=_torch_dtype(dtype))
     pipe.set_progress_bar_config(disable=True)
@@ -314,7 +316,7 @@ def _audioldm2(
         "eta": eta,
         "clips_per_pass": clips_per_pass,
         "dtype": dtype,
-        "weights": _fingerprint(checkpoint),
+        "weights": ldm.checkpoint_digest(checkpoint),
     }
     rate = pipe.vocoder.config.sampling_rate
 
@@ -333,6 +335,8 @@ def _audiogen(
     device=None,
     clips_per_pass=1,
 ):
+    from . import ldm
+
     models = import_audiocraft().models
     with _loading("AudioGen", checkpoint):
         model = models.AudioGen.get_pretrained(str(checkpoint), device=device)
@@ -343,7 +347,7 @@ def _audiogen(
         "clips_per_pass": clips_per_pass,
         # audiocraft decides: half precision on a GPU
         "dtype": "float32" if model.device.type == "cpu" else "float16",
-        "weights": _fingerprint(checkpoint),
+        "weights": ldm.checkpoint_digest(checkpoint),
     }
     name = _short_name(checkpoint)
     return AudioGenBackend("audiogen", name, model.sample_rate, settings, model)
@@ -830,7 +834,7 @@ def _loading(what, checkpoint):
     from . import ldm
 
     try:
-        with ldm._quiet():
+        with ldm.quiet():
             yield
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -853,16 +857,3 @@ def _short_name(checkpoint):
     # a folder is called by its own name: tables should not depend on where a project lies
     path = Path(checkpoint)
     return path.resolve().name if path.is_dir() else str(checkpoint)
-
-
-def _fingerprint(source):
-    """Digest of a checkpoint folder's files; a hub name stands for itself."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return str(source)
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(path.relative_to(folder).as_posix().encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]

@@ -7,6 +7,7 @@ vocoder that needs no training.
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import shutil
@@ -316,6 +317,35 @@ def resolve(checkpoint):
     )
 
 
+def checkpoint_digest(source):
+    """Identify a checkpoint by the content of its files.
+
+    Parameters
+    ----------
+    source : str or Path
+        Folder of a checkpoint of any kind; or a hub name, which stands for itself.
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits, or the hub name.
+
+    Examples
+    --------
+    >>> checkpoint_digest("cvssp/audioldm-s-full-v2")
+    'cvssp/audioldm-s-full-v2'
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(source)
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
 def checkpoint_info(checkpoint):
     """Read what is known about a checkpoint: what it was trained on, how to sample from it.
 
@@ -369,7 +399,7 @@ def load_pipeline(checkpoint, device=None):
     from diffusers import AudioLDMPipeline
 
     try:
-        with _quiet():
+        with quiet():
             pipe = AudioLDMPipeline.from_pretrained(resolve(checkpoint), dtype=torch.float32)
     except CheckpointError:
         raise
@@ -388,8 +418,20 @@ def _first_line(error):
 
 
 @contextmanager
-def _quiet():
-    # AudioLDM is marked deprecated in diffusers and is what is studied here; loading bars are debris
+def quiet():
+    """Keep diffusers and transformers silent: no loading bars, no notes, errors only.
+
+    AudioLDM is marked deprecated in diffusers and is what is studied here.
+
+    Yields
+    ------
+    None
+
+    Examples
+    --------
+    >>> with quiet():
+    ...     pass
+    """
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 
@@ -547,7 +589,7 @@ def load_audio_tower(checkpoint):
 
     name = str(own) if own.is_dir() else checkpoint_info(checkpoint)["audio_encoder"]
     try:
-        with _quiet():
+        with quiet():
             return ClapAudioModelWithProjection.from_pretrained(name).eval(), 48_000
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -681,7 +723,7 @@ def build_small(texts, seed=0, projection_dim=128, channels=(64, 128, 192)):
         steps_offset=1,
         timestep_spacing="trailing",
     )
-    with _quiet():
+    with quiet():
         pipe = AudioLDMPipeline(PatchVAE(), text, tokenizer, unet, scheduler, NoiseVocoder())
     for part in (text, unet):
         part.eval()  # as from_pretrained leaves them
@@ -747,7 +789,7 @@ def save_checkpoint(pipe, out_dir, info, tower=None, half=False, extra=None):
     shutil.rmtree(part, ignore_errors=True)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     dtype = torch.float16 if half else torch.float32
-    with _quiet():
+    with quiet():
         pipe.to(dtype=dtype).save_pretrained(part)
         if tower is not None:
             tower.to(dtype).save_pretrained(part / "audio_encoder")

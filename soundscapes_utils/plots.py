@@ -410,11 +410,11 @@ def mel_panels(mels, n_columns=4, title="", frame_s=0.01, limits=(-8, 2)):
         panel.set_axis_off()
     for panel, (name, mel) in zip(axes.flat, mels.items(), strict=False):
         extent = (0, len(mel) * frame_s, 0, len(mel[0]))
-        # 20 ms a column: a panel this small cannot show more
+        # two frames a column: a panel this small cannot show more
         mel = np.asarray(mel)[: len(mel) // 2 * 2].reshape(len(mel) // 2, 2, -1).mean(1)
         panel.imshow(
-            mel.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=-8, vmax=2,
-            interpolation="nearest",
+            mel.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=limits[0],
+            vmax=limits[1], interpolation="nearest",
         )  # fmt: skip
         panel.set_title(name, fontsize="small")
         panel.set_yticks([])

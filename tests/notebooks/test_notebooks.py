@@ -8,7 +8,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -55,10 +54,8 @@ def test_all_notebooks_run_in_small_and_are_skipped_afterwards(clone, capsys):
     for stem in NOTEBOOKS:
         assert (clone / "runs/test/tables" / f"{stem[:2]}_summary.csv").is_file()
         assert f'href="html/{stem}.html"' in page.read_text(encoding="utf-8")
-    begin = time.monotonic()
     pipeline.run("test", root=clone)
     assert capsys.readouterr().out.count("unchanged, skipped") == len(NOTEBOOKS)
-    assert time.monotonic() - begin < 30
 
 
 @pytest.mark.notebooks
