@@ -8,6 +8,8 @@ printed are ratios of this one run.
 """
 
 import argparse
+import contextlib
+import io
 import tempfile
 import time
 from pathlib import Path
@@ -91,11 +93,12 @@ def main():
         shared = {"models": ["sbcnn"], "runs": 4, "epochs": 5, "batch_size": 16}
         for workers in (1, wanted.workers):
             out = Path(folder) / f"workers-{workers}"
-            took = seconds(
-                lambda n=workers, o=out: esc.run_arms(
-                    clips, None, ["real"], out_dir=o, workers=n, **shared
+            with contextlib.redirect_stdout(io.StringIO()):
+                took = seconds(
+                    lambda n=workers, o=out: esc.run_arms(
+                        clips, None, ["real"], out_dir=o, workers=n, **shared
+                    )
                 )
-            )
             print(f"  4 classifiers in {workers} processes: {took:.1f} s")
 
 

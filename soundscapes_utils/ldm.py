@@ -6,6 +6,7 @@ at its size nothing published fits: a *linear* latent instead of a convolutional
 vocoder that needs no training.
 """
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -788,13 +789,13 @@ def save_checkpoint(pipe, out_dir, info, tower=None, half=False, extra=None):
     part, old = (out_dir.with_name(out_dir.name + end) for end in (".part", ".old"))
     shutil.rmtree(part, ignore_errors=True)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
+    if half:
+        pipe, tower = copy.deepcopy((pipe, tower))  # rounding must not reach the caller's weights
     dtype = torch.float16 if half else torch.float32
     with quiet():
         pipe.to(dtype=dtype).save_pretrained(part)
         if tower is not None:
             tower.to(dtype).save_pretrained(part / "audio_encoder")
-            tower.float()
-        pipe.to(dtype=torch.float32)
     for name, text in {INFO_FILE: json.dumps(info, indent=2) + "\n", **(extra or {})}.items():
         (part / name).write_text(text)
     shutil.rmtree(old, ignore_errors=True)

@@ -96,7 +96,9 @@ def test_checkpoint_opens_in_diffusers_and_sounds_the_same(small, saved):
 
 
 def test_half_precision_keeps_the_checkpoint_small_and_close(small, tmp_path):
+    before = {k: v.clone() for k, v in small[0].unet.state_dict().items()}
     folder = ldm.save_checkpoint(small[0], tmp_path / "half", {}, small[1], half=True)
+    assert all(torch.equal(v, before[k]) for k, v in small[0].unet.state_dict().items())
     halved = ldm.load_pipeline(folder, device="cpu").unet.state_dict()
     for name, value in small[0].unet.state_dict().items():
         torch.testing.assert_close(halved[name], value, atol=1e-3, rtol=1e-3)

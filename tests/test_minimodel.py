@@ -66,6 +66,17 @@ def test_training_leaves_the_test_fold_out_and_resumes_to_the_same_bytes(
         read.append(str(path))
         return load(path, *args)
 
+    def planning(*args):
+        # levels are measured for the mixes of all splits, of which only those for training are kept
+        monkeypatch.setattr(minimodel.audio, "load_audio", load)
+        mixes = plan(*args)
+        monkeypatch.setattr(minimodel.audio, "load_audio", recording)
+        held_out = test_paths | set(scenes.loc[scenes["fold"] == 5, "path"])
+        assert not held_out & {*mixes["foreground"], *mixes["background"]}
+        return mixes
+
+    plan = minimodel._scene_mixes
+    monkeypatch.setattr(minimodel, "_scene_mixes", planning)
     monkeypatch.setattr(minimodel.audio, "load_audio", recording)
     options = {"dataset": "pool", "test_fold": 5}
     folder = minimodel.train(events, events, scenes, tmp_path / "mini", CONFIG, **options)

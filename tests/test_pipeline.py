@@ -332,7 +332,7 @@ def test_interrupted_run_says_how_to_resume_and_resumes(project, how, capsys):
         time.sleep(0.1)
     kernels = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(how)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=120)
     assert kernels and not psutil.wait_procs(kernels, timeout=10)[1], "a kernel was left behind"
     assert process.returncode == 130
     assert "Interrupted" in said and "./run_all.sh quick" in said
