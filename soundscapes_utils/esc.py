@@ -29,6 +29,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -861,12 +862,19 @@ _SHARED = {}
 
 
 def _start_worker(shared_dir):
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     shared_dir = Path(shared_dir)
     _SHARED.update(json.loads((shared_dir / "shared.json").read_text()))
     _SHARED["y"] = np.load(shared_dir / "y.npy")
     # mapped, not read: all workers look at one copy
     _SHARED["x"] = np.load(shared_dir / "x.npy", mmap_mode="r")
+
+
+def _end_with_parent():
+    # a worker whose parent was killed would otherwise wait, and hold its memory, for ever
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(unit, out_dir, device):
