@@ -104,7 +104,7 @@ set_up() {
     touch "$begun"
     rm -f "$stamp"
     find_uv
-    echo "Installing the locked packages (about 6 GB; minutes the first time)"
+    echo "Installing the locked packages (about 8 GB; minutes the first time)"
     if ! "${uv[@]}" pip install --python "$python" --no-deps -r "$here/requirements.txt"; then
         rm -f "$begun" # uv stopped in good order: what is there can be kept
         fail "the installation stopped (network? disk?); give the same command again to go on"
