@@ -796,6 +796,7 @@ def save_checkpoint(pipe, out_dir, info, tower=None, half=False, extra=None):
         pipe.to(dtype=dtype).save_pretrained(part)
         if tower is not None:
             tower.to(dtype).save_pretrained(part / "audio_encoder")
+    _forget_places(part)
     for name, text in {INFO_FILE: json.dumps(info, indent=2) + "\n", **(extra or {})}.items():
         (part / name).write_text(text)
     shutil.rmtree(old, ignore_errors=True)
@@ -804,3 +805,11 @@ def save_checkpoint(pipe, out_dir, info, tower=None, half=False, extra=None):
     part.rename(out_dir)
     shutil.rmtree(old, ignore_errors=True)
     return out_dir
+
+
+def _forget_places(folder):
+    # diffusers notes the folder that a part came from: another machine has no use for it
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text())
+        if content.pop("_name_or_path", None):
+            path.write_text(json.dumps(content, indent=2) + "\n")

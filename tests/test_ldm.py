@@ -113,6 +113,17 @@ def test_saving_replaces_a_checkpoint_and_leaves_nothing_else(small, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["twice"]
 
 
+def test_checkpoint_names_no_place_of_the_machine_that_made_it(saved, tmp_path):
+    pipe = ldm.load_pipeline(saved, device="cpu")
+    tower, _ = ldm.load_audio_tower(str(saved))
+    for folder in (
+        ldm.save_checkpoint(pipe, tmp_path / "again", {}, tower),
+        ldm.EMBEDDED_CHECKPOINT,
+    ):
+        texts = [p.read_text() for p in folder.rglob("*.json")]
+        assert texts and not any("_name_or_path" in text for text in texts)
+
+
 def test_own_audio_tower_comes_with_the_checkpoint(small, saved):
     y = np.random.default_rng(0).normal(size=16_000).astype(np.float32)
     ours = ldm.embed_audio([y, y[:8000]], 16_000, saved)
