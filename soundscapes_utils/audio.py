@@ -298,8 +298,11 @@ def write_whole(path, content):
     # the process id keeps two writers of one path from sharing a half-written file
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
+        try:
+            part.write_bytes(content)
+        except FileNotFoundError:  # asking for the folder before each file costs as much as some files
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content)
         part.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
