@@ -8,6 +8,7 @@ import base64
 import contextlib
 import html
 import io
+import math
 import os
 import re
 import warnings
@@ -384,6 +385,8 @@ def loudness(y, sample_rate):
 
     y = check_audio(y, "signal", silent_ok=True).astype(np.float64)
     block = min(_GATING_BLOCK_S, y.size / sample_rate)
+    if block * sample_rate > y.size:  # by rounding, which pyloudnorm takes for a signal too short
+        block = math.nextafter(block, 0)
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
         # a clip wholly under the gate has no blocks to average, which is no fault
         warnings.simplefilter("ignore", RuntimeWarning)

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile as sf
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -89,11 +89,16 @@ def test_loudness_is_pyloudnorms_on_a_real_recording():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(50, 16_000), st.floats(-30, 0))
-def test_loudness_follows_the_gain_at_any_length(n, gain_db):
+@given(
+    st.integers(50, 16_000),
+    st.floats(-30, 0),
+    st.sampled_from([16_000, 22_050, 44_100]),
+)
+@example(52, -6.0, 44_100)  # 52 / 44100 * 44100 is more than 52
+def test_loudness_follows_the_gain_at_any_length(n, gain_db, rate):
     y = np.random.default_rng(0).uniform(-1, 1, n)
-    louder = audio.loudness(y, 16_000)
-    assert audio.loudness(y * 10 ** (gain_db / 20), 16_000) == pytest.approx(
+    louder = audio.loudness(y, rate)
+    assert audio.loudness(y * 10 ** (gain_db / 20), rate) == pytest.approx(
         louder + gain_db, abs=0.01
     )
 
