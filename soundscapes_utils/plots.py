@@ -90,7 +90,7 @@ def aligned_spectrograms(signals, sample_rate, title=""):
 
     rows, columns = -(-len(signals) // 2), 2
     figure, axes = plt.subplots(
-        rows, columns, figsize=(6.5, 1.2 * rows + 0.6), sharex=True, squeeze=False,
+        rows, columns, figsize=(6.5, 1.2 * max(rows, 2) + 0.6), sharex=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for panel, (name, y) in zip(axes.flat, signals.items(), strict=False):
