@@ -5,6 +5,7 @@ import signal
 import sys
 import textwrap
 import webbrowser
+from pathlib import Path
 
 from . import pipeline, report
 
@@ -23,6 +24,7 @@ examples
   ./run_all.sh                                           profile quick
   ./run_all.sh esc10 -p esc50_root ~/ESC-50              real recordings
   ./run_all.sh quick -p seed 1 --name quick-seed1        a second run beside the first
+  python -m soundscapes_utils mix plan.csv mixes --shard 1/4   a quarter of a large set of mixes
 """
 
 
@@ -49,6 +51,10 @@ def main(argv=None):
         from . import minimodel
 
         return minimodel.main(arguments[1:])
+    if arguments[:1] == ["esc"]:
+        from . import esc
+
+        return esc.main(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
         return options.action(options)
@@ -86,8 +92,21 @@ def _parser():
     )
     publishing.add_argument("run_dir", nargs="?", default="runs/quick")
     publishing.set_defaults(action=_publish)
+    mixing = commands.add_parser("mix", help="render a table of mixes, or a part of it")
+    mixing.add_argument("table", help="CSV file of the plan, such as runs/quick/tables/mixes.csv")
+    mixing.add_argument("out_dir", help="gets the mixes, and mixes.csv once all are there")
+    mixing.add_argument("--sample-rate", type=int, default=16_000, metavar="HZ")
+    mixing.add_argument("--workers", type=int, help="processes; as many as pay off by default")
+    mixing.add_argument("--engine", default="numpy", help="numpy or pydub")
+    mixing.add_argument("--format", default="wav", help="wav or flac")
+    mixing.add_argument("--stems", action="store_true", help="foreground and background as well")
+    mixing.add_argument("--shard", metavar="i/n", help="this part only; parts may run at once")
+    mixing.set_defaults(action=_mix)
     commands.add_parser(
         "train-mini", help="make the small checkpoint again (its own --help)", add_help=False
+    )
+    commands.add_parser(
+        "esc", help="a study of classifiers and arms (its own --help)", add_help=False
     )
     return parser
 
@@ -120,6 +139,32 @@ def _publish(options):
     for path in report.publish(options.run_dir):
         print(f"outputs taken over: {path.name}")
     print(report.copy_for_readme(options.run_dir, pipeline.project_path("figures")))
+    return 0
+
+
+def _mix(options):
+    import pandas as pd
+
+    from . import audio, mixing
+
+    chosen = ("workers", "engine", "format", "stems", "shard")
+    try:
+        table = pd.read_csv(options.table, float_precision="round_trip")
+        done = mixing.render_mixes(
+            table,
+            options.out_dir,
+            options.sample_rate,
+            **{name: getattr(options, name) for name in chosen},
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, audio.AudioError) else 2
+    print(
+        f"{len(done)} mixes are in {options.out_dir}, {(done.peak_scale < 1).sum()} scaled to fit"
+    )
+    if options.shard is None:
+        content = done.to_csv(index=False).encode()
+        print(f"Table: {audio.write_whole(Path(options.out_dir) / 'mixes.csv', content)}")
     return 0
 
 

@@ -158,7 +158,47 @@ def load_audio(path, sample_rate=None, duration=None):
     return y, rate
 
 
+def read_header(path):
+    """Read how long a sound file is without reading its samples.
+
+    Parameters
+    ----------
+    path : str or Path
+        Any format that :func:`load_audio` reads.
+
+    Returns
+    -------
+    samples : int
+        In each channel.
+    sample_rate : int
+        Hz.
+
+    Raises
+    ------
+    AudioError
+        Missing, empty, cut short, or no sound file.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> read_header(save_audio(Path(tempfile.mkdtemp()) / "click.wav", [0.0, 1.0, 0.0], 16000))
+    (3, 16000)
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        if file.frames == 0:
+            raise AudioError(f"{path}: holds no samples; remove it or fetch it again")
+        return file.frames, file.samplerate
+
+
 def _read(path, duration):
+    with _opened(path) as file:
+        frames = -1 if duration is None else int(np.ceil(duration * file.samplerate))
+        return file.read(frames, dtype="float32", always_2d=True), file.samplerate
+
+
+@contextlib.contextmanager
+def _opened(path):
     if not path.is_file():
         raise AudioError(f"{path}: no such file; check the data folder, or fetch the data again")
     if path.stat().st_size == 0:
@@ -166,8 +206,7 @@ def _read(path, duration):
     try:
         with sf.SoundFile(path) as file:
             _refuse_truncated(path, file.extra_info)
-            frames = -1 if duration is None else int(np.ceil(duration * file.samplerate))
-            return file.read(frames, dtype="float32", always_2d=True), file.samplerate
+            yield file
     except (sf.SoundFileError, OSError) as error:
         raise AudioError(
             f"{path}: cannot be read as sound ({error}); it may be damaged or cut short, "
@@ -462,3 +501,45 @@ def listen(y, sample_rate, title=None):
         f'<figure style="margin:0.3em 0">{caption}'
         f'<audio controls preload="metadata" src="{source}"></audio></figure>'
     )
+
+
+def listen_table(signals, sample_rate):
+    """Players side by side: a table to be heard along its rows and down its columns.
+
+    Parameters
+    ----------
+    signals : dict of str to dict of str to array_like, shape (samples,)
+        ``signals[column][row]``; as for :func:`listen`, at most 5 s of each are kept.
+    sample_rate : int
+        Rate in Hz.
+
+    Returns
+    -------
+    IPython.display.HTML
+        Needs no file and no network.
+
+    Raises
+    ------
+    AudioError
+        A signal that is empty or not finite.
+
+    Examples
+    --------
+    >>> listen_table({"0 dB": {"park": [0.1] * 800}}, 8000).data.count("<audio")
+    1
+    """
+    from IPython.display import HTML
+
+    rows = list(dict.fromkeys(name for column in signals.values() for name in column))
+
+    def cell(column, row):
+        # a player's own width of 300 pixels would push the third column off the page
+        player = listen(signals[column][row], sample_rate).data if row in signals[column] else ""
+        return "<td>" + player.replace("<audio ", '<audio style="width:11em" ', 1) + "</td>"
+
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in signals)
+    lines = [
+        f"<tr><th>{html.escape(row)}</th>{''.join(cell(column, row) for column in signals)}</tr>"
+        for row in rows
+    ]
+    return HTML(f"<table><tr><th></th>{head}</tr>{''.join(lines)}</table>")

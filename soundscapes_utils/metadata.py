@@ -1,22 +1,28 @@
-"""The files that a trainer reads, and the checks that keep a data set honest.
+"""The files that others read, and the checks that keep a data set honest.
 
 :func:`write_audiocaps` writes what AudioLDM's trainer (haoheliu/AudioLDM-training-finetuning)
 expects: one JSON a split, a CSV of class labels, and ``dataset_root.json`` that points to them.
-:func:`read_audiocaps` and :func:`validate` read it all back; :func:`check_leaks` makes sure that no
-split has heard another's recordings.
+:func:`write_audiofolder`, :func:`write_strong_labels` and :func:`write_jams` say the same to Hugging
+Face datasets, to tools of sound event detection and to readers of scaper's annotations;
+:func:`write_metadata` writes all four. :func:`read_audiocaps`, :func:`read_jams` and
+:func:`validate` read them back; :func:`check_leaks` makes sure that no split has heard another's
+recordings.
 """
 
 import csv
+import hashlib
 import io
 import itertools
 import json
+import math
 import os
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
 from soundscapes_utils import audio
-from soundscapes_utils.captions import tidy
+from soundscapes_utils.captions import caption_columns, event_labels, tidy
 
 # AudioSet's machine ids of the classes and scenes that have one of the same meaning. The others
 # get an id of this project's own, which the class CSV lists like any other.
@@ -53,6 +59,7 @@ AUDIOSET_MIDS = {
     "snoring": "/m/01d3sd",
     "door_wood_knock": "/m/07r4wb8",
     "keyboard_typing": "/m/01m2v",
+    "door_wood_creaks": "/m/07qh7jl",
     "vacuum_cleaner": "/m/0d31p",
     "clock_alarm": "/m/046dlr",
     "clock_tick": "/m/07qjznt",
@@ -80,6 +87,12 @@ AUDIOSET_MIDS = {
 OWN_ID = "/own/"
 CLASS_FILE = "class_labels_indices.csv"
 ROOT_FILE = "dataset_root.json"
+FOLDER_FILE = "metadata.jsonl"
+JAMS_FOLDER = "jams"
+# times in the tables are rounded to milliseconds
+_ROUNDED_S = 1e-3
+# the release of the format that the files follow
+_JAMS_VERSION = "0.3.5"
 _SHOWN = 5
 
 
@@ -158,13 +171,7 @@ def write_audiocaps(mixes, out_dir, name):
     >>> read_audiocaps(root).drop(columns="path").to_numpy().tolist()
     [['test', 'dog, park', 'a dog']]
     """
-    if mixes.empty:
-        raise MetadataError("no mixes to describe; plan and render some first")
-    gone = [path for path in mixes.path if not Path(path).is_file()]
-    if gone:
-        raise MetadataError(
-            f"{len(gone)} of {len(mixes)} mixes have no file ({gone[0]}); render them first"
-        )
+    _refuse_unrendered(mixes)
     out_dir = Path(out_dir).resolve()
     audio_root = _common_folder(mixes.path)
     files = {split: out_dir / f"{name}_{split}.json" for split in mixes.split.unique()}
@@ -178,6 +185,16 @@ def write_audiocaps(mixes, out_dir, name):
     root = {name: str(audio_root), "comments": {}, "metadata": {"path": {name: paths}}}
     _write_json(out_dir / ROOT_FILE, root)
     return out_dir / ROOT_FILE
+
+
+def _refuse_unrendered(mixes):
+    if mixes.empty:
+        raise MetadataError("no mixes to describe; plan and render some first")
+    gone = [path for path in mixes.path if not Path(path).is_file()]
+    if gone:
+        raise MetadataError(
+            f"{len(gone)} of {len(mixes)} mixes have no file ({gone[0]}); render them first"
+        )
 
 
 def _rows(table):
@@ -200,7 +217,7 @@ def _entry(row, audio_root):
 
 def _names(row):
     # a clip of a single event has no scene; CSV turns that into NaN
-    return [row[key] for key in ("foreground_label", "scene") if row[key] and row[key] == row[key]]
+    return [name for name in (*event_labels(row), row["scene"]) if name and name == name]
 
 
 def _write_json(path, content):
@@ -208,15 +225,327 @@ def _write_json(path, content):
 
 
 def _write_text(path, text):
-    part = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise MetadataError(
-            f"{path}: cannot be written ({error}); free some space or choose another folder"
-        ) from error
+        audio.write_whole(path, text.encode())
+    except audio.AudioError as error:
+        raise MetadataError(str(error)) from error
+
+
+def write_metadata(mixes, out_dir, name, events=None):
+    """Write a set's metadata in every format at once.
+
+    Parameters
+    ----------
+    mixes : pandas.DataFrame
+        From :func:`~soundscapes_utils.mixing.render_mixes`.
+    out_dir : str or Path
+        Gets the files of :func:`write_audiocaps` and :func:`write_strong_labels`, and a folder
+        ``jams``; :func:`write_audiofolder` writes beside the clips.
+    name : str
+        Of the data set.
+    events : pandas.DataFrame, optional
+        As in :func:`write_jams`.
+
+    Returns
+    -------
+    Path
+        ``dataset_root.json``, for :func:`validate`.
+
+    Raises
+    ------
+    MetadataError
+        What any of the four refuses.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> path = audio.save_audio(folder / "mixes" / "test" / "m-0.wav", [0.1] * 8000, 8000)
+    >>> mix = {"mix_id": "m-0", "split": "test", "foreground": "dog.wav", "scene": "park"}
+    >>> mix |= {"foreground_label": "dog", "foreground_source": "1", "background": "park.wav"}
+    >>> mix |= {"onset_s": 0.2, "duration_s": 1.0, "snr_db": 6.0, "caption": "a dog", "path": path}
+    >>> mix |= {"active_start_s": 0.1, "active_end_s": 0.5, "foreground_gain_db": 0.0}
+    >>> root = write_metadata(pd.DataFrame([mix]), folder / "metadata", "scenes")
+    >>> sorted(file.name for file in root.parent.rglob("*.*"))  # doctest: +NORMALIZE_WHITESPACE
+    ['class_labels_indices.csv', 'dataset_root.json', 'm-0.jams', 'scenes_test.json',
+     'scenes_test_durations.tsv', 'scenes_test_strong.tsv']
+    >>> validate(root, sample_rate=8000, duration_s=1.0).empty
+    True
+    """
+    events = _events(mixes, events)
+    root = write_audiocaps(mixes, out_dir, name)
+    write_audiofolder(mixes)
+    write_strong_labels(mixes, out_dir, name, events)
+    write_jams(mixes, root.parent / JAMS_FOLDER, events)
+    return root
+
+
+def write_audiofolder(mixes):
+    """Write ``metadata.jsonl`` beside the clips of each split, for Hugging Face's AudioFolder.
+
+    ``datasets.load_dataset("audiofolder", data_dir=…)`` then finds splits, captions and labels; the
+    folder is the one that holds the folders of the splits.
+
+    Parameters
+    ----------
+    mixes : pandas.DataFrame
+        From :func:`~soundscapes_utils.mixing.render_mixes`; every split lies in a folder of its
+        own, named so that AudioFolder knows it (train, val, test).
+
+    Returns
+    -------
+    list of Path
+        The files, one a split. A row names its clip (``file_name``), all captions, the class of
+        the first event (``label``) and of all (``events``), the scene, the onset and the SNR.
+
+    Raises
+    ------
+    MetadataError
+        No mixes, mixes that have not been rendered, splits that share a folder, or a disk that
+        refuses.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = audio.save_audio(Path(tempfile.mkdtemp()) / "test" / "m-0.wav", [0.1, 0.2], 16000)
+    >>> mix = {"split": "test", "foreground_label": "dog", "scene": "park", "caption": "a dog"}
+    >>> (file,) = write_audiofolder(pd.DataFrame([mix | {"path": path}]))
+    >>> json.loads(file.read_text())["file_name"]
+    'm-0.wav'
+    """
+    _refuse_unrendered(mixes)
+    folders = _split_folders(mixes)
+    spoken = caption_columns(mixes)
+    told = [
+        name for name in ("mix_id", "scene", "onset_s", "duration_s", "snr_db") if name in mixes
+    ]
+    for split, folder in folders.items():
+        rows = [
+            {"file_name": Path(row["path"]).resolve().relative_to(folder).as_posix()}
+            | {"label": row["foreground_label"], "events": event_labels(row)}
+            | {name: _plain(row[name]) for name in (*told, *spoken)}
+            for row in _rows(mixes[mixes.split == split])
+        ]
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
+        _write_text(folder / FOLDER_FILE, "\n".join(lines) + "\n")
+    return [folder / FOLDER_FILE for folder in folders.values()]
+
+
+def _folder(paths):
+    return Path(os.path.commonpath({str(Path(path).resolve().parent) for path in paths}))
+
+
+def _split_folders(mixes):
+    folders = {split: _folder(paths) for split, paths in mixes.groupby("split", sort=False)["path"]}
+    for (one, first), (other, second) in itertools.combinations(folders.items(), 2):
+        if first.is_relative_to(second) or second.is_relative_to(first):
+            raise MetadataError(
+                f"the clips of {one} and {other} lie in one folder ({second}), and AudioFolder "
+                "tells splits by folder; render each split into a folder of its own"
+            )
+    return folders
+
+
+def _plain(value):
+    # JSON has no NaN, and numpy's numbers are none of its own
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, os.PathLike):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _events(mixes, events):
+    from soundscapes_utils import mixing
+
+    # the first file alone tells too late that a set has not been rendered
+    _refuse_unrendered(mixes)
+    return mixing.events_table(mixes) if events is None else events
+
+
+def write_strong_labels(mixes, out_dir, name, events=None):
+    """Write what sounds when, as tools of sound event detection read it.
+
+    The columns ``filename, onset, offset, event_label`` are those of DCASE task 4, which
+    ``dcase_util``, ``sed_eval``, ``sed_scores_eval`` and ``psds_eval`` read; the last two ask for
+    the second table, ``filename, duration``, too.
+
+    Parameters
+    ----------
+    mixes : pandas.DataFrame
+        From :func:`~soundscapes_utils.mixing.render_mixes`.
+    out_dir : str or Path
+        Gets ``<name>_<split>_strong.tsv`` and ``<name>_<split>_durations.tsv``.
+    name : str
+        Of the data set.
+    events : pandas.DataFrame, optional
+        As in :func:`write_jams`.
+
+    Returns
+    -------
+    dict of str to Path
+        The table of events of each split. Files are named relative to the split's folder; a mix
+        in which nothing sounds has a row with its name alone.
+
+    Raises
+    ------
+    MetadataError
+        No mixes, mixes that have not been rendered, or a disk that refuses.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = audio.save_audio(Path(tempfile.mkdtemp()) / "test" / "m-0.wav", [0.1, 0.2], 16000)
+    >>> mix = {"mix_id": "m-0", "split": "test", "duration_s": 10.0, "path": path}
+    >>> events = pd.DataFrame({"mix_id": ["m-0"], "label": "dog", "onset_s": 1.5, "offset_s": 2.25})
+    >>> files = write_strong_labels(pd.DataFrame([mix]), tempfile.mkdtemp(), "scenes", events)
+    >>> files["test"].read_text().split()
+    ['filename', 'onset', 'offset', 'event_label', 'm-0.wav', '1.500', '2.250', 'dog']
+    """
+    events = _events(mixes, events).set_index("mix_id")
+    paths = {}
+    for split, rows in mixes.groupby("split", sort=False):
+        folder = _folder(rows.path)
+        files = {
+            row["mix_id"]: Path(row["path"]).resolve().relative_to(folder).as_posix()
+            for row in _rows(rows)
+        }
+        named = pd.Series(files, name="filename").rename_axis("mix_id").to_frame()
+        strong = named.join(events[["onset_s", "offset_s", "label"]])
+        strong.columns = ["filename", "onset", "offset", "event_label"]
+        lengths = pd.DataFrame({"filename": files.values(), "duration": rows.duration_s.tolist()})
+        paths[split] = Path(out_dir) / f"{name}_{split}_strong.tsv"
+        # in order of time within a file, as published tables are
+        strong = strong.sort_values(["filename", "onset", "offset"], kind="stable")
+        _write_text(paths[split], strong.to_csv(sep="\t", index=False, float_format="%.3f"))
+        durations = Path(out_dir) / f"{name}_{split}_durations.tsv"
+        _write_text(durations, lengths.to_csv(sep="\t", index=False))
+    return paths
+
+
+def write_jams(mixes, out_dir, events=None):
+    """Write a JAMS file for each mix, in scaper's namespace, and with the recipe in it.
+
+    ``jams.load`` reads and validates them (jams ≥ 0.3 knows the namespace ``scaper``). The first
+    observation is the background, then come the foreground events, as scaper has it; each has its
+    onset, duration, label, source and SNR. The row of the mixes table is kept in the sandbox.
+
+    Parameters
+    ----------
+    mixes : pandas.DataFrame
+        From :func:`~soundscapes_utils.mixing.render_mixes`.
+    out_dir : str or Path
+        Gets ``<split>/<mix_id>.jams``; the folder of the clips puts them beside these.
+    events : pandas.DataFrame, optional
+        From :func:`~soundscapes_utils.mixing.events_table`, which is called where it is not given:
+        ``mix_id, event, repetition, label, foreground, onset_s, offset_s, snr_db``.
+
+    Returns
+    -------
+    list of Path
+        One file a mix, in the order of the table.
+
+    Raises
+    ------
+    MetadataError
+        No mixes, mixes that have not been rendered, or a disk that refuses.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> path = audio.save_audio(folder / "test" / "m-0.wav", [0.1, 0.2], 16000)
+    >>> mix = {"mix_id": "m-0", "split": "test", "foreground_label": "dog", "foreground": "dog.wav"}
+    >>> mix |= {"scene": "park", "background": "park.wav", "onset_s": 1.0, "duration_s": 10.0}
+    >>> event = {"mix_id": "m-0", "event": 0, "repetition": 0, "label": "dog", "snr_db": 6.0}
+    >>> event |= {"foreground": "dog.wav", "onset_s": 1.5, "offset_s": 2.25}
+    >>> mixes, events = pd.DataFrame([mix | {"path": path}]), pd.DataFrame([event])
+    >>> (file,) = write_jams(mixes, folder, events)
+    >>> [o["value"]["label"] for o in json.loads(file.read_text())["annotations"][0]["data"]]
+    ['park', 'dog']
+    >>> read_jams(folder).onset_s.tolist()
+    [1.0]
+    """
+    sounding = {mix_id: _rows(rows) for mix_id, rows in _events(mixes, events).groupby("mix_id")}
+    files = []
+    for mix in _rows(mixes):
+        file = Path(out_dir) / mix["split"] / f"{mix['mix_id']}.jams"
+        content = _jams(mix, sounding.get(mix["mix_id"], []))
+        _write_text(file, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+        files.append(file)
+    return files
+
+
+def _jams(mix, events):
+    duration = float(mix["duration_s"])
+    # plain JSON: the library jams takes seconds to import and is needed by readers only
+    return {
+        "annotations": [
+            {
+                "namespace": "scaper",
+                "time": 0.0,
+                "duration": duration,
+                "annotation_metadata": {"annotation_tools": "soundscapes_utils"},
+                "data": [_background(mix, duration), *_foregrounds(mix, events)],
+                "sandbox": {
+                    "scaper": {
+                        "duration": duration,
+                        "n_events": len(events),
+                        "soundscape_audio_path": str(mix["path"]),
+                    }
+                },
+            }
+        ],
+        "file_metadata": {
+            "title": mix["mix_id"],
+            "artist": "",
+            "release": "",
+            "duration": duration,
+            "identifiers": {},
+            "jams_version": _JAMS_VERSION,
+        },
+        "sandbox": {"mix": {key: _plain(value) for key, value in mix.items()}},
+    }
+
+
+def _background(mix, duration):
+    return _observation("background", mix["scene"], mix["background"], 0.0, 0.0, duration, 0.0)
+
+
+def _foregrounds(mix, events):
+    from soundscapes_utils import mixing
+
+    begins = [e["onset_s"] for e in (mix, *mixing.further_events(mix.get("events")))]
+    skipped = {}
+    for event in events:
+        # how much of its clip lies before the sound; the same in every repetition
+        skipped.setdefault(event["event"], event["onset_s"] - begins[event["event"]])
+        length = event["offset_s"] - event["onset_s"]
+        source_time = max(0.0, round(skipped[event["event"]], 4))
+        yield _observation(
+            "foreground",
+            event["label"],
+            event["foreground"],
+            source_time,
+            event["onset_s"],
+            round(length, 4),
+            event["snr_db"],
+        )
+
+
+def _observation(role, label, source, source_time, onset, duration, snr):
+    value = {
+        "label": label,
+        "source_file": str(source),
+        "source_time": source_time,
+        "event_time": onset,
+        "event_duration": duration,
+        "role": role,
+        "pitch_shift": None,
+        "time_stretch": None,
+    }
+    # the namespace wants a number; a level that nobody knows is left out
+    value |= {"snr": float(snr)} if _plain(float(snr)) is not None else {}
+    return {"time": onset, "duration": duration, "value": value, "confidence": 1.0}
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -249,7 +578,18 @@ def read_audiocaps(dataset_root_json):
     soundscapes_utils.metadata.MetadataError: none.json: no such file; run notebook \
 01_dataset_mixing
     """
-    root_file = Path(dataset_root_json)
+    audio_root, _, files, names = _read_root(Path(dataset_root_json))
+    rows = []
+    for split, path in files.items():
+        for entry in _entries(path):
+            for fault in _entry_faults(entry, names):
+                raise MetadataError(f"{path}: {fault}")
+            rows.append(_clip(entry, split, audio_root, names))
+    return pd.DataFrame(rows)
+
+
+def _read_root(root_file):
+    """Folder of the audio, name of the set, split files, display names by id."""
     root = _read_json(root_file)
     try:
         ((name, files),) = root["metadata"]["path"].items()
@@ -260,12 +600,12 @@ def read_audiocaps(dataset_root_json):
             f"{root_file}: not a dataset_root.json of one data set ({error!r}); write it again "
             "with metadata.write_audiocaps"
         ) from error
-    splits = [split for split in files if split != "class_label_indices"]
-    rows = []
-    for split in splits:
-        path = root_file.parent / files[split]
-        rows += [_read_entry(entry, split, path, audio_root, names) for entry in _entries(path)]
-    return pd.DataFrame(rows)
+    splits = {
+        split: root_file.parent / path
+        for split, path in files.items()
+        if split != "class_label_indices"
+    }
+    return audio_root, name, splits, names
 
 
 def _read_json(path):
@@ -286,39 +626,102 @@ def _entries(path):
     content = _read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise MetadataError(f'{path}: has no list "data"; write it again')
+    for number, entry in enumerate(content["data"], start=1):
+        if not isinstance(entry, dict):
+            raise MetadataError(f"{path}: entry {number} is no object; write it again")
     return content["data"]
 
 
-def _read_entry(entry, split, path, audio_root, names):
+def _entry_faults(entry, names):
     wav, mids = str(entry.get("wav", "")), str(entry.get("labels", "")).split(",")
     if not wav or PurePosixPath(wav).is_absolute():
-        raise MetadataError(f"{path}: wav {wav!r} must be a path relative to the audio folder")
-    unknown = [mid for mid in mids if mid not in names]
-    if unknown:
-        raise MetadataError(f"{path}: label {unknown[0]!r} of {wav} is not in the class table")
+        yield f"wav {wav!r} must be a path relative to the audio folder"
+    for mid in mids:
+        if mid not in names:
+            yield f"label {mid!r} of {wav} is not in the class table"
+
+
+def _clip(entry, split, audio_root, names):
     spoken = {key: text for key, text in entry.items() if "caption" in key}
-    labels = ", ".join(names[mid] for mid in mids)
-    return {"split": split, "path": str(audio_root / wav), "labels": labels} | spoken
+    labels = ", ".join(names.get(mid, mid) for mid in str(entry.get("labels", "")).split(","))
+    path = str(audio_root / str(entry.get("wav", "")))
+    return {"split": split, "path": path, "labels": labels} | spoken
 
 
-def validate(dataset_root_json):
+def read_jams(folder):
+    """Read the recipes back that :func:`write_jams` has kept in its files.
+
+    Parameters
+    ----------
+    folder : str or Path
+        All ``.jams`` files in it and below are read, in order of their path.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Table of mixes; rendered again it gives the same files, wherever they are to lie.
+
+    Raises
+    ------
+    MetadataError
+        No such files, or one that is no JAMS file with a recipe.
+
+    Examples
+    --------
+    >>> read_jams("nowhere")
+    Traceback (most recent call last):
+    soundscapes_utils.metadata.MetadataError: nowhere: holds no .jams file; write some with \
+metadata.write_jams
+    """
+    files = sorted(Path(folder).rglob("*.jams"))
+    if not files:
+        raise MetadataError(f"{folder}: holds no .jams file; write some with metadata.write_jams")
+    rows = []
+    for file in files:
+        content = _read_json(file)
+        try:
+            rows.append(dict(content["sandbox"]["mix"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise MetadataError(
+                f"{file}: holds no recipe ({error!r}); write it again with metadata.write_jams"
+            ) from error
+    return pd.DataFrame(rows)
+
+
+# --- validating -------------------------------------------------------------------------------
+
+
+def validate(dataset_root_json, *, sample_rate=None, duration_s=None, full=True):
     """Open every file that a data set's metadata names, and report what is wrong.
+
+    Where they are there, the other formats of :func:`write_metadata` are read back too and held
+    against the split files and the clips.
 
     Parameters
     ----------
     dataset_root_json : str or Path
         See :func:`read_audiocaps`.
+    sample_rate : int, optional
+        Hz that every clip must have.
+    duration_s : float, optional
+        Seconds that every clip must last, to the sample.
+    full : bool
+        Read every clip to its end, which finds silence and samples that are not finite; False
+        reads the headers only.
 
     Returns
     -------
     pandas.DataFrame
-        Columns ``split, path, problem``; empty if all is well. Files that are missing, unreadable
-        or silent, captions that are empty, files that two splits or two entries name.
+        Columns ``split, path, problem``; empty if all is well. Split files that are missing or
+        damaged, paths that are not relative, labels that the class table does not list, captions
+        that are empty, files that two splits or two entries name; clips that are missing,
+        unreadable, silent, of another rate or length; rows of ``metadata.jsonl``, of the strong
+        labels and of JAMS files that contradict them.
 
     Raises
     ------
     MetadataError
-        What :func:`read_audiocaps` finds.
+        ``dataset_root.json`` or the class table cannot be read.
 
     Examples
     --------
@@ -329,27 +732,138 @@ def validate(dataset_root_json):
     >>> root = write_audiocaps(pd.DataFrame([mix | {"path": path}]), folder, "scenes")
     >>> validate(root).problem.tolist()
     ['is silent; leave it out or replace it']
+    >>> validate(root, sample_rate=44100, full=False).problem.tolist()
+    ['has 16000 Hz instead of 44100 Hz']
     """
-    table = read_audiocaps(dataset_root_json)
-    spoken = [column for column in table if "caption" in column]
-    repeated = table.path.duplicated(keep=False)
-    rows = [
-        (row["split"], row["path"], problem)
-        for row, twice in zip(_rows(table), repeated, strict=True)
-        for problem in _problems(row, spoken, twice)
-    ]
+    root_file = Path(dataset_root_json)
+    audio_root, name, files, names = _read_root(root_file)
+    rows, clips = [], []
+    for split, path in files.items():
+        try:
+            entries = _entries(path)
+        except MetadataError as error:
+            rows.append((split, str(path), str(error).removeprefix(f"{path}: ")))
+            continue
+        clips += [
+            (_clip(e, split, audio_root, names), list(_entry_faults(e, names))) for e in entries
+        ]
+    times = Counter(clip["path"] for clip, _ in clips)
+    for clip, faults in clips:
+        wrong, clip["seconds"] = _sound_problems(clip["path"], sample_rate, duration_s, full)
+        texts = [*faults, *_text_problems(clip, times[clip["path"]] > 1), *wrong]
+        rows += [(clip["split"], clip["path"], text) for text in texts]
+    clips = [clip for clip, _ in clips]
+    rows += _folder_problems(audio_root, clips)
+    for split in files:
+        own = {Path(clip["path"]).stem: clip for clip in clips if clip["split"] == split}
+        strong = root_file.parent / f"{name}_{split}_strong.tsv"
+        found = _strong_problems(strong, own, set(names.values())) if strong.is_file() else []
+        for file in sorted((root_file.parent / JAMS_FOLDER / split).glob("*.jams")):
+            found += [(file, text) for text in _jams_problems(file, own)]
+        rows += [(split, str(file), text) for file, text in found]
     return pd.DataFrame(rows, columns=["split", "path", "problem"])
 
 
-def _problems(row, spoken, twice):
+def _text_problems(clip, twice):
     if twice:
         yield "is named more than once"
-    if not spoken or any(not str(row[key]).strip() or pd.isna(row[key]) for key in spoken):
+    texts = [text for key, text in clip.items() if "caption" in key]
+    if not texts or any(pd.isna(text) or not str(text).strip() for text in texts):
         yield "has an empty caption"
+
+
+def _sound_problems(path, sample_rate, duration_s, full):
+    """What is wrong with a clip, and its length in seconds (None if it cannot be read)."""
+    problems = []
     try:
-        audio.check_audio(audio.load_audio(row["path"])[0], row["path"])
+        if full:
+            y, rate = audio.load_audio(path)
+            samples = y.size
+        else:
+            samples, rate = audio.read_header(path)
     except audio.AudioError as error:
-        yield str(error).removeprefix(f"{row['path']}: ")
+        return [str(error).removeprefix(f"{path}: ")], None
+    if full:
+        try:
+            audio.check_audio(y, path)
+        except audio.AudioError as error:
+            problems.append(str(error).removeprefix(f"{path}: "))
+    if sample_rate is not None and rate != sample_rate:
+        problems.append(f"has {rate} Hz instead of {sample_rate} Hz")
+    if duration_s is not None and samples != round(duration_s * rate):
+        problems.append(f"has {samples} samples instead of {round(duration_s * rate)}")
+    return problems, samples / rate
+
+
+def _folder_problems(audio_root, clips):
+    """Hold what AudioFolder reads against the split files."""
+    known = {Path(clip["path"]).resolve(): clip for clip in clips}
+    rows = []
+    for file in sorted(Path(audio_root).rglob(FOLDER_FILE)):
+        named = set()
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                path = (file.parent / row["file_name"]).resolve()
+            except (ValueError, KeyError, TypeError) as error:
+                rows.append(("", str(file), f"line {number}: names no file ({error!r})"))
+                continue
+            named.add(path)
+            clip = known.get(path)
+            if clip is None:
+                rows.append(("", str(file), f"line {number}: {row['file_name']} is in no split"))
+            elif any(row.get(key) != text for key, text in clip.items() if "caption" in key):
+                rows.append((clip["split"], str(file), f"line {number}: other captions"))
+        left = [clip for path, clip in known.items() if file.parent in path.parents]
+        rows += [
+            (clip["split"], clip["path"], f"is not in {FOLDER_FILE}; write it again")
+            for clip in left
+            if Path(clip["path"]).resolve() not in named
+        ]
+    return rows
+
+
+def _strong_problems(file, clips, names):
+    table = pd.read_csv(file, sep="\t", keep_default_na=False, dtype=str)
+    wanted = ["filename", "onset", "offset", "event_label"]
+    if table.columns.tolist() != wanted:
+        return [(file, f"has columns {', '.join(table)} instead of {', '.join(wanted)}")]
+    named = table.filename.map(lambda text: PurePosixPath(text).stem)
+    problems = [(file, f"has no row for {stem}") for stem in clips if stem not in set(named)]
+    for line, (row, stem) in enumerate(zip(_rows(table), named, strict=True), start=2):
+        if stem not in clips:
+            problems.append((file, f"line {line}: {row['filename']} is not in the split"))
+        elif row["event_label"] and tidy(row["event_label"]) not in names:
+            problems.append((file, f"line {line}: {row['event_label']} is not in the class table"))
+        elif row["event_label"]:
+            text = _span_problem(row["onset"], row["offset"], clips[stem]["seconds"])
+            problems += [(file, f"line {line}: {text}")] if text else []
+    return problems
+
+
+def _jams_problems(file, clips):
+    if file.stem not in clips:
+        return ["belongs to no clip of the split"]
+    seconds = clips[file.stem]["seconds"]
+    try:
+        content = _read_json(file)
+        told = float(content["file_metadata"]["duration"])
+        spans = [(o["time"], o["time"] + o["duration"]) for o in content["annotations"][0]["data"]]
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        return [f"cannot be read ({error}); write it again with metadata.write_jams"]
+    problems = []
+    if seconds is not None and abs(told - seconds) > _ROUNDED_S:
+        problems.append(f"speaks of {told:g} s, its clip lasts {seconds:g} s")
+    return problems + [text for span in spans if (text := _span_problem(*span, told))]
+
+
+def _span_problem(onset, offset, seconds):
+    try:
+        onset, offset = float(onset), float(offset)
+    except ValueError:
+        return f"{onset!r} to {offset!r} is no span of time"
+    end = math.inf if seconds is None else seconds + _ROUNDED_S
+    return None if 0 <= onset < offset <= end else f"an event from {onset:g} to {offset:g} s"
 
 
 # --- leaks ------------------------------------------------------------------------------------
@@ -365,13 +879,20 @@ _SHARED = {
 }
 
 
-def check_leaks(mixes):
+def check_leaks(mixes, *, cities=False, contents=False):
     """Make sure that no split has heard what another one consists of.
 
     Parameters
     ----------
     mixes : pandas.DataFrame
-        Table of mixes.
+        Table of mixes; further foreground events (``events``) count like the first.
+    cities : bool
+        Splits may not share a city either: the part of ``background_source`` before its hyphen,
+        as TAU names its locations ("lyon-1029"). Splits by fold keep to it, TAU's official split,
+        which is by location, does not.
+    contents : bool
+        Read every recording, and every mix that has been rendered, and compare the samples: finds
+        the same sound under another name, or in another lossless format.
 
     Returns
     -------
@@ -381,8 +902,11 @@ def check_leaks(mixes):
     Raises
     ------
     LeakError
-        Two splits share a foreground source, a scene location, a recording or a mixed file; the
-        message says which splits, what, and names the first few.
+        Two splits share a foreground source, a scene location, a recording, a mixed file, a city
+        or the content of a file; the message says which splits, what, and names the first few.
+        Two splits of the very same mixes (validation that is the test set) are called that.
+    AudioError
+        With `contents`, a recording that cannot be read.
 
     Examples
     --------
@@ -393,17 +917,73 @@ def check_leaks(mixes):
     Traceback (most recent call last):
     soundscapes_utils.metadata.LeakError: train and test share 1 scene locations (lyon-3)
     """
+    kinds = _SHARED | ({"cities": ["city"]} if cities else {})
+    sides = {split: _heard(rows, cities) for split, rows in mixes.groupby("split", sort=False)}
+    digests = _digests(sides) if contents else {}
     found = []
-    for one, other in itertools.combinations(mixes.split.unique(), 2):
+    for (one, first), (other, second) in itertools.combinations(sides.items(), 2):
+        if first["pairs"] == second["pairs"]:
+            found.append(f"{one} and {other} are the same mixes")
         seen = set()
-        for what, columns in _SHARED.items():
-            sides = (mixes[mixes.split == split] for split in (one, other))
-            first, second = ({str(v) for c in columns for v in side[c]} for side in sides)
+        for what, columns in kinds.items():
+            shared = set.intersection(
+                *({v for c in columns for v in s[c]} for s in (first, second))
+            )
             # a source that was named as event or as scene is not named a second time
-            shared = sorted((first & second) - seen)
-            seen |= set(shared)
+            shared -= seen
+            seen |= shared
             if shared:
-                listed = ", ".join(shared[:_SHOWN]) + (", …" if len(shared) > _SHOWN else "")
-                found.append(f"{one} and {other} share {len(shared)} {what} ({listed})")
+                found.append(f"{one} and {other} share {len(shared)} {what} ({_some(shared)})")
+        if contents:
+            twins = _twins(digests[one], digests[other])
+            if twins:
+                found.append(
+                    f"{one} and {other} share the sound of {len(twins)} files ({_some(twins)})"
+                )
     if found:
         raise LeakError("; ".join(found))
+
+
+def _some(names):
+    names = sorted(names)
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+
+
+def _heard(mixes, cities):
+    """Everything that the mixes of a split consist of: a set of texts for each column."""
+    from soundscapes_utils import mixing
+
+    columns = sorted({column for columns in _SHARED.values() for column in columns})
+    heard = {column: {str(value) for value in mixes[column]} for column in columns}
+    for cell in mixes.get("events", ()):
+        for event in mixing.further_events(cell):
+            heard["foreground"].add(str(event["foreground"]))
+            heard["foreground_source"].add(str(event["foreground_source"]))
+    heard["pairs"] = set(zip(mixes.foreground, mixes.background, strict=True))
+    if cities:
+        heard["city"] = {source.partition("-")[0] for source in heard["background_source"]}
+    return heard
+
+
+def _digests(sides):
+    """Digest of the samples → files of a split that hold them."""
+    known, found = {}, {}
+    for split, heard in sides.items():
+        found[split] = {}
+        rendered = {path for path in heard["path"] if Path(path).is_file()}
+        for path in sorted(heard["foreground"] | heard["background"] | rendered):
+            if path not in known:
+                y, rate = audio.load_audio(path)
+                known[path] = hashlib.sha256(rate.to_bytes(4, "big") + y.tobytes()).digest()
+            found[split].setdefault(known[path], []).append(path)
+    return found
+
+
+def _twins(first, second):
+    # one and the same path is a shared recording, and named as such
+    return {
+        f"{a} = {b}"
+        for digest in first.keys() & second.keys()
+        for a, b in itertools.product(first[digest], second[digest])
+        if a != b
+    }

@@ -90,7 +90,7 @@ def aligned_spectrograms(signals, sample_rate, title=""):
 
     rows, columns = -(-len(signals) // 2), 2
     figure, axes = plt.subplots(
-        rows, columns, figsize=(8, 1.4 * rows + 0.6), sharex=True, squeeze=False,
+        rows, columns, figsize=(6.5, 1.2 * rows + 0.6), sharex=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for panel, (name, y) in zip(axes.flat, signals.items(), strict=False):
@@ -158,29 +158,37 @@ def mix_grid(mixes):
 
 
 def mix_levels(mixes):
-    """Show what was drawn: signal-to-noise ratios, and how often a mix had to be scaled down.
+    """Show the levels of a set: ratios, loudness, and how often a mix had to be scaled down.
 
     Parameters
     ----------
     mixes : pandas.DataFrame
-        Table of rendered mixes.
+        Table of rendered mixes; with a column ``lufs`` (loudness, may be empty in some rows) the
+        middle panel is drawn.
 
     Returns
     -------
     matplotlib.figure.Figure
-        Histogram of ``snr_db`` (left) and of the scaling in dB where one was needed (right).
+        Histograms of ``snr_db``, of ``lufs``, and of the scaling in dB where one was needed.
     """
     import matplotlib.pyplot as plt
     import numpy as np
     import seaborn as sns
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
-    sns.histplot(mixes, x="snr_db", hue="split", multiple="stack", bins=20, ax=left)
-    left.set(xlabel="foreground over background, dB", ylabel="mixes", title="Signal-to-noise ratio")
-    sns.move_legend(left, "upper left", bbox_to_anchor=(1, 1))
+    levels = {"snr_db": ("Signal-to-noise ratio", "foreground over background, dB")}
+    if "lufs" in mixes:
+        levels["lufs"] = (f"Loudness of {mixes.lufs.notna().sum()} mixes", "LUFS")
+    width = 5 * (len(levels) + 1)
+    figure, axes = plt.subplots(1, len(levels) + 1, figsize=(width, 3.2), layout="constrained")
+    for panel, (column, (title, unit)) in zip(axes, levels.items(), strict=False):
+        sns.histplot(mixes, x=column, hue="split", multiple="stack", bins=20, ax=panel)
+        panel.set(xlabel=unit, ylabel="mixes", title=title)
+    sns.move_legend(axes[0], "upper left")
+    for panel in axes[1 : len(levels)]:
+        panel.get_legend().remove()
     scaled = mixes.peak_scale[mixes.peak_scale < 1]
-    sns.histplot(x=20 * np.log10(scaled), bins=20, ax=right)
-    right.set(
+    sns.histplot(x=20 * np.log10(scaled), bins=20, ax=axes[-1])
+    axes[-1].set(
         xlabel="scaled by, dB",
         ylabel="mixes",
         title=f"{len(scaled)} of {len(mixes)} mixes scaled to fit",

@@ -276,3 +276,14 @@ def test_the_player_is_small_compressed_and_safe():
     assert (y.size, rate) == (80_000, 16_000)
     spectrum = np.abs(np.fft.rfft(y))
     assert np.fft.rfftfreq(y.size, 1 / rate)[spectrum.argmax()] == pytest.approx(440, abs=1)
+
+
+def test_listen_table_keeps_the_order_and_leaves_gaps():
+    tone = np.sin(np.arange(800) / 5)
+    page = audio.listen_table({"0 <dB>": {"park": tone, "bus": tone}, "6 dB": {"bus": tone}}, 8000)
+    assert page.data.count("<audio") == 3
+    assert page.data.count("<td></td>") == 1
+    assert page.data.index("park") < page.data.index("bus")
+    assert "0 &lt;dB&gt;" in page.data
+    with pytest.raises(audio.AudioError):
+        audio.listen_table({"0 dB": {"park": [np.nan]}}, 8000)

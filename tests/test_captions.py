@@ -1,7 +1,12 @@
+import hashlib
+import itertools
+import json
 import re
 
+import numpy as np
+import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soundscapes_utils import captions
@@ -19,6 +24,8 @@ NAMES = {
     "tau": """airport bus metro metro_station park public_square shopping_mall street_pedestrian
     street_traffic tram""",
 }
+CAPTIONS = ["caption", "caption_2", "caption_3"]
+FIXED = ("label", "simple", "gpt", "varied")
 ESC50, URBANSOUND8K, TAU = (NAMES[name].split() for name in ("esc50", "urbansound8k", "tau"))
 
 
@@ -56,6 +63,7 @@ def test_paraphrases_follow_the_seed_and_all_occur():
     assert len(set(first)) == len(captions.PARAPHRASES)
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1), st.text(min_size=1), st.integers(0, 2**32 - 1))
 def test_any_label_is_captioned_or_refused(label, scene, seed):
     try:
@@ -113,3 +121,392 @@ def test_bad_requests_are_named(bad):
         captions.prompts(["dog"], **bad)
     with pytest.raises(ValueError, match="each label once"):
         captions.prompts(["dog", "dog"])
+
+
+# --- synonyms, further captions, several events ---------------------------------------------------
+
+
+def digest(texts):
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+def test_texts_that_models_were_trained_on_stay_as_they_were():
+    # digests of the texts of the first release: the embedded model's vocabulary
+    events, scenes = [*captions.EVENTS, "Steam_Whistle"], [*captions.SCENES, "wind"]
+    mixes = [
+        captions.mix_captions(label, scene, seed)
+        for label in events
+        for scene in scenes
+        for seed in range(3)
+    ]
+    assert digest(mixes) == "247ffe43f0dec5f8"
+    families = [captions.prompts(events, f, n=12, seed=3).prompt.tolist() for f in FIXED]
+    assert digest(families) == "c1a1cfed03b2f4a2"
+    assert captions.FAMILIES == FIXED
+
+
+def test_every_class_and_scene_has_synonyms_that_fit_their_slots():
+    assert set(captions.EVENT_VARIANTS) == set(captions.EVENTS)
+    assert set(captions.SCENE_VARIANTS) == set(captions.SCENES)
+    for label, more in captions.EVENT_VARIANTS.items():
+        event = captions.EVENTS[label]
+        assert len({event.clause, *more.clauses}) == 3, label
+        assert len({event.noun, *more.nouns}) == 3, label
+        for clause in filter(None, (*more.clauses, more.several)):
+            assert re.search(r" (is|are) \w+ing\b", clause), clause
+        for noun in more.nouns:
+            assert not re.search(r"\b(is|are)\b", noun), noun
+        assert more.setting in captions.SETTINGS
+        assert not more.several or " are " in more.several
+    for scene, more in captions.SCENE_VARIANTS.items():
+        words = captions.SCENES[scene]
+        assert len({words.noun, *more.nouns}) == len({words.place, *more.places}) == 3, scene
+
+
+def test_no_synonym_serves_two_classes():
+    # two names of one class
+    twice = {("dog", "dog_bark")}
+    owner = {}
+    for label, more in captions.EVENT_VARIANTS.items():
+        event = captions.EVENTS[label]
+        for text in (event.clause, event.noun, *more.clauses, *more.nouns):
+            first = owner.setdefault(text, label)
+            assert first == label or (first, label) in twice, text
+
+
+@given(
+    st.lists(st.sampled_from(ESC50 + URBANSOUND8K), min_size=1, max_size=3),
+    st.sampled_from(TAU),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 25),
+)
+@settings(deadline=None)
+def test_captions_of_any_number_differ_and_begin_alike(labels, scene, seed, n):
+    texts = captions.mix_captions(labels, scene, seed, n)
+    assert len(set(texts)) == len(texts) == n
+    assert captions.mix_captions(labels, scene, seed, n + 1)[:n] == texts
+    if len(labels) == 1:
+        assert captions.mix_captions(labels[0], scene, seed, n) == texts
+
+
+def test_several_events_are_all_named():
+    texts = captions.mix_captions(["dog", "siren"], "street_traffic", 0, n=12)
+    assert texts[1] == (
+        "a dog is barking and an emergency siren is wailing with traffic in the background"
+    )
+    for text in texts:
+        assert re.search("dog", text) and re.search("siren", text)
+    three = captions.mix_captions(["dog", "cat", "dog", "rain"], "bus", 0)
+    assert three[0] == (
+        "dog barking, cat meowing and rain falling with the sound of bus in background"
+    )
+
+
+def test_captions_use_all_synonyms_and_end_in_a_clear_error():
+    texts = captions.mix_captions("rooster", "tram", 7, n=90)
+    spoken = " / ".join(texts)
+    more, place = captions.EVENT_VARIANTS["rooster"], captions.SCENE_VARIANTS["tram"]
+    for words in (*more.clauses, *more.nouns, *place.nouns, *place.places):
+        assert words in spoken
+    # 10 forms, each with 3 × 3 fillings; two of them are the second and the third caption
+    with pytest.raises(ValueError, match=r"92 captions of rooster with tram: the lexicon knows 91"):
+        captions.mix_captions("rooster", "tram", 7, n=92)
+    with pytest.raises(ValueError, match="at least one label"):
+        captions.mix_captions([], "tram", 7)
+    with pytest.raises(ValueError, match="n=0"):
+        captions.mix_captions("dog", "tram", 7, n=0)
+
+
+# --- senses ---------------------------------------------------------------------------------------
+
+
+def own_texts(label, scene):
+    yield from captions.mix_captions(label, scene, 1, n=40)
+    for family in captions.ALL_FAMILIES:
+        yield from captions.prompts([label], family, n=40).prompt
+
+
+@pytest.mark.parametrize("label", captions.EVENTS)
+def test_the_lexicons_own_texts_are_in_the_right_sense(label):
+    for scene in ("park", "street_traffic", "metro_station"):
+        for text in own_texts(label, scene):
+            assert not captions.wrong_senses(text, label), text
+            assert not captions.wrong_senses(text, scene), text
+
+
+@pytest.mark.parametrize(
+    ("label", "text", "found"),
+    [
+        ("siren", "Sirens are mythical women who lure sailors", ["mythical", "sailor"]),
+        ("siren", "the siren’s song enchants the crew", ["siren's song"]),
+        ("siren", "an ambulance siren wails", []),
+        ("mouse_click", "mice squeaking in a barn", ["mice", "squeaking"]),
+        ("mouse_click", "a computer mouse clicks twice", []),
+        ("keyboard_typing", "a pianist plays a melody", ["pianist", "melody"]),
+        (
+            "crickets",
+            "bowlers and batsman at a cricket-match",
+            ["cricket match", "batsman", "bowler"],
+        ),
+        ("hand_saw", "then I saw a tree", ["i saw"]),
+        ("crow", "a rooster crowing", ["crowing"]),
+        ("crow", "crows call", []),
+        ("train", "a training session", ["training"]),
+        ("car_horn", "French horns warm up", ["french horn"]),
+        ("park", "a car park", ["car park"]),
+        ("park", "sparking wires in a park", []),
+        ("no_such_class", "a mermaid", []),
+    ],
+)
+def test_wrong_senses_are_found_as_whole_words(label, text, found):
+    assert sorted(captions.wrong_senses(text, label)) == sorted(found)
+
+
+def test_the_table_of_senses_speaks_of_known_names_only():
+    assert set(captions.WRONG_SENSES) <= set(captions.EVENTS) | set(captions.SCENES)
+    for label, entries in captions.WRONG_SENSES.items():
+        for entry in entries:
+            assert entry in captions.wrong_senses(f"There is {entry.upper()}.", label)
+
+
+# --- families -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", ["dog", "rain", "gun_shot", "steam whistle"])
+def test_grammar_never_repeats_and_knows_its_size(label):
+    size = captions.grammar_size(label)
+    table = captions.prompts([label], "grammar", n=size)
+    assert table.prompt.nunique() == size
+    with pytest.raises(ValueError, match=f"{label}: the grammar has {size} different"):
+        captions.prompts([label], "grammar", n=size + 1)
+
+
+def test_grammar_is_large_enough_for_four_times_the_largest_class_of_the_study():
+    assert min(captions.grammar_size(label) for label in captions.EVENTS) > 4000
+
+
+@pytest.mark.parametrize("family", ["task", "grammar"])
+def test_new_families_depend_on_seed_and_class_alone(family):
+    both = captions.prompts(["dog", "cat"], family, n=9, seed=1)
+    alone = captions.prompts(["cat"], family, n=5, seed=1)
+    assert both[both.label == "cat"].prompt.tolist()[:5] == alone.prompt.tolist()
+    assert alone.prompt.nunique() == 5
+    assert captions.prompts(["cat"], family, n=5, seed=2).prompt.tolist() != alone.prompt.tolist()
+
+
+def test_task_prompts_name_number_place_distance_and_microphone():
+    table = captions.prompts(["dog"], "task", n=150)
+    # 2 numbers × 3 places × 3 distances × 4 microphones, all used before one comes again
+    assert table.prompt[:72].nunique() == table.prompt.nunique() == 72
+    for text in table.prompt:
+        assert re.search("a dog is|several dogs are", text)
+        assert any(place in text for place in captions.SETTINGS["street"])
+        assert any(distance in text for distance in captions.DISTANCES)
+        assert any(f"recorded with {m}" in text for m in captions.MICROPHONES)
+
+
+def test_negative_prompts_spare_what_a_class_has():
+    assert captions.negative_prompt() == captions.NEGATIVE_PROMPT
+    for label in captions.EVENTS:
+        text = captions.negative_prompt(label)
+        assert text.startswith(captions.NEGATIVE_PROMPT)
+        assert label not in ("street_music", "church_bells") or "music" not in text
+        assert label not in ("laughing", "children_playing") or "speech" not in text
+    assert set().union(*captions.UNWANTED.values()) <= set(captions.EVENTS)
+
+
+# --- variety --------------------------------------------------------------------------------------
+
+
+def test_vocabulary_counts_words_and_pairs():
+    table = pd.DataFrame({"caption_2": ["a b a", "a b"], "caption": ["x", "x"], "mix_id": 1})
+    rows = captions.vocabulary(table).set_index("column")
+    assert rows.index.tolist() == ["caption", "caption_2", "all"]
+    second = rows.loc["caption_2"]
+    # a b a | a b: 5 words, 2 different; pairs ab ba | ab: 3, 2 different
+    assert (second.words, second.vocabulary, second.mean_length) == (5, 2, 2.5)
+    assert second.distinct_1 == pytest.approx(2 / 5)
+    assert second.distinct_2 == pytest.approx(2 / 3)
+    assert second.root_type_token == pytest.approx(2 / 5**0.5)
+    assert rows.loc["all", "captions"] == 4 and rows.loc["caption", "distinct"] == 1
+
+
+def test_more_captions_are_more_varied_ones():
+    labels = ESC50[:10]
+    rows = [captions.mix_captions(label, "park", 0, n=6) for label in labels]
+    table = captions.vocabulary(
+        pd.DataFrame(rows, columns=["caption", *(f"caption_{i}" for i in range(2, 7))])
+    ).set_index("column")
+    assert table.loc["all", "vocabulary"] > 1.5 * table.loc["caption", "vocabulary"]
+    assert table.distinct.drop("all").eq(10).all()
+
+
+def test_diversity_ranks_the_families():
+    tables = [captions.prompts(["dog", "rain"], f, n=10) for f in ("simple", "varied", "grammar")]
+
+    def embed(texts):
+        vectors = np.zeros((len(texts), 26))
+        for row, text in zip(vectors, texts, strict=True):
+            for letter in re.findall("[a-z]", text.lower()):
+                row[ord(letter) - 97] += 1
+        return vectors
+
+    table = captions.diversity(pd.concat(tables), embed).set_index("prompt_family")
+    assert table.distinct.tolist() == [2, 20, 20] and table.prompts.tolist() == [20] * 3
+    assert table.loc["simple", "embedding_distance"] == pytest.approx(0, abs=1e-12)
+    assert table.distinct_2.drop("simple").min() > 4 * table.distinct_2["simple"]
+    # against all pairs one by one
+    texts = tables[1].groupby("label").prompt.agg(list)
+    pairs = [
+        np.mean(
+            [
+                1 - np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
+                for a, b in itertools.combinations(embed(own), 2)
+            ]
+        )
+        for own in texts
+    ]
+    assert table.loc["varied", "embedding_distance"] == pytest.approx(np.mean(pairs))
+
+
+@pytest.mark.parametrize("bad", [np.zeros((1, 3)), np.full((1, 3), np.nan), np.ones((2, 3))])
+def test_bad_embeddings_are_refused(bad):
+    with pytest.raises(ValueError, match="embed gave"):
+        captions.diversity(captions.prompts(["dog"], "simple", n=2), lambda texts: bad)
+
+
+# --- texts from files -----------------------------------------------------------------------------
+
+
+def test_prompts_of_a_file_are_checked_by_row(tmp_path):
+    rows = [
+        {"label": "siren", "prompt": " a police  siren  nears "},
+        {"label": "siren", "prompt": "a mermaid sings"},
+        {"label": "siren", "prompt": ""},
+        {"label": "siren"},
+        {"label": "siren", "prompt": 7},
+        {"label": "", "prompt": "a dog barks"},
+        {"label": "dog", "prompt": "so " * 51},
+        {"label": "siren", "prompt": "a police siren nears"},
+        {"label": "dog", "prompt": "a terrier barks"},
+    ]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join([*map(json.dumps, rows), "{broken", "[1]", ""]))
+    table, problems = captions.read_prompts(path)
+    assert table.to_numpy().tolist() == [
+        ["siren", "a police siren nears", "mine"],
+        ["dog", "a terrier barks", "mine"],
+    ]
+    expected = {
+        2: "'mermaid', another sense of siren",
+        3: "is empty",
+        4: "is empty",
+        5: "is no text",
+        6: "has no label",
+        7: "has 51 words, 50 at most",
+        8: "says the same",
+        10: "is not JSON",
+        11: "is no JSON object",
+    }
+    assert problems.row.tolist() == list(expected)
+    for row, text in zip(problems.problem, expected.values(), strict=True):
+        assert text in row
+
+
+def test_prompts_of_a_file_are_a_family(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("label,prompt\ndog,one\ncat,purr\ndog,two\ndog,three\n", encoding="utf-8-sig")
+    table = captions.prompts(["dog"], path, n=2)
+    assert table.to_numpy().tolist() == [["dog", "one", "mine"], ["dog", "two", "mine"]]
+    assert captions.prompts(["dog"], str(path), n=2).equals(table)
+    with pytest.raises(ValueError, match=r"mine\.csv: 1 usable prompts for cat, 2 are wanted"):
+        captions.prompts(["dog", "cat"], path, n=2)
+    path.write_text('label,prompt\ndog,"one, two"\ndog,three, four\n')
+    with pytest.warns(UserWarning, match=r"1 rows set aside.*line 3.*more cells"):
+        assert captions.prompts(["dog"], path).prompt.tolist() == ["one, two"]
+
+
+@pytest.fixture
+def mixes():
+    rows = [("m0", "dog", "park"), ("m1", "dog", "park"), ("m2", "siren", "bus")]
+    table = pd.DataFrame(rows, columns=["mix_id", "foreground_label", "scene"]).assign(seed=5)
+    three = [captions.mix_captions(r.foreground_label, r.scene, 5) for r in table.itertuples()]
+    return table.assign(**dict(zip(CAPTIONS, zip(*three, strict=True), strict=True)))
+
+
+def test_captions_of_a_file_by_mix(mixes, tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text(
+        "mix_id,caption,caption_2\nm0,a terrier barks,joggers and a dog\nm2,sailors hear sirens,\n"
+        "m9,nobody,nothing\nm0,a terrier barks,a hound\n"
+    )
+    given, problems = captions.read_captions(path, mixes)
+    assert given.to_numpy().tolist() == [
+        ["m0", "a terrier barks"],
+        ["m0", "joggers and a dog"],
+        ["m0", "a hound"],
+    ]
+    assert problems.to_numpy().tolist() == [
+        [0, "no caption for mix m1"],
+        [0, "no caption for mix m2"],
+        [3, "caption speaks of 'sailor', another sense of siren"],
+        [3, "caption_2 is empty"],
+        [4, "no mix of mix_id m9"],
+        [5, "caption says the same as one before"],
+    ]
+    replaced = captions.use_captions(mixes, given, n=2)
+    assert replaced.columns.tolist() == mixes.columns.tolist()
+    assert replaced.loc[0, CAPTIONS].tolist() == [
+        "a terrier barks",
+        "joggers and a dog",
+        mixes.caption_3[0],
+    ]
+    # nothing in the file: a mix keeps what it has
+    assert replaced.loc[1:].equals(mixes.loc[1:])
+    added = captions.use_captions(mixes, given, n=2, add=True)
+    assert added[CAPTIONS].equals(mixes[CAPTIONS])
+    assert added.loc[0, ["caption_4", "caption_5"]].tolist() == [
+        "a terrier barks",
+        "joggers and a dog",
+    ]
+    for _, row in added[[*CAPTIONS, "caption_4", "caption_5"]].iterrows():
+        assert row.nunique() == 5 and row.str.len().gt(0).all()
+
+
+def test_captions_of_a_file_by_label_and_scene(mixes, tmp_path):
+    mixes["events"] = ["", '[{"foreground_label": "siren"}]', np.nan]
+    path = tmp_path / "mine.jsonl"
+    rows = [
+        {"label": "dog", "scene": "park", "caption": "a terrier barks"},
+        {"label": "dog+siren", "scene": "park", "caption": "a terrier and a mermaid"},
+        {"label": "siren", "scene": "bus", "caption": "an ambulance passes a bus"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    given, problems = captions.read_captions(path, mixes)
+    assert given.mix_id.tolist() == ["m0", "m2"]
+    assert problems.row.tolist() == [0, 2]
+    assert "another sense of siren" in problems.problem[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("mine.txt", "", "ends in .csv or .jsonl"),
+        ("mine.csv", None, "cannot be read"),
+        ("mine.csv", "label,text\ndog,x\n", "needs label, prompt in its rows, has label, text"),
+        ("mine.jsonl", "", "has none"),
+        ("mine.csv", b"label,prompt\ndog,\xff\xfe\n", "UTF-8"),
+    ],
+)
+def test_files_that_are_none_of_ours_are_named(tmp_path, name, text, message):
+    path = tmp_path / name
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message) as caught:
+        captions.read_prompts(path)
+    assert name in str(caught.value)
+
+
+def test_use_captions_needs_a_number(mixes):
+    with pytest.raises(ValueError, match="at least 1"):
+        captions.use_captions(mixes, pd.DataFrame(columns=["mix_id", "caption"]), n=0)

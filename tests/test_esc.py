@@ -412,7 +412,7 @@ def test_processes_give_the_same_results_as_one(clips, generated, tmp_path):
     there = quick_run(clips, generated, tmp_path / "two", workers=2)
     pd.testing.assert_frame_equal(here.drop(columns="seconds"), there.drop(columns="seconds"))
     left = {path.name for path in (tmp_path / "two").iterdir()}
-    assert left == {"features", "units", "results.csv", "predictions.csv"}
+    assert left == {"features", "units", "results.csv", "predictions.csv", "curves.csv"}
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -1,13 +1,18 @@
 """Distances against closed forms, reference implementations and published embeddings."""
 
+import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
+import mpmath
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
+from scipy.spatial.distance import cdist, pdist
+from scipy.stats import entropy
 
 from soundscapes_utils import fad
 
@@ -67,7 +72,7 @@ def test_frechet_is_symmetric_non_negative_and_blind_to_rotation_order_shift(n, 
     value = fad.frechet_distance(x, y)
     assert value >= 0
     close = pytest.approx(value, rel=1e-7, abs=1e-9)
-    assert fad.frechet_distance(y, x) == close
+    assert fad.frechet_distance(y, x) == value
     assert fad.frechet_distance(x @ rotation + 3, y @ rotation + 3) == close
     assert fad.frechet_distance(x[::-1], y) == close
     assert fad.frechet_distance(10 * x, 10 * y) == pytest.approx(100 * value, rel=1e-7, abs=1e-7)
@@ -111,6 +116,220 @@ def test_bad_input_is_named(metric, x, y, message):
         metric(x, y)
 
 
+def frechet_in_50_digits(x, y):
+    """By the general eigenvalues of the covariances' product."""
+    with mpmath.workdps(50):
+
+        def moments(rows):
+            rows = mpmath.matrix(rows.tolist())
+            n, d = rows.rows, rows.cols
+            mean = mpmath.matrix([mpmath.fsum(rows[:, j]) / n for j in range(d)])
+            for i in range(n):
+                rows[i, :] = rows[i, :] - mean.T
+            return mean, rows.T * rows / (n - 1)
+
+        (mean_x, cov_x), (mean_y, cov_y) = moments(x), moments(y)
+        shift = mean_x - mean_y
+        values = mpmath.eig(cov_x * cov_y, left=False, right=False)
+        root = mpmath.fsum(mpmath.sqrt(max(mpmath.re(value), 0)) for value in values)
+        traces = mpmath.fsum(cov_x[i, i] + cov_y[i, i] for i in range(len(shift)))
+        return float((shift.T * shift)[0] + traces - 2 * root)
+
+
+ILL = np.diag(10.0 ** np.linspace(-6, 6, 5))
+SINGULAR = np.outer([1, 1, 1, 2, -1.0], [1, 2, 3, 4, 5]) + np.diag([1, 1, 0, 0, 1e-9])
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "mix_x", "mix_y"),
+    [
+        (30, 20, np.eye(5), np.eye(5)),
+        (4, 3, np.eye(5), np.eye(5)),  # fewer rows than dimensions, both
+        (3, 40, np.eye(5), ILL),  # and one
+        (30, 20, ILL, ILL),
+        (30, 20, ILL, ILL[::-1]),  # what is large in one is small in the other
+        (30, 20, SINGULAR, np.eye(5)),
+        (30, 20, SINGULAR, SINGULAR.T),
+        (30, 20, SINGULAR, ILL),
+        (6, 6, 1e-120 * np.eye(5), 1e-120 * ILL),
+        (6, 6, 1e120 * np.eye(5), 1e120 * np.eye(5)),
+    ],
+)
+def test_frechet_equals_50_digits(n, m, mix_x, mix_y):
+    x, y = gaussian(n, 5, 1) @ mix_x, gaussian(m, 5, 2, 0.5, 1.5) @ mix_y
+    expected = frechet_in_50_digits(x, y)
+    # relative to the traces: of nearly equal sets no digit of the difference is in float64 rows
+    assert fad.frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
+    by_statistics = fad.frechet_distance(fad.statistics(x), fad.statistics(y))
+    assert by_statistics == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_of_diagonal_gaussians_over_twelve_decades():
+    widths_x, widths_y = 10.0 ** np.linspace(-6, 6, 30), 10.0 ** np.linspace(6, -6, 30)
+    x, y = whitened(100, 30, 1) * widths_x, whitened(90, 30, 2) * widths_y
+    expected = ((widths_x - widths_y) ** 2).sum()
+    assert fad.frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "m"), [(60, 50), (60, 15), (12, 15)])
+def test_frechet_equals_the_trace_form_of_torchmetrics(n, m):
+    # written out: its import alone takes longer than all tests of this file
+    x, y = gaussian(n, 20, 1) @ gaussian(20, 20, 3), gaussian(m, 20, 2, 0.5)
+    (mx, cx), (my, cy) = ((v.mean(0), np.cov(v.T)) for v in (x, y))
+    root = np.sqrt(np.linalg.eigvals(cx @ cy).astype(complex)).real.sum()
+    expected = ((mx - my) ** 2).sum() + np.trace(cx) + np.trace(cy) - 2 * root
+    assert fad.frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 30), st.integers(2, 30), st.integers(1, 20), st.integers(0, 10_000))
+def test_both_roots_agree(n, m, d, seed):
+    x, y = gaussian(n, d, seed), gaussian(m, d, seed + 1, 0.5, 2.0)
+    value = fad.frechet_distance(x, y)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fad, "_TOLERANCE", -1.0)
+        assert fad.frechet_distance(x, y) == pytest.approx(value, rel=1e-7, abs=1e-12)
+
+
+@pytest.mark.parametrize(("n", "m"), [(60, 50), (60, 10), (12, 10)])
+def test_ordinary_sets_take_the_quick_root(n, m, monkeypatch):
+    monkeypatch.setattr(fad, "_factor", None)
+    fad.frechet_distance(gaussian(n, 20, 1), gaussian(m, 20, 2, 1.0))
+
+
+def test_few_rows_form_no_square_of_the_dimensions():
+    x, y = gaussian(20, 3000, 1), gaussian(15, 3000, 2)
+    fad.frechet_distance(x, y)
+    tracemalloc.start()
+    fad.frechet_distance(x, y)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3000 * 3000 * 8 / 10
+
+
+def test_values_that_cannot_be_squared_are_refused():
+    with pytest.raises(ValueError, match="candidate: values beyond 1e\\+150"):
+        fad.frechet_distance(np.eye(3), 1e200 * np.eye(3))
+    assert fad.frechet_distance(1e-200 * np.eye(3), 3e-200 * np.eye(3)) == 0.0
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(60, 50, 8), (60, 5, 8), (4, 5, 8), (8, 9, 8)])
+def test_frechet_from_statistics(n, m, d):
+    x, y = gaussian(n, d, 1) @ gaussian(d, d, 3), gaussian(m, d, 2, 0.3)
+    expected = pytest.approx(fad.frechet_distance(x, y), rel=1e-8)
+    assert fad.frechet_distance(fad.statistics(x), y) == expected
+    assert fad.frechet_distance(x, fad.statistics(y)) == expected
+    assert fad.frechet_distance(fad.statistics(x), fad.statistics(y)) == expected
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.integers(1, 8), min_size=1, max_size=6),
+    st.sampled_from([0.0, 1e6]),
+    st.integers(0, 10_000),
+)
+def test_merged_shards_are_the_whole(sizes, offset, seed):
+    x = gaussian(sum(sizes), 3, seed) + offset
+    ends = np.cumsum([0, *sizes])
+    found = fad.merge(*(fad.statistics(x[start:end]) for start, end in pairwise(ends)))
+    assert found.n == len(x)
+    np.testing.assert_allclose(found.mean, x.mean(axis=0), rtol=1e-13, atol=1e-14)
+    if len(x) > 1:
+        centred = x - x.mean(axis=0)
+        expected = centred.T @ centred / (len(x) - 1)
+        np.testing.assert_allclose(found.cov, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_statistics_survive_a_file(tmp_path):
+    found = fad.statistics(gaussian(9, 4))
+    np.savez(tmp_path / "real.npz", **found._asdict())
+    again = fad.Statistics(**np.load(tmp_path / "real.npz"))
+    y = gaussian(20, 4, 1)
+    assert fad.frechet_distance(again, y) == fad.frechet_distance(found, y)
+
+
+@pytest.mark.parametrize(
+    ("mean", "cov", "n", "message"),
+    [
+        (np.zeros(3), np.eye(3), 1, "candidate: needs at least 2 rows"),
+        (np.zeros(3), np.eye(4), 9, "a covariance of .d, d., got"),
+        (np.zeros((3, 1)), np.eye(3), 9, "expected a mean of shape"),
+        (np.zeros(3), np.diag([1, np.nan, 1]), 9, "candidate: the statistics hold NaN"),
+        (np.zeros(3), np.eye(3) + np.eye(3, k=1), 9, "candidate: the covariance is not symm"),
+        (np.zeros(3), np.diag([1, 1, -1.0]), 9, "candidate: the covariance has negative"),
+        (np.zeros(2), np.eye(2), 9, "reference has 3 dimensions, candidate 2"),
+    ],
+)
+def test_statistics_that_cannot_be_are_named(mean, cov, n, message):
+    candidate = fad.Statistics(mean, cov, n)
+    for reference in (gaussian(20, 3), fad.statistics(gaussian(20, 3)), gaussian(3, 3)):
+        with pytest.raises(ValueError, match=message):
+            fad.frechet_distance(reference, candidate)
+
+
+def test_merge_refuses():
+    with pytest.raises(ValueError, match="no shards"):
+        fad.merge()
+    with pytest.raises(ValueError, match="one shard has 2 dimensions, another 3"):
+        fad.merge(fad.statistics(gaussian(5, 2)), fad.statistics(gaussian(5, 3)))
+    with pytest.raises(ValueError, match="statistics: needs at least 1 rows"):
+        fad.statistics(np.zeros((0, 3)))
+
+
+# --- contributions of clips -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d"), [(40, 30, 6), (40, 12, 20), (9, 30, 20), (9, 6, 20), (30, 3, 2), (2, 4, 3)]
+)
+def test_contributions_equal_leaving_each_clip_out(n, m, d, monkeypatch):
+    monkeypatch.setattr(fad, "_TOLERANCE", -1.0)  # both by singular values: to rounding
+    x, y = gaussian(n, d, 1) @ gaussian(d, d, 3), gaussian(m, d, 2, 0.3)
+    found = fad.clip_contributions(x, y).set_index("clip")
+    whole = fad.frechet_distance(x, y)
+    for row in range(m):
+        expected = fad.frechet_distance(x, np.delete(y, row, axis=0))
+        assert found["without"][row] == pytest.approx(expected, rel=1e-11)
+        assert found["contribution"][row] == pytest.approx(whole - expected, abs=1e-8 * whole)
+
+
+def test_contributions_of_degenerate_sets(monkeypatch):
+    monkeypatch.setattr(fad, "_TOLERANCE", -1.0)
+    found = fad.clip_contributions(np.zeros((5, 3)), np.ones((4, 3)))
+    assert found["without"].tolist() == pytest.approx([3.0] * 4)
+    # each clip is the only one in its dimension
+    y = np.diag([1.0, 2, 3, 4])
+    found = fad.clip_contributions(whitened(50, 4), y).set_index("clip")
+    for row in range(4):
+        expected = fad.frechet_distance(whitened(50, 4), np.delete(y, row, axis=0))
+        assert found["without"][row] == pytest.approx(expected, rel=1e-11)
+
+
+def test_contributions_find_the_outliers():
+    x, y = gaussian(60, 10, 1), gaussian(40, 10, 2)
+    y[[3, 30]] += 6.0
+    found = fad.clip_contributions(x, y)
+    assert set(found["clip"][:2]) == {3, 30}
+    assert found["contribution"].is_monotonic_decreasing
+    assert found["contribution"][1] > 5 * abs(found["contribution"][2:]).max()
+
+
+def test_contributions_of_clips_of_several_rows():
+    x, y = gaussian(60, 4, 1), gaussian(20, 4, 2)
+    labels = np.repeat(["a", "b", "c", "d"], [3, 7, 5, 5])
+    found = fad.clip_contributions(x, y, labels).set_index("clip")
+    assert found["rows"].to_dict() == {"a": 3, "b": 7, "c": 5, "d": 5}
+    for label in "abcd":
+        assert found["without"][label] == fad.frechet_distance(x, y[labels != label])
+    with pytest.raises(ValueError, match="at least 3 rows"):
+        fad.clip_contributions(x, y[:2])
+    with pytest.raises(ValueError, match="expected 20 labels"):
+        fad.clip_contributions(x, y, labels[:5])
+
+
 # --- KAD and manifolds ----------------------------------------------------------------------------
 
 
@@ -143,6 +362,67 @@ def test_kad_is_the_same_in_blocks(monkeypatch):
     whole = fad.kernel_distance(x, y)
     monkeypatch.setattr(fad, "_BLOCK", 7)
     assert fad.kernel_distance(x, y) == pytest.approx(whole, abs=1e-10)
+    monkeypatch.setattr(fad, "_HELD_ROWS", 49)
+    assert fad.kernel_distance(x, y) == pytest.approx(whole, abs=1e-10)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(1, 8), st.integers(0, 10_000))
+def test_kad_is_blind_to_rotation_order_shift_and_scale(n, m, d, seed):
+    x, y = gaussian(n, d, seed), gaussian(m, d, seed + 1, 0.5, 2.0)
+    rotation = np.linalg.qr(gaussian(d, d, seed + 2))[0]
+    close = pytest.approx(fad.kernel_distance(x, y), abs=1e-7)
+    assert fad.kernel_distance(x @ rotation - 4, y @ rotation - 4) == close
+    assert fad.kernel_distance(x[::-1], y) == close
+    assert fad.kernel_distance(1e-3 * x, 1e-3 * y) == close
+
+
+def test_kad_holds_no_whole_matrix(monkeypatch):
+    monkeypatch.setattr(fad, "_BLOCK", 64)
+    monkeypatch.setattr(fad, "_HELD_ROWS", 0)
+    x, y = gaussian(2000, 4, 1), gaussian(2000, 4, 2)
+    fad.kernel_distance(x[:99], y)  # what is imported on the way is not counted
+    tracemalloc.start()
+    fad.kernel_distance(x, y)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # a matrix of all distances takes 32 MB; the sample for the median has 1,024 rows
+    assert peak < 16e6
+
+
+def test_kad_in_float32():
+    x, y = gaussian(300, 64, 1) + 3, gaussian(200, 64, 2, 3.2)
+    expected = fad.kernel_distance(x, y)
+    found = fad.kernel_distance(x, y, dtype=np.float32)
+    assert found != expected
+    assert found == pytest.approx(expected, abs=2e-5)
+    with pytest.raises(ValueError, match="cannot be squared in float32"):
+        fad.kernel_distance(1e20 * x, y, dtype="float32")
+    with pytest.raises(ValueError, match="must be float64 or float32, got float16"):
+        fad.kernel_distance(x, y, dtype=np.float16)
+
+
+@pytest.mark.parametrize("n", [2, 3, 50, 211])
+def test_median_distance_is_exact(n, monkeypatch):
+    monkeypatch.setattr(fad, "_SAMPLE_ROWS", 16)
+    monkeypatch.setattr(fad, "_BLOCK", 32)
+    x = gaussian(n, 3, n) + 50
+    assert fad.median_distance(x) == pytest.approx(np.median(pdist(x)), rel=1e-12)
+
+
+def test_median_distance_where_the_sample_misleads(monkeypatch):
+    # every eighth row is an outlier, and only those are sampled
+    monkeypatch.setattr(fad, "_SAMPLE_ROWS", 8)
+    x = gaussian(64, 3)
+    x[np.linspace(0, 63, 8).astype(int)] *= 1e4
+    assert fad.median_distance(x) == pytest.approx(np.median(pdist(x)), rel=1e-10)
+
+
+def test_an_outlier_does_not_blur_the_median_distance():
+    x = gaussian(100, 3)
+    x[0] = 1e9
+    assert fad.median_distance(x) == pytest.approx(np.median(pdist(x)), rel=1e-10)
+    assert fad.median_distance(np.r_[np.full((80, 3), 0.1), gaussian(20, 3)]) == 0.0
 
 
 def test_kad_is_unbiased():
@@ -191,6 +471,147 @@ def test_manifolds_tell_collapse_from_noise():
     assert spread["recall"] > 0.9 > 0.3 > spread["precision"]
 
 
+# --- other scores ---------------------------------------------------------------------------------
+
+
+def test_memorisation_tells_copies_from_new_clips():
+    train, test, new = gaussian(150, 16, 1), gaussian(80, 16, 2), gaussian(70, 16, 3)
+    fresh = fad.memorisation(train, test, new)
+    assert abs(fresh["nearer"] - 0.5) < 0.15
+    assert fresh["p_value"] > 0.01
+    assert fresh["flagged"] < 0.2
+    copied = np.r_[train[[5, 9]], new]
+    found = fad.memorisation(train, test, copied)
+    assert found["clips"]["nearest"][:2].tolist() == [5, 9]
+    assert found["clips"]["distance"][:2].tolist() == [0.0, 0.0]
+    assert found["clips"]["flagged"][:2].all()
+    all_copied = fad.memorisation(train, test, train[:40] + 0.01 * new[:40])
+    assert (all_copied["nearer"], all_copied["flagged"]) == (1.0, 1.0)
+    assert all_copied["p_value"] < 1e-9
+
+
+def test_memorisation_equals_its_definition(monkeypatch):
+    monkeypatch.setattr(fad, "_BLOCK", 16)
+    train, test, new = gaussian(50, 3, 1), gaussian(40, 3, 2), gaussian(30, 3, 3)
+    found = fad.memorisation(train, test, new, share=0.25)
+    own, theirs = cdist(test, train).min(1), cdist(new, train)
+    nearer = (theirs.min(1)[:, None] < own).mean()
+    assert found["nearer"] == pytest.approx(nearer)
+    assert found["threshold"] == pytest.approx(np.quantile(own, 0.25))
+    assert found["flagged"] == (theirs.min(1) < found["threshold"]).mean()
+    clips = found["clips"].set_index("row").sort_index()
+    assert clips["nearest"].tolist() == theirs.argmin(1).tolist()
+    assert [found[f"n_{name}"] for name in ("train", "test", "generated")] == [50, 40, 30]
+
+
+def test_memorisation_refuses():
+    x = gaussian(9, 2)
+    with pytest.raises(ValueError, match="training set has 2 dimensions, generated set 3"):
+        fad.memorisation(x, x, gaussian(9, 3))
+    with pytest.raises(ValueError, match="test set: 1 of 9 rows hold NaN"):
+        fad.memorisation(x, np.where(np.arange(9)[:, None] == 4, np.nan, x), x)
+    with pytest.raises(ValueError, match="share must lie"):
+        fad.memorisation(x, x, x, share=5)
+
+
+def test_clap_score_equals_its_definition():
+    text, audio = gaussian(12, 6, 1), 1e-200 * gaussian(12, 6, 2, 0.4)
+    found = fad.clap_score(text, audio)
+    cosines = 1 - cdist(text, 1e200 * audio, "cosine")
+    assert found["per_clip"] == pytest.approx(np.diag(cosines))
+    assert found["value"] == pytest.approx(np.diag(cosines).mean())
+    assert found["mismatched"] == pytest.approx(cosines[~np.eye(12, dtype=bool)].mean())
+    assert found["ci_low"] < found["value"] < found["ci_high"]
+    assert found["n"] == 12
+
+
+def test_clap_score_refuses():
+    with pytest.raises(ValueError, match="text has 5 rows, audio 6"):
+        fad.clap_score(gaussian(5, 3), gaussian(6, 3))
+    with pytest.raises(ValueError, match="text has 3 dimensions, audio 4"):
+        fad.clap_score(gaussian(5, 3), gaussian(5, 4))
+    with pytest.raises(ValueError, match="audio: row 2 is all zeros"):
+        fad.clap_score(gaussian(4, 4), np.diag([1.0, 1, 0, 1]))
+
+
+def tagged(n, classes, seed):
+    return np.random.default_rng(seed).dirichlet(np.ones(classes), n)
+
+
+def test_tagger_divergence_equals_its_definition():
+    x, y = tagged(15, 4, 1), tagged(15, 4, 2)
+    found = fad.tagger_divergence(x, y)
+    pairs = np.array([[entropy(p, q) for q in y] for p in x])
+    # the definition without smoothing: nearly the same where no probability is nearly zero
+    usual = (x > 1e-3).all(1) & (y > 1e-3).all(1)
+    assert usual.sum() > 3
+    assert found["per_clip"][usual] == pytest.approx(np.diag(pairs)[usual], abs=0.02)
+    smooth_x, smooth_y = ((p + 1e-6) / (1 + 4e-6) for p in (x, y))
+    pairs = np.array([[entropy(p, q) for q in smooth_y] for p in smooth_x])
+    assert found["value"] == pytest.approx(np.diag(pairs).mean())
+    assert found["mismatched"] == pytest.approx(pairs[~np.eye(15, dtype=bool)].mean())
+    assert fad.tagger_divergence(x, x)["value"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_tagger_divergence_of_independent_classes():
+    x, y = np.array([[0.9, 0.2, 0.5]] * 2), np.array([[0.6, 0.3, 0.5]] * 2)
+    expected = sum(entropy([p, 1 - p], [q, 1 - q]) for p, q in zip(x[0], y[0], strict=True))
+    assert fad.tagger_divergence(x, y, multilabel=True)["value"] == pytest.approx(
+        expected, rel=1e-4
+    )
+    certain = fad.tagger_divergence(np.eye(3), np.eye(3)[::-1])
+    assert np.isfinite(certain["value"])
+
+
+def test_inception_score_equals_its_closed_forms():
+    assert fad.inception_score(np.tile(np.eye(5), (3, 1))) == pytest.approx(5.0)
+    assert fad.inception_score(np.tile([[0.2, 0.3, 0.5]], (9, 1))) == pytest.approx(1.0)
+    x = tagged(20, 6, 1)
+    expected = np.exp(np.mean([entropy(row, x.mean(0)) for row in x]))
+    assert fad.inception_score(x) == pytest.approx(expected)
+    # two independent classes, each heard in half of the clips: one bit each
+    both = np.array([[0, 0], [0, 1], [1, 0], [1, 1.0]])
+    assert fad.inception_score(both, multilabel=True) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("score", [fad.inception_score, lambda p: fad.tagger_divergence(p, p)])
+def test_probabilities_are_checked(score):
+    with pytest.raises(ValueError, match=r"sum to 1.5 to 1.5, not 1; .* multilabel=True"):
+        score(np.full((4, 3), 0.5))
+    with pytest.raises(ValueError, match="between 0 and 1, got -1"):
+        score(np.array([[2.0, -1.0], [0.5, 0.5]]))
+
+
+def test_vendi_score_equals_its_closed_forms():
+    assert fad.vendi_score(np.ones((7, 3))) == pytest.approx(1.0)
+    assert fad.vendi_score(np.eye(6)) == pytest.approx(6.0)
+    # clusters of 1, 2 and 5 equal clips in orthogonal directions
+    clusters = np.repeat(np.eye(3), [1, 2, 5], axis=0)
+    expected = np.exp(entropy([1 / 8, 2 / 8, 5 / 8]))
+    assert fad.vendi_score(clusters) == pytest.approx(expected)
+    assert fad.vendi_score(clusters, bandwidth=1e-3) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("n", "d"), [(30, 4), (8, 40)])
+def test_vendi_score_equals_its_definition(n, d, monkeypatch):
+    monkeypatch.setattr(fad, "_BLOCK", 7)
+    y = gaussian(n, d, 1, 0.3)
+
+    def by_kernel(kernel):
+        return np.exp(entropy(np.linalg.eigvalsh(kernel / n).clip(1e-300)))
+
+    assert fad.vendi_score(y) == pytest.approx(by_kernel(1 - cdist(y, y, "cosine")))
+    gauss = np.exp(-cdist(y, y, "sqeuclidean") / (2 * 1.7**2))
+    assert fad.vendi_score(y, bandwidth=1.7) == pytest.approx(by_kernel(gauss))
+
+
+def test_vendi_score_refuses():
+    with pytest.raises(ValueError, match="row 1 is all zeros"):
+        fad.vendi_score([[1.0, 2], [0, 0]])
+    with pytest.raises(ValueError, match="bandwidth must be positive"):
+        fad.vendi_score(np.eye(3), bandwidth=0.0)
+
+
 # --- intervals and floors -------------------------------------------------------------------------
 
 
@@ -207,6 +628,49 @@ def test_interval_covers_the_mean_score_of_other_samples(metric):
     # and it is no catch-all: as wide as the spread over samples, not much wider
     width = np.mean([high - low for _, low, high in intervals]) / 3.92
     assert width < 1.6 * np.std([metric(*draw(s)) for s in range(60)])
+
+
+def test_bootstrap_interval_covers_the_mean_score_of_other_samples():
+    def draw(seed):
+        return gaussian(60, 2, 2 * seed), gaussian(60, 2, 2 * seed + 1, 0.6)
+
+    expected = np.mean([fad.frechet_distance(*draw(1000 + s)) for s in range(300)])
+    intervals = [
+        fad.bootstrap_distance(*draw(s), repeats=80, method="bootstrap") for s in range(60)
+    ]
+    assert sum(low <= expected <= high for _, low, high in intervals) >= 51
+    width = np.mean([high - low for _, low, high in intervals]) / 3.92
+    assert width < 1.6 * np.std([fad.frechet_distance(*draw(s)) for s in range(60)])
+
+
+def test_resampling_draws_whole_recordings():
+    recording = np.repeat([0, 1, 2, 3, 4], [1, 4, 2, 3, 2])
+    seen = []
+
+    def record(x, y):
+        seen.append((x[:, 0].astype(int), len(y)))
+        return 0.0
+
+    x, y = np.c_[recording, gaussian(12, 1)].astype(float), gaussian(6, 2)
+    fad.bootstrap_distance(x, y, record, groups_x=recording, repeats=20, method="bootstrap")
+    sizes = np.bincount(recording)
+    for drawn, n_candidate in seen[1:]:
+        times = np.bincount(drawn, minlength=5) / sizes
+        assert (times == times.round()).all()
+        assert times.sum() == 5
+        assert n_candidate == 6
+    assert any(len(set(drawn)) < 5 for drawn, _ in seen[1:])
+    with pytest.raises(ValueError, match="unknown method 'jackknife'; known: subset, bootstrap"):
+        fad.bootstrap_distance(x, y, method="jackknife")
+
+
+def test_interval_of_one_set_has_the_width_of_a_mean():
+    intervals = [fad.bootstrap_score(gaussian(40, 3, s), np.mean, repeats=100) for s in range(60)]
+    widths = [high - low for _, low, high in intervals]
+    assert all(low < value < high for value, low, high in intervals)
+    assert np.mean(widths) / 3.92 == pytest.approx(1 / np.sqrt(120), rel=0.15)
+    with pytest.raises(ValueError, match="at least 4 independent clips"):
+        fad.bootstrap_score(gaussian(40, 3), fad.vendi_score, groups=np.arange(40) % 3)
 
 
 def test_interval_of_repeated_rows_is_wider_by_group():

@@ -1,5 +1,7 @@
 import csv
+import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,9 @@ import soundfile as sf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soundscapes_utils import metadata
+from soundscapes_utils import audio, metadata, mixing
 
+JAMS = "meta/jams/test/test-00000.jams"
 CAPTIONS = ["caption", "caption_2", "caption_3"]
 CLASS_MAP = Path(__file__).parents[2] / "shared/models/yamnet_class_map.csv"
 
@@ -209,5 +212,316 @@ def test_ids_are_audiosets_own():
         names = {row["mid"]: row["display_name"] for row in csv.DictReader(file)}
     unknown = {label for label, mid in metadata.AUDIOSET_MIDS.items() if mid not in names}
     assert not unknown
-    same = {"dog": "Dog", "rain": "Rain", "helicopter": "Helicopter", "bus": "Bus", "crow": "Crow"}
-    assert {label: names[metadata.AUDIOSET_MIDS[label]] for label in same} == same
+    # a label and AudioSet's name of it share a word or its stem, but for these
+    other = {
+        "rooster": "Crowing, cock-a-doodle-doo",
+        "cow": "Cattle, bovinae",
+        "hen": "Cluck",
+        "water_drops": "Drip",
+        "glass_breaking": "Shatter",
+        "brushing_teeth": "Toothbrush",
+        "hand_saw": "Sawing",
+        "gun_shot": "Gunshot, gunfire",
+    }
+    for label, mid in metadata.AUDIOSET_MIDS.items():
+        stems = {word[:4] for word in label.split("_")}
+        said = {word[:4] for word in re.findall("[a-z]+", names[mid].lower())}
+        assert names[mid] == other.get(label) or stems & said, (label, names[mid])
+
+
+# --- more leaks -----------------------------------------------------------------------------------
+
+
+def test_leak_through_a_further_event_is_found(mixes):
+    further = [{"foreground": "x.wav", "foreground_source": "x", "foreground_label": "dog"}]
+    table = mixes.assign(events=[json.dumps(further), "", "", "", "", ""])
+    metadata.check_leaks(table)
+    stolen = [{**further[0], "foreground_source": "4"}]
+    table.loc[0, "events"] = json.dumps(stolen)
+    with pytest.raises(
+        metadata.LeakError, match=r"train and test share 1 foreground sources \(4\)"
+    ):
+        metadata.check_leaks(table)
+    table.loc[0, "events"] = json.dumps([{**further[0], "foreground": "s5.wav"}])
+    with pytest.raises(metadata.LeakError, match=r"train and test share 1 recordings \(s5.wav\)"):
+        metadata.check_leaks(table)
+
+
+def test_cities_are_compared_where_asked(mixes):
+    table = mixes.assign(background_source=[f"{c}-{i}" for i, c in enumerate("aabbcc")])
+    metadata.check_leaks(table, cities=True)
+    table.loc[5, "background_source"] = "a-9"
+    metadata.check_leaks(table)
+    with pytest.raises(metadata.LeakError, match=r"train and test share 1 cities \(a\)"):
+        metadata.check_leaks(table, cities=True)
+
+
+def test_validation_that_is_the_test_set_is_called_that(mixes):
+    val, test = mixes[mixes.split == "val"], mixes[mixes.split == "test"]
+    same = pd.concat([mixes[mixes.split == "train"], test, test.assign(split="val")])
+    with pytest.raises(metadata.LeakError, match="test and val are the same mixes"):
+        metadata.check_leaks(same)
+    metadata.check_leaks(pd.concat([val, test]))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_the_same_sound_under_another_name_is_found(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("twins")
+    splits = ["train", "train", "val", "val", "test", "test"]
+    rng = np.random.default_rng(0)
+    columns = ["foreground", "background"]
+    table = pd.DataFrame(
+        {
+            c: [
+                str(audio.save_audio(folder / f"{c}{i}.wav", rng.uniform(-0.5, 0.5, 200), 8000))
+                for i in range(6)
+            ]
+            for c in columns
+        }
+    ).assign(split=splits, path=[f"{i}.wav" for i in range(6)])
+    table["foreground_source"] = table.index.astype(str)
+    table["background_source"] = "city-" + table.index.astype(str)
+    metadata.check_leaks(table, contents=True)
+    victim, thief = data.draw(
+        st.tuples(st.integers(0, 5), st.integers(0, 5)).filter(
+            lambda pair: splits[pair[0]] != splits[pair[1]]
+        )
+    )
+    taken, given_to = data.draw(st.tuples(st.sampled_from(columns), st.sampled_from(columns)))
+    ending = data.draw(st.sampled_from([".wav", ".flac"]))
+    y, rate = audio.load_audio(table.loc[victim, taken])
+    copy = audio.save_audio(folder / f"copy{ending}", y, rate)
+    table.loc[thief, given_to] = str(copy)
+    metadata.check_leaks(table)
+    with pytest.raises(metadata.LeakError, match="share the sound of 1 files") as caught:
+        metadata.check_leaks(table, contents=True)
+    text = str(caught.value)
+    assert table.loc[victim, taken] in text and str(copy) in text
+    assert splits[victim] in text and splits[thief] in text
+
+
+# --- the other formats ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rendered(tmp_path):
+    """Six rendered mixes with their whole recipe, two a fold."""
+    rng = np.random.default_rng(3)
+    rows = []
+    for number in range(12):
+        label = ("dog", "siren", "park", "street_traffic")[number // 3]
+        y = rng.normal(0, 0.05, 8000)
+        y[:800] = 0
+        path = audio.save_audio(tmp_path / f"{label}-{number}.wav", y, 8000)
+        row = {"clip_id": str(number), "path": str(path), "label": label}
+        rows.append(row | {"fold": number % 3 + 1, "source_id": f"{label}-{number}"})
+    clips = pd.DataFrame(rows)
+    plan = mixing.plan_mixes(clips[:6], clips[6:], n=6, seed=2, test_fold=3, duration_s=2.0)
+    return mixing.render_mixes(plan, tmp_path / "mixes", 8000, workers=1)
+
+
+def test_everything_written_at_once_is_valid(rendered, tmp_path):
+    metadata.check_leaks(rendered, contents=True)
+    root = metadata.write_metadata(rendered, tmp_path / "meta", "scenes")
+    assert metadata.validate(root, sample_rate=8000, duration_s=2.0).empty
+    assert metadata.validate(root, sample_rate=8000, duration_s=2.0, full=False).empty
+    assert len(list((tmp_path / "meta/jams").rglob("*.jams"))) == 6
+    assert not list(tmp_path.rglob("*.part"))
+    before = {p: p.read_bytes() for p in (tmp_path / "meta").rglob("*") if p.is_file()}
+    metadata.write_metadata(rendered, tmp_path / "meta", "scenes")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "meta").rglob("*") if p.is_file()}
+
+
+def test_audiofolder_names_each_clip_beside_it(rendered):
+    files = metadata.write_audiofolder(rendered)
+    assert [file.parent.name for file in files] == ["train", "val", "test"]
+    for file in files:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        mixes = rendered[rendered.split == file.parent.name]
+        assert [row["caption_3"] for row in rows] == mixes.caption_3.tolist()
+        assert all((file.parent / row["file_name"]).is_file() for row in rows)
+        # one type a column, or Arrow refuses the table
+        assert len({tuple(type(value) for value in row.values()) for row in rows}) == 1
+
+
+def test_audiofolder_needs_a_folder_a_split(mixes):
+    with pytest.raises(metadata.MetadataError, match="train and val lie in one folder"):
+        metadata.write_audiofolder(mixes.assign(path=mixes.path[0]))
+
+
+def test_strong_labels_say_when_each_event_sounds(rendered, tmp_path):
+    files = metadata.write_strong_labels(rendered, tmp_path, "scenes")
+    events = mixing.events_table(rendered).set_index("mix_id")
+    for split, file in files.items():
+        table = pd.read_csv(file, sep="\t")
+        assert table.columns.tolist() == ["filename", "onset", "offset", "event_label"]
+        wanted = events.loc[[name.removesuffix(".wav") for name in table.filename]]
+        assert table.event_label.tolist() == wanted.label.tolist()
+        assert np.allclose(table.onset, wanted.onset_s, atol=1e-3)
+        assert np.allclose(table.offset, wanted.offset_s, atol=1e-3)
+        durations = pd.read_csv(tmp_path / f"scenes_{split}_durations.tsv", sep="\t")
+        assert set(durations.filename) == set(table.filename) and set(durations.duration) == {2.0}
+
+
+def test_mix_without_a_sounding_event_keeps_its_row(rendered, tmp_path):
+    events = mixing.events_table(rendered)
+    silent = rendered.mix_id[rendered.split == "test"].iloc[0]
+    files = metadata.write_strong_labels(
+        rendered, tmp_path, "scenes", events[events.mix_id != silent]
+    )
+    assert f"{silent}.wav\t\t\t\n" in files["test"].read_text()
+
+
+def test_jams_hold_the_events_and_the_recipe(rendered, tmp_path):
+    files = metadata.write_jams(rendered, tmp_path / "jams")
+    events = mixing.events_table(rendered)
+    for file, mix in zip(files, rendered.to_dict("records"), strict=True):
+        background, *foregrounds = json.loads(file.read_text())["annotations"][0]["data"]
+        assert background["value"]["role"] == "background"
+        assert (background["time"], background["duration"]) == (0, 2)
+        assert background["value"]["label"] == mix["scene"]
+        own = events[events.mix_id == mix["mix_id"]]
+        assert [o["time"] for o in foregrounds] == own.onset_s.tolist()
+        assert [o["value"]["snr"] for o in foregrounds] == [mix["snr_db"]]
+        # the clips begin with 0.1 s of silence, which is no part of the event
+        assert foregrounds[0]["value"]["source_time"] == pytest.approx(0.1, abs=1e-3)
+        assert foregrounds[0]["value"]["source_file"] == mix["foreground"]
+
+
+def test_recipes_out_of_jams_render_the_same_bytes(rendered, tmp_path):
+    metadata.write_jams(rendered, tmp_path / "jams")
+    again = metadata.read_jams(tmp_path / "jams").sort_values("mix_id")
+    made = mixing.render_mixes(again, tmp_path / "again", 8000, workers=1)
+    paths = dict(zip(rendered.mix_id, rendered.path, strict=True))
+    for row in made.itertuples():
+        assert Path(row.path).read_bytes() == Path(paths[row.mix_id]).read_bytes()
+    (tmp_path / "jams/test/own.jams").write_text("{}")
+    with pytest.raises(metadata.MetadataError, match=r"own\.jams: holds no recipe"):
+        metadata.read_jams(tmp_path / "jams")
+
+
+def test_several_events_reach_every_format(rendered, tmp_path):
+    first = rendered.iloc[0]
+    further = {
+        "foreground": first.foreground,
+        "foreground_label": "mouse_click",
+        "foreground_source": first.foreground_source,
+        "onset_s": 0.5,
+        "foreground_gain_db": 0.0,
+        "snr_db": 3.0,
+    }
+    mixes = rendered.assign(events=[json.dumps([further]), *[""] * 5])
+    root = metadata.write_metadata(mixes, tmp_path / "meta", "scenes")
+    assert metadata.validate(root).empty
+    labels = metadata.read_audiocaps(root).labels
+    assert "mouse click" in labels[0] and "mouse click" not in labels[1]
+    content = json.loads((tmp_path / f"meta/jams/{first.split}/{first.mix_id}.jams").read_text())
+    roles = [o["value"]["label"] for o in content["annotations"][0]["data"]]
+    assert roles == [first.scene, first.foreground_label, "mouse_click"]
+    assert content["annotations"][0]["data"][2]["value"]["snr"] == 3.0
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("jams"), reason="the library jams is not installed"
+)
+def test_jams_library_reads_and_validates(rendered, tmp_path):
+    import jams
+
+    rendered.loc[1, "snr_db"] = np.nan
+    events = mixing.events_table(rendered)
+    for file in metadata.write_jams(rendered, tmp_path, events):
+        jam = jams.load(str(file), validate=True, strict=True)
+        (annotation,) = jam.annotations.search(namespace="scaper")
+        assert jam.file_metadata.duration == 2.0
+        own = events[events.mix_id == file.stem]
+        assert [o.value["role"] for o in annotation.data] == ["background", "foreground"]
+        assert [o.time for o in annotation.data][1:] == own.onset_s.tolist()
+        tags = jams.convert(annotation, "tag_open")
+        assert [o.value for o in tags.data][1:] == own.label.tolist()
+
+
+# --- validating -----------------------------------------------------------------------------------
+
+
+def change(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+
+
+TONE = np.sin(np.arange(1600) * 0.1) * 0.2
+# what validate says, and what was done to a clip or to its split file
+DAMAGES = {
+    "no such file; check": lambda clip, split: clip.unlink(),
+    "cannot be read": lambda clip, split: clip.write_bytes(b"no sound" * 20),
+    "0 bytes": lambda clip, split: clip.write_bytes(b""),
+    "was cut short": lambda clip, split: clip.write_bytes(clip.read_bytes()[:1000]),
+    "is silent": lambda clip, split: audio.save_audio(clip, TONE * 0, 16000),
+    "NaN or infinite": lambda clip, split: sf.write(clip, TONE * np.nan, 16000, subtype="FLOAT"),
+    "has 8000 Hz instead of 16000": lambda clip, split: audio.save_audio(clip, TONE[::2], 8000),
+    "has 1599 samples instead of": lambda clip, split: audio.save_audio(clip, TONE[1:], 16000),
+    "has an empty caption": lambda clip, split: change(split, '"a hound"', '" "'),
+    "is not in the class table": lambda clip, split: change(split, "/own/park", "/own/tram"),
+    "must be a path relative": lambda clip, split: change(split, '"val/', f'"{clip.parent}/'),
+    "is named more than once": lambda clip, split: change(split, "val/val.wav", "test/test.wav"),
+    "not JSON": lambda clip, split: change(split, "{", ""),
+    "no such file; run notebook": lambda clip, split: split.unlink(),
+    'has no list "data"': lambda clip, split: change(split, '"data"', '"clips"'),
+    "entry 1 is no object": lambda clip, split: split.write_text('{"data": ["val/val.wav"]}'),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_every_damage_is_found_in_its_file(tmp_path, message):
+    paths = [
+        audio.save_audio(tmp_path / f"mixes/{s}/{s}.wav", TONE, 16000) for s in ("val", "test")
+    ]
+    mix = {"foreground_label": "dog", "scene": "park", "caption": "a dog", "caption_2": "a hound"}
+    rows = [mix | {"split": p.stem, "path": str(p), "mix_id": p.stem} for p in paths]
+    root = metadata.write_audiocaps(pd.DataFrame(rows), tmp_path / "meta", "scenes")
+    assert metadata.validate(root, sample_rate=16000, duration_s=0.1).empty
+    DAMAGES[message](paths[0], tmp_path / "meta/scenes_val.json")
+    found = metadata.validate(root, sample_rate=16000, duration_s=0.1)
+    assert found.problem.str.contains(message, regex=False).any()
+    assert "val" in found.split.tolist()
+    assert message == "is named more than once" or set(found.split) == {"val"}
+    header = metadata.validate(root, sample_rate=16000, duration_s=0.1, full=False)
+    assert header.empty == (message in ("is silent", "NaN or infinite"))
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("mixes/test/metadata.jsonl", '"file_name": "', '"file_name": "x', "is in no split"),
+        ("mixes/test/metadata.jsonl", '"caption": "', '"caption": "x', "line 1: other captions"),
+        ("mixes/test/metadata.jsonl", "{", "", "line 1: names no file"),
+        ("meta/scenes_test_strong.tsv", "test-", "mix-", "has no row for test-00000"),
+        ("meta/scenes_test_strong.tsv", "test-", "mix-", "is not in the split"),
+        ("meta/scenes_test_strong.tsv", "onset", "start", "has columns filename, start"),
+        ("meta/scenes_test_strong.tsv", "wav\t", "wav\t9", "an event from 9"),
+        ("meta/scenes_test_strong.tsv", "wav\t", "wav\tx", "is no span of time"),
+        (JAMS, '2.0, "identifiers"', '1.0, "identifiers"', "speaks of 1 s, its clip lasts 2 s"),
+        (JAMS, '"duration": 2.0, "value"', '"duration": 2.5, "value"', "an event from 0 to 2.5 s"),
+        (JAMS, '"data": [{"time"', '"data": [{"when"', "cannot be read"),
+        (JAMS, "{", "", "not JSON"),
+    ],
+)
+def test_other_formats_are_held_against_the_clips(rendered, tmp_path, name, old, new, message):
+    root = metadata.write_metadata(rendered, tmp_path / "meta", "scenes")
+    file = tmp_path / name
+    change(file, old, new)
+    found = metadata.validate(root)
+    assert found.problem.str.contains(message, regex=False).any()
+    assert found.path.map(lambda path: Path(path).name).isin([file.name, "test-00000.wav"]).all()
+
+
+def test_files_that_belong_to_no_clip_are_named(rendered, tmp_path):
+    root = metadata.write_metadata(rendered, tmp_path / "meta", "scenes")
+    (tmp_path / "meta/jams/test/old.jams").write_text("{}")
+    lines = (tmp_path / "mixes/train/metadata.jsonl").read_text().splitlines()
+    (tmp_path / "mixes/train/metadata.jsonl").write_text("\n".join(lines[1:]))
+    found = metadata.validate(root)
+    assert found.split.tolist() == ["train", "test"]
+    assert "is not in metadata.jsonl" in found.problem[0]
+    assert found.problem[1] == "belongs to no clip of the split"

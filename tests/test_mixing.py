@@ -1,13 +1,21 @@
+import hashlib
 import math
+import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyloudnorm
 import pytest
 import soundfile as sf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydub import AudioSegment
 
+from soundscapes_utils import __main__ as cli
 from soundscapes_utils import audio, datasets, metadata, mixing
 
 RATE = 8000
@@ -48,6 +56,7 @@ def file_bytes(mixes):
 # --- one mix ----------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 400),
     st.integers(1, 400),
@@ -102,12 +111,125 @@ def test_loud_mix_is_scaled_not_clipped(engine):
     assert np.abs(y).max() <= 1
 
 
+def tone_events(seed, n, loud):
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        y = rng.uniform(-1, 1, rng.integers(1, 500)).astype(np.float32)
+        yield mixing.Event(
+            y, onset_s=int(rng.integers(0, 40)) / 1000, gain_db=rng.uniform(-20, loud),
+            fade_s=rng.choice([0.0, 0.01]), repeats=int(rng.integers(1, 4)),
+            gap_s=rng.choice([0.0, 0.005]),
+        )  # fmt: skip
+
+
+def event_in_float64(event, n):
+    """Place an event sample by sample: repeated, faded at both ends of each repetition, cut."""
+    y, start = np.zeros(n), round(event.onset_s * RATE)
+    period = event.signal.size + round(event.gap_s * RATE)
+    for begin in range(start, start + event.repeats * period, period):
+        length = min(event.signal.size, n - begin)
+        ramp = max(0, min(round(event.fade_s * RATE), length // 2))
+        for i in range(length):
+            near = min(i, length - 1 - i)
+            rise = math.sin(math.pi / 2 * (near + 0.5) / ramp) ** 2 if near < ramp else 1.0
+            y[begin + i] += rise * float(event.signal[i])
+    return y * 10 ** (event.gain_db / 20)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.floats(-12, 6))
+def test_several_events_against_plain_float64(seed, n_events, bg_db):
+    events = list(tone_events(seed, n_events, loud=6))
+    bg = np.random.default_rng(seed).uniform(-0.5, 0.5, 400).astype(np.float32)
+    mix = mixing.mix_events(events, bg, RATE, background_gain_db=bg_db)
+    expected = bg * 10 ** (bg_db / 20) + sum(event_in_float64(event, 400) for event in events)
+    assert np.abs(mix.audio - expected * mix.peak_scale).max() <= 0.51 * LSB
+    limit = 32767 / 32768
+    assert math.isclose(mix.peak_scale, min(1, limit / np.abs(expected).max()), rel_tol=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.sampled_from(mixing.ENGINES))
+def test_stems_sum_to_the_mix_without_rest(seed, n_events, engine):
+    events = list(tone_events(seed, n_events, loud=12))
+    bg = np.random.default_rng(seed).uniform(-1, 1, 400).astype(np.float32)
+    mix = mixing.mix_events(events, bg, RATE, background_gain_db=-2, engine=engine, stems=True)
+    codes = [part * 32768 for part in (mix.audio, mix.foreground, mix.background)]
+    for part in codes:
+        np.testing.assert_array_equal(part, np.rint(part))
+        assert part.min() >= -32768 and part.max() <= 32767
+    np.testing.assert_array_equal(codes[0], codes[1] + codes[2])
+    # one step for numpy; pydub rounds the scene, every event and every overlay by itself
+    slack = 1.01 if engine == "numpy" else 2 + 2 * n_events
+    whole = sum(event_in_float64(event, 400) for event in events) * mix.peak_scale * 32768
+    assert np.abs(codes[1] - whole).max() <= slack
+    plain = mixing.mix_events(events, bg, RATE, background_gain_db=-2, engine=engine)
+    if mix.peak_scale == 1:
+        np.testing.assert_array_equal(plain.audio, mix.audio)
+
+
+def int16_noise(seed, n, peak):
+    return np.random.default_rng(seed).integers(-peak, peak, n, dtype=np.int16)
+
+
+@pytest.mark.parametrize(("preset", "steps"), [("report-B", 0), ("team-B", 2)])
+def test_presets_do_what_pydub_does(tmp_path, preset, steps):
+    rate = 44_100
+    labels = {"e": ["dog"], "s": ["park"]}
+    tables = []
+    for kind, seconds in (("e", 0.5), ("s", 1.5)):
+        clips = make_clips(tmp_path, labels[kind], seconds, kind, per_fold=1)
+        for i, path in enumerate(clips.path):
+            sf.write(path, int16_noise(i, int(seconds * rate), 6000), rate)
+        tables.append(clips)
+    mixes = mixing.plan_mixes(*tables, 5, preset=preset, duration_s=1.5)
+    done = mixing.render_mixes(mixes, tmp_path / "out", rate)
+    for row in done.itertuples():
+        x1, x2 = (AudioSegment.from_wav(path) for path in (row.foreground, row.background))
+        theirs = x2.overlay(x1) if preset == "report-B" else (x2 - 3).overlay(x1 * 2 + 3)
+        ours, found_rate = sf.read(row.path, dtype="int16")
+        theirs = np.frombuffer(theirs.raw_data, "<i2")
+        assert found_rate == rate and ours.size == theirs.size == 1.5 * rate
+        assert np.abs(ours.astype(int) - theirs).max() <= steps
+    # the trap: on a segment, "* 2" is no gain
+    assert (done.repeats == (2 if preset == "team-B" else 1)).all()
+    assert len(x1 * 2) == 2 * len(x1)
+
+
 def test_bad_mixes_are_refused():
     y = np.ones(8, np.float32)
     with pytest.raises(audio.AudioError, match="outside the mix"):
         mixing.mix_signals(y, y, RATE, onset_s=0.5)
     with pytest.raises(audio.AudioError, match="choose one of numpy, pydub"):
         mixing.mix_signals(y, y, RATE, engine="sox")
+    with pytest.raises(audio.AudioError, match="at least one repeat"):
+        mixing.mix_signals(y, y, RATE, repeats=0)
+    with pytest.raises(audio.AudioError, match="needs an event"):
+        mixing.mix_events([], y, RATE)
+    with pytest.raises(audio.AudioError, match="event 1: 1 of 2 samples are NaN"):
+        events = [mixing.Event(np.ones(2)), mixing.Event(np.array([0, np.nan]))]
+        mixing.mix_events(events, y, RATE)
+
+
+def lufs(y, rate):
+    return pyloudnorm.Meter(rate).integrated_loudness(np.asarray(y, dtype=np.float64))
+
+
+def test_lufs_ratio_is_that_of_the_active_part():
+    rng = np.random.default_rng(0)
+    sound, bg = rng.normal(0, 0.1, 2 * RATE), rng.normal(0, 0.01, 4 * RATE)
+    fg = np.concatenate([np.zeros(RATE), sound, np.zeros(RATE)])
+    gain = mixing.snr_gain_db(fg, bg, RATE, 6.0, measure="lufs")
+    assert abs(lufs(sound * 10 ** (gain / 20), RATE) - lufs(bg, RATE) - 6.0) < 0.05
+    # shorter than the standard's block: mean square of the weighted sound, one block, no gate
+    short = sound[: RATE // 5]
+    level = pyloudnorm.Meter(RATE, block_size=0.2).integrated_loudness(short)
+    gain = mixing.snr_gain_db(short, bg, RATE, 6.0, measure="lufs")
+    assert math.isclose(gain, 6.0 - level + lufs(bg, RATE), abs_tol=1e-3)
+    with pytest.raises(audio.AudioError, match="gate of -70 LUFS"):
+        mixing.snr_gain_db(fg * 3e-4, bg, RATE, 6.0, measure="lufs")
+    with pytest.raises(ValueError, match="unknown measure 'peak'"):
+        mixing.snr_gain_db(fg, bg, RATE, 6.0, measure="peak")
 
 
 def test_active_level_ignores_the_silence_around_an_event():
@@ -173,6 +295,144 @@ def test_lambda_mode_is_the_plain_equation_and_records_its_ratio(clips):
     np.testing.assert_allclose(louder.snr_db - mixes.snr_db, 20 * np.log10(4), atol=2e-4)
 
 
+def fixed_clips(folder, labels, seconds):
+    rng = np.random.default_rng(7)
+    rows = []
+    for label in labels:
+        for fold in range(1, 6):
+            for take in range(2):
+                name = f"{label}-{fold}-{take}"
+                y = rng.integers(-9000, 9000, int(seconds * RATE), dtype=np.int16)
+                y[: y.size // 5] = 0
+                sf.write(folder / f"{name}.wav", y, RATE)
+                rows.append((name, str(folder / f"{name}.wav"), label, fold, name))
+    return pd.DataFrame(rows, columns=["clip_id", "path", "label", "fold", "source_id"])
+
+
+NEWER = {
+    "active_start_s",
+    "active_end_s",
+    "clip_s",
+    "repeats",
+    "gap_s",
+    "fade_s",
+    "level_measure",
+    "events",
+}
+OLD_COLUMNS = [c for c in mixing.MIX_COLUMNS if c not in NEWER and c != "peak_scale"]
+# taken from the first version, whose plans and sounds a checkpoint was trained on
+FIRST_VERSION = {
+    "snr": ("e72f04a357f332f7", "c2f4b57c0ff8ef85", "750e53747c504bdc"),
+    "lambda": ("c2d0a5ab7a88786f", "4dae20711372b6b5", "787e2a15564bb988"),
+}
+
+
+def short_hash(content):
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("mode", mixing.MODES)
+def test_default_plans_and_sounds_never_change(tmp_path, mode):
+    pair = fixed_clips(tmp_path, LABELS, 0.5), fixed_clips(tmp_path, SCENES, 0.7)
+    options = {"mode": mode, "onset": 0.1, "foreground_lambda": 4.0} if mode == "lambda" else {}
+    mixes = plan(pair, 25, 3, **options)
+    names = {kind: mixes[kind].map(lambda p: Path(p).name) for kind in ("foreground", "background")}
+    found = [short_hash(mixes.assign(**names)[OLD_COLUMNS].to_csv(index=False).encode())]
+    for engine in mixing.ENGINES:
+        done = mixing.render_mixes(mixes, tmp_path / engine, RATE, workers=1, engine=engine)
+        scales = repr(done.peak_scale.tolist()).encode()
+        found.append(short_hash(b"".join(file_bytes(done)) + scales))
+    assert tuple(found) == FIRST_VERSION[mode]
+    # a table without the newer columns is the same recipe: nothing is made again
+    times = [Path(path).stat().st_mtime_ns for path in done.path]
+    again = mixing.render_mixes(mixes[OLD_COLUMNS], tmp_path / "pydub", RATE, engine="pydub")
+    assert [Path(path).stat().st_mtime_ns for path in again.path] == times
+    events = [mixing.events_table(table) for table in (mixes, mixes[OLD_COLUMNS])]
+    pd.testing.assert_frame_equal(*events)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_distributions_are_those_of_the_textbook(data):
+    low, high = sorted(data.draw(st.lists(st.floats(-30, 30), min_size=2, max_size=2)))
+    u = (np.arange(4000) + 0.5) / 4000
+    for spec in ((low, high), ["uniform", low, high]):
+        drawn = mixing._sampler("snr_db", spec).draw(u)
+        assert abs(drawn.mean() - (low + high) / 2) < 1e-6
+        assert abs(drawn.std() - (high - low) / math.sqrt(12)) < 0.01
+    options = data.draw(st.lists(st.floats(-30, 30), min_size=1, max_size=5))
+    drawn = mixing._sampler("snr_db", ["choice", options]).draw(u)
+    counts = pd.Series(drawn).value_counts() / 4000
+    for value in set(options):
+        assert abs(counts[value] - options.count(value) / len(options)) < 0.002
+    mean, sd = data.draw(st.floats(-20, 20)), data.draw(st.floats(0.1, 5))
+    drawn = mixing._sampler("snr_db", ("normal", mean, sd, mean - sd, mean + 9 * sd)).draw(u)
+    # mean of a normal law cut at -1 deviation: density there over the mass that is left
+    shift = math.exp(-0.5) / math.sqrt(2 * math.pi) / (0.5 + 0.5 * math.erf(1 / math.sqrt(2)))
+    assert abs((drawn.mean() - mean) / sd - shift) < 0.01 and drawn.min() >= mean - sd
+    whole = mixing._sampler("events", (2, 5)).draw(u)
+    assert pd.Series(whole).value_counts().to_dict() == dict.fromkeys((2, 3, 4, 5), 1000)
+
+
+def test_every_option_draws_for_itself(clips):
+    plain = plan(clips, 40)
+    rich = plan(
+        clips, 40, events=(1, 3), repeat=["choice", [1, 3]], gap_s=0.01, fade_s=[0.0, 0.02],
+        background_gain_db=["normal", -3, 1, -6, 0], snr_db=("choice", [0, 6]), n_captions=5,
+    )  # fmt: skip
+    same = ["mix_id", "foreground", "background", "seed"]
+    pd.testing.assert_frame_equal(plain[same], rich[same])
+    assert set(rich.snr_db) == {0.0, 6.0} and set(rich.repeats) == {1, 3}
+    assert rich.background_gain_db.between(-6, 0).all() and rich.fade_s.between(0, 0.02).all()
+    once = rich.repeats == 1
+    np.testing.assert_array_equal(rich.onset_s[once], plain.onset_s[once])
+    assert [c for c in rich if c.startswith("caption")][-1] == "caption_5"
+    one = plan(clips, 40, n_captions=1)
+    assert [c for c in one if c.startswith("caption")] == ["caption"]
+    few = plan(clips, 20, events=(1, 3)).set_index("mix_id")
+    pd.testing.assert_frame_equal(
+        few, plan(clips, 40, events=(1, 3)).set_index("mix_id").loc[few.index]
+    )
+
+
+def test_51000_mixes_are_one_line_and_use_every_event_25_or_26_times(clips):
+    mixes = mixing.plan_mixes(*clips, 51 * 15, preset="report-B", duration_s=1.0, sample_rate=None)
+    uses = mixes.foreground.value_counts()
+    assert len(uses) == 30 and set(uses) <= {25, 26}
+    assert (mixes[["onset_s", "foreground_gain_db", "background_gain_db"]] == 0).all().all()
+
+
+def test_further_events_have_other_labels_and_are_all_listed(clips):
+    mixes = plan(clips, 60, events=3, snr_db=3.0)
+    further = mixes.events.map(mixing.further_events)
+    assert (further.map(len) == 2).all()
+    for row, more in zip(mixes.itertuples(), further, strict=True):
+        assert {row.foreground_label, *(e["foreground_label"] for e in more)} == set(LABELS)
+        assert row.caption.count(" and ") >= 1
+    events = mixing.events_table(mixes)
+    assert events.columns.tolist() == mixing.EVENT_COLUMNS and len(events) == 180
+    assert (
+        events.groupby("mix_id", sort=False).event.apply(list).map(lambda e: e == [0, 1, 2]).all()
+    )
+    # the clips are silent for 0.1 s, then sound for 0.4 s
+    np.testing.assert_allclose(events.offset_s - events.onset_s, 0.4, atol=1e-9)
+    assert (events.offset_s <= 1).all() and (events.snr_db == 3).all()
+    folds = events.source.str.split("-").str[2].astype(int)
+    split = events.mix_id.str.split("-").str[0]
+    assert (folds[split == "test"] == 5).all() and (folds[split == "val"] == 1).all()
+    assert not folds[split == "train"].isin([1, 5]).any()
+
+
+def test_events_table_lists_repetitions_within_the_mix(clips):
+    mixes = plan(clips, 5, repeat=3, gap_s=0.1, onset=0.2)
+    events = mixing.events_table(mixes)
+    first = events[events.mix_id == mixes.mix_id[0]]
+    # 0.2 + 0.1 of silence in the clip; 0.5 + 0.1 later again, and then the mix is over
+    np.testing.assert_allclose(first[["onset_s", "offset_s"]], [[0.3, 0.7], [0.9, 1.0]])
+    with pytest.raises(ValueError, match="is no JSON"):
+        mixing.events_table(mixes.assign(events="[{"))
+
+
 def test_onsets_leave_the_event_whole(clips):
     mixes = plan(clips, 60)
     assert mixes.onset_s.between(0, 0.5).all() and mixes.onset_s.nunique() > 40
@@ -191,6 +451,20 @@ def test_onsets_leave_the_event_whole(clips):
         ({"onset": "soon"}, "give 'uniform' or seconds"),
         ({"duration_s": 0}, "does not lie in a mix"),
         ({"test_fold": 9}, "test_fold 9"),
+        ({"preset": "report-A"}, "unknown preset 'report-A'"),
+        ({"snr_measure": "peak"}, "unknown snr_measure 'peak'"),
+        ({"foreground_gain_db": 3.0}, "use mode 'lambda'"),
+        ({"events": 0}, "values from 1 on"),
+        ({"events": 1.5}, "whole numbers"),
+        ({"events": (1, 4)}, "no label comes twice"),
+        ({"fade_s": -1}, "values from 0.0 on"),
+        ({"snr_db": ["normal", 0, 1]}, "give a number"),
+        ({"snr_db": ["normal", 0, 0, -1, 1]}, "deviation"),
+        ({"snr_db": ["gamma", 0, 1]}, "give a number"),
+        ({"snr_db": ["choice", []]}, "give a number"),
+        ({"snr_db": "loud"}, "give a number"),
+        ({"onset": ["choice", [0.1, 1.0]]}, "does not lie in a mix"),
+        ({"n_captions": 0}, "at least 1"),
     ],
 )
 def test_bad_options_are_named(clips, options, message):
@@ -289,6 +563,166 @@ def test_bad_rendering_requests_are_named(clips, tmp_path):
         mixing.render_mixes(mixes, tmp_path, RATE, workers=0)
     with pytest.raises(ValueError, match="occurs twice"):
         mixing.render_mixes(pd.concat([mixes, mixes]), tmp_path, RATE)
+    with pytest.raises(ValueError, match="lacks onset_s"):
+        mixing.render_mixes(mixes.drop(columns="onset_s"), tmp_path, RATE)
+    for name, value in (("backend", "slurm"), ("format", "mp3")):
+        with pytest.raises(ValueError, match=f"unknown {name} '{value}'"):
+            mixing.render_mixes(mixes, tmp_path, RATE, **{name: value})
+    for shard in ("0/2", "3/2", "2", "a/b"):
+        with pytest.raises(ValueError, match="from 1 to n"):
+            mixing.render_mixes(mixes, tmp_path, RATE, shard=shard)
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        mixing.MixDataset(mixes, RATE, cache_mb=0)
+
+
+def codes(path):
+    return sf.read(path, dtype="int16")[0].astype(int)
+
+
+@pytest.mark.parametrize("engine", mixing.ENGINES)
+def test_stems_and_flac_hold_the_same_samples(clips, tmp_path, engine):
+    mixes = plan(clips, 12, events=2, fade_s=0.02, snr_db=(0, 40))
+    plain = mixing.render_mixes(mixes, tmp_path / "a", RATE, engine=engine)
+    parts = mixing.render_mixes(
+        mixes, tmp_path / "b", RATE, engine=engine, stems=True, format="flac"
+    )
+    assert (plain.peak_scale < 1).any() and (plain.peak_scale == 1).any()
+    for one, other in zip(plain.itertuples(), parts.itertuples(), strict=True):
+        stem = other.path.removesuffix(".flac")
+        y, fg, bg = (codes(f"{stem}{part}.flac") for part in ("", "_foreground", "_background"))
+        np.testing.assert_array_equal(fg + bg, y)
+        assert sf.info(other.path).subtype == "PCM_16" and other.peak_scale <= one.peak_scale
+        if one.peak_scale == other.peak_scale:
+            np.testing.assert_array_equal(codes(one.path), y)
+    Path(parts.path[3].replace(".flac", "_background.flac")).unlink()
+    mixing.render_mixes(mixes, tmp_path / "b", RATE, engine=engine, stems=True, format="flac")
+    assert len(list((tmp_path / "b").rglob("*.flac"))) == 36
+
+
+def folder_bytes(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_shards_are_the_whole(clips, tmp_path, capsys):
+    mixes = plan(clips, 50)
+    mixing.render_mixes(mixes, tmp_path / "whole", RATE, workers=1)
+    mixes.to_csv(tmp_path / "plan.csv", index=False)
+    parts = []
+    for i in (3, 1, 2):
+        call = ["mix", str(tmp_path / "plan.csv"), str(tmp_path / "parts"), "--sample-rate", "8000"]
+        assert cli.main([*call, "--shard", f"{i}/3", "--workers", "1"]) == 0
+        parts.append(mixing.render_mixes(mixes, tmp_path / "parts", RATE, shard=f"{i}/3"))
+    assert sorted(pd.concat(parts).mix_id) == sorted(mixes.mix_id)
+    assert folder_bytes(tmp_path / "whole") == folder_bytes(tmp_path / "parts")
+    assert cli.main(call) == 0
+    table = pd.read_csv(tmp_path / "parts" / "mixes.csv")
+    assert table.mix_id.tolist() == mixes.mix_id.tolist() and table.peak_scale.notna().all()
+    assert "50 mixes are in" in capsys.readouterr().out
+    assert cli.main([*call, "--shard", "4/3"]) == 2
+    assert "from 1 to n" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import pandas as pd
+from soundscapes_utils import mixing
+replace, left = Path.replace, 25
+def deadly(self, target):
+    global left
+    left -= 1
+    if left or sys.argv[3] == "after":
+        replace(self, target)
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.replace = deadly
+mixing.render_mixes(pd.read_pickle(sys.argv[1]), sys.argv[2], 8000, workers=1)
+"""
+
+
+@pytest.mark.parametrize(("moment", "made", "twice"), [("before", 24, 0), ("after", 25, 1)])
+def test_a_killed_run_goes_on_without_redoing(clips, tmp_path, moment, made, twice):
+    """Kill right before a file gets its name, and right after, before that is noted."""
+    mixes, out = plan(clips, 60), tmp_path / "out"
+    mixes.to_pickle(tmp_path / "plan.pickle")
+    call = [sys.executable, "-c", KILLED, str(tmp_path / "plan.pickle"), str(out), moment]
+    assert subprocess.run(call, capture_output=True).returncode == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*.wav")}
+    halves = list(out.glob("*/.*.part"))
+    assert (len(before), len(halves)) == (made, 1 - twice)
+    foreign = next(iter(before)).with_name(".somebody-else.wav.1.part")
+    foreign.write_bytes(b"half")
+    mixing.render_mixes(mixes, out, RATE, workers=1)
+    redone = [path for path, stamp in before.items() if path.stat().st_mtime_ns != stamp]
+    assert len(redone) == twice and list(out.rglob("*.part")) == [foreign]
+    foreign.unlink()
+    mixing.render_mixes(mixes, tmp_path / "fresh", RATE, workers=1)
+    assert folder_bytes(out) == folder_bytes(tmp_path / "fresh")
+
+
+def test_sources_are_decoded_once_and_memory_is_bounded(clips, tmp_path, monkeypatch):
+    mixes, decoded = plan(clips, 300), []
+    load = audio.load_audio
+    monkeypatch.setattr(
+        audio, "load_audio", lambda path, *a: decoded.append(path) or load(path, *a)
+    )
+    # 30 events of 0.5 s and 20 scenes of 1 s; a mix of 1 s takes 4 bytes a sample
+    for room, most in ((30, 50), (10, 20 + 30 * 2), (1, 300 + 20)):
+        half = room * 4 * RATE
+        sources = {kind: mixing._Sources(half) for kind in ("foreground", "background")}
+        monkeypatch.setattr(mixing, "CACHE_BYTES", 2 * half)
+        monkeypatch.setattr(mixing, "_SOURCES", sources)
+        decoded.clear()
+        mixing.render_mixes(mixes, tmp_path / str(room), RATE, workers=1)
+        assert len(set(decoded)) == 50 and len(decoded) <= most
+        for cache in sources.values():
+            assert cache.bytes == sum(y.nbytes for y in cache.kept.values()) <= half
+
+
+@pytest.mark.parametrize("stems", [False, True])
+def test_items_are_the_samples_of_the_files(clips, tmp_path, stems):
+    from torch.utils.data import DataLoader
+
+    mixes = plan(clips, 10, events=(1, 2), snr_db=(0, 30))
+    done = mixing.render_mixes(mixes, tmp_path, RATE, stems=stems)
+    items = mixing.MixDataset(mixes, RATE, stems=stems)
+    names = ("", "_foreground", "_background") if stems else ("",)
+    for item, row in zip(items, done.itertuples(), strict=True):
+        assert item["mix_id"] == row.mix_id and item["peak_scale"] == row.peak_scale
+        assert (item["caption"], item["caption_3"]) == (row.caption, row.caption_3)
+        for name, key in zip(names, ("audio", "foreground", "background"), strict=False):
+            expected = sf.read(row.path.replace(".wav", f"{name}.wav"), dtype="float32")[0]
+            assert item[key].dtype == np.float32
+            np.testing.assert_array_equal(item[key], expected)
+    copy = pickle.loads(pickle.dumps(items))
+    np.testing.assert_array_equal(copy[-1]["audio"], items[9]["audio"])
+    (batch,) = DataLoader(copy, batch_size=10)
+    assert batch["audio"].shape == (10, RATE) and len(batch["caption_2"]) == 10
+    with pytest.raises(IndexError):
+        items[10]
+
+
+def test_a_dask_cluster_makes_the_same_bytes(clips, tmp_path):
+    distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
+    mixes = plan(clips, 70)
+    with pytest.raises(ValueError, match="make one first"):
+        mixing.render_mixes(mixes, tmp_path, RATE, backend="dask")
+    mixing.render_mixes(mixes, tmp_path / "here", RATE, workers=1)
+    cluster = distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    )
+    with cluster, distributed.Client(cluster):
+        mixing.render_mixes(mixes, tmp_path / "there", RATE, backend="dask")
+        broken = mixes.assign(background=__file__)
+        with pytest.raises(audio.AudioError, match=r"mix .*test_mixing\.py: cannot be read"):
+            mixing.render_mixes(broken, tmp_path / "broken", RATE, backend="dask")
+    assert folder_bytes(tmp_path / "here") == folder_bytes(tmp_path / "there")
+
+
+def test_dask_asks_for_its_extra(clips, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ValueError, match=r"soundscapes-utils\[cluster\]"):
+        mixing.render_mixes(plan(clips, 5), tmp_path, RATE, backend="dask")
 
 
 ESC10 = Path(__file__).parents[2] / "shared/data/ESC-10"
