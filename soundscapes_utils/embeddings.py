@@ -175,7 +175,9 @@ class _Clip:
     place: int
     name: str
     cache: Path | None = None
-    windows: np.ndarray | None = None
+    signal: np.ndarray | None = None
+    starts: range = range(0)
+    length: int = 0
     rows: np.ndarray | None = None
     peak: float = math.nan
     cached: bool = False
@@ -324,16 +326,16 @@ class Embedding:
         """Yield every clip with its rows or its error, the cached ones ahead of the others."""
         waiting, held = [], 0
         for clip in self._prepared(clips, sample_rate, cache_dir, workers):
-            if clip.windows is None:
+            if clip.signal is None:
                 yield clip
                 continue
             full = held >= batch_size or not self.batched
-            # a batch is one block of memory: only clips of one length share it
-            if waiting and (full or clip.windows.shape[1] != waiting[0].windows.shape[1]):
+            # a batch is one block of memory: only windows of one length share it
+            if waiting and (full or clip.length != waiting[0].length):
                 yield from self._finished(waiting, batch_size)
                 waiting, held = [], 0
             waiting.append(clip)
-            held += len(clip.windows)
+            held += len(clip.starts)
         if waiting:
             yield from self._finished(waiting, batch_size)
 
@@ -357,7 +359,8 @@ class Embedding:
                     found.cached = True
                     return found
             y = self._signal(clip, found.name, sample_rate)
-            found.windows, found.peak = self._windows(y), float(np.abs(y).max())
+            found.peak = float(np.abs(y).max())
+            found.signal, found.starts, found.length = self._framed(y)
         except audio.AudioError as error:
             found.error = str(error)
         return found
@@ -368,30 +371,34 @@ class Embedding:
         y = audio.check_audio(clip, name, silent_ok=True)
         return audio.resample(y, sample_rate or self.sample_rate, self.sample_rate)
 
-    def _windows(self, y):
+    def _framed(self, y):
+        """Return a signal with what fills it, where windows start in it, and how long they are."""
         n = round(self.window_s * self.sample_rate)
-        whole = math.isnan(self.hop_s)
-        hop = 1 if whole else round(self.hop_s * self.sample_rate)
-        if self.short == "pad" and not whole:
-            starts = range(0, len(y), hop)
-            y = np.pad(y, (0, n))
-            return np.stack([y[start : start + n] for start in starts])
-        if len(y) < n:
-            repeats = n // len(y) * len(y) if self.short == "repeat-pad" else n
-            y = y if self.short == "pad" else audio.fit_length(y, repeats)
-            y = audio.fit_length(y, n, "pad")
-        return y[None] if whole else np.lib.stride_tricks.sliding_window_view(y, n)[::hop]
+        if math.isnan(self.hop_s):
+            y = self._filled(y, n)
+            return y, range(1), len(y)
+        hop = round(self.hop_s * self.sample_rate)
+        if self.short == "pad":
+            return np.pad(y, (0, n)), range(0, len(y), hop), n
+        y = self._filled(y, n)
+        return y, range(0, len(y) - n + 1, hop), n
+
+    def _filled(self, y, n):
+        if len(y) >= n:
+            return y
+        repeated = {"repeat": n, "repeat-pad": n // len(y) * len(y), "pad": len(y)}[self.short]
+        return audio.fit_length(audio.fit_length(y, repeated), n, "pad")
 
     def _finished(self, clips, batch_size):
-        windows = np.concatenate([clip.windows for clip in clips])
+        windows = [clip.signal[s : s + clip.length] for clip in clips for s in clip.starts]
         if self.batched:
-            starts = range(0, len(windows), batch_size)
-            rows = [row for s in starts for row in self.network(windows[s : s + batch_size])]
+            blocks = range(0, len(windows), batch_size)
+            rows = [r for b in blocks for r in self.network(np.stack(windows[b : b + batch_size]))]
         else:
             rows = [self.network(window) for window in windows]
         for clip in clips:
-            own, rows = rows[: len(clip.windows)], rows[len(clip.windows) :]
-            clip.windows = None
+            own, rows = rows[: len(clip.starts)], rows[len(clip.starts) :]
+            clip.signal = None
             self._finish(clip, [np.asarray(row, dtype=np.float32) for row in own])
             yield clip
 
@@ -1077,7 +1084,7 @@ def _made(net, forward, dim):
 
     def network(windows):
         with torch.inference_mode():
-            rows = forward(net, torch.from_numpy(np.ascontiguousarray(windows)).to(device))
+            rows = forward(net, torch.from_numpy(windows).to(device))
         return rows.float().cpu().numpy()
 
     return {"dim": dim, "version": version, "network": network, "batched": True}

@@ -1525,6 +1525,8 @@ def run_arms(
         See :func:`plan_units`.
     audio.AudioError
         A clip cannot be read.
+    OSError
+        A transformer's checkpoint cannot be loaded.
     UnitsFailed
         Some units failed; the message names them, all others are done and kept.
 
@@ -1626,7 +1628,8 @@ def _complete(unit, shared, training):
     kept = [about, content, shared["classes"], [shared["clip_ids"][row] for row in rows["test"]]]
     digest = hashlib.sha256(json.dumps([_RECIPE, kept]).encode()).hexdigest()[:12]
     name = "{arm}-{ratio:g}-{model}-fold{fold}-run{run}".format(**unit)
-    file = re.sub(r"[^\w.@+-]", "_", name)
+    # a checkpoint's path can be long, and file names end at 255 bytes
+    file = re.sub(r"[^\w.@+-]", "_", name)[:150]
     return {"name": name, "key": f"{file}-{digest}", "about": about, "rows": rows}
 
 
