@@ -216,9 +216,17 @@ def _notebook_page(folder, executed):
     if not page.is_file() or page.stat().st_mtime < executed.stat().st_mtime:
         from nbconvert import HTMLExporter
 
-        # Scripts that nbconvert would fetch from elsewhere serve widgets, of which there are none.
+        # Scripts that nbconvert would fetch from elsewhere serve widgets and TeX, of which the
+        # notebooks have none.
         nowhere = dict.fromkeys(
-            ("require_js_url", "jquery_url", "mermaid_js_url", "mermaid_layout_elk_js_url"), ""
+            (
+                "require_js_url",
+                "jquery_url",
+                "mathjax_url",
+                "mermaid_js_url",
+                "mermaid_layout_elk_js_url",
+            ),
+            "",
         )
         exporter = HTMLExporter(**nowhere)
         text, _ = exporter.from_filename(str(executed))

@@ -312,7 +312,9 @@ def test_interrupted_run_says_how_to_resume_and_resumes(project, how, capsys):
     code = (
         "import sys, signal\nfrom soundscapes_utils import pipeline, __main__ as cli\n"
         "from pathlib import Path\nimport soundscapes_utils\n"
-        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        "for number in (signal.SIGTERM, signal.SIGINT):\n"
+        # a shell starts what runs in its background with interrupts ignored
+        "    signal.signal(number, signal.default_int_handler)\n"
         "real = pipeline.run\n"
         f"pipeline.run = lambda *a, **k: real(*a, root=Path({str(project)!r}), **k)\n"
         "sys.exit(cli.main(['run', 'quick']))"
