@@ -29,6 +29,7 @@ import pandas as pd
 from . import audio
 
 SILENT_PEAK = 1e-4  # −80 dB of full scale: no network hears anything there
+RESAMPLER = "soxr HQ"  # of every clip that is not at the network's rate; part of the cache's key
 SOUND_FILES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
 
 _WHOLE = math.nan
@@ -99,6 +100,14 @@ EMBEDDINGS = pd.DataFrame(
 ``hop_s`` is not a number where the network sees the whole clip at once; ``short`` says what happens
 to a clip shorter than the window (see `Embedding`).
 """
+
+
+CHALLENGE = {
+    "panns-wavegram-logmel": "panns-wavegram",
+    "vggish": "vggish",
+    "clap-2023": "ms-clap-dcase",
+}
+"""The networks of DCASE 2024 Task 7: their names there, and here."""
 
 
 class _Weights(NamedTuple):
@@ -390,17 +399,37 @@ class Embedding:
         return audio.fit_length(audio.fit_length(y, repeated), n, "pad")
 
     def _finished(self, clips, batch_size):
-        windows = [clip.signal[s : s + clip.length] for clip in clips for s in clip.starts]
-        if self.batched:
-            blocks = range(0, len(windows), batch_size)
-            rows = [r for b in blocks for r in self.network(np.stack(windows[b : b + batch_size]))]
-        else:
-            rows = [self.network(window) for window in windows]
+        try:
+            rows = self._rows(clips, batch_size)
+        except (RuntimeError, MemoryError) as error:
+            # a clip that the memory cannot hold must not take its neighbours along
+            yield from self._one_by_one(clips, batch_size, error)
+            return
         for clip in clips:
             own, rows = rows[: len(clip.starts)], rows[len(clip.starts) :]
             clip.signal = None
             self._finish(clip, [np.asarray(row, dtype=np.float32) for row in own])
             yield clip
+
+    def _one_by_one(self, clips, batch_size, error):
+        if len(clips) > 1:
+            for clip in clips:
+                yield from self._finished([clip], batch_size)
+            return
+        (clip,) = clips
+        seconds, clip.signal = len(clip.signal) / self.sample_rate, None
+        clip.error = (
+            f"{clip.name}: {self.name} failed on its {seconds:.1f} s ({_first_line(error)}); where "
+            "that is memory, cut the clip or take a smaller batch_size"
+        )
+        yield clip
+
+    def _rows(self, clips, batch_size):
+        windows = [clip.signal[s : s + clip.length] for clip in clips for s in clip.starts]
+        if not self.batched:
+            return [self.network(window) for window in windows]
+        blocks = range(0, len(windows), batch_size)
+        return [r for b in blocks for r in self.network(np.stack(windows[b : b + batch_size]))]
 
     def _finish(self, clip, rows):
         wrong = [r for r in rows if r.shape != (self.dim,) or not np.isfinite(r).all()]
@@ -415,7 +444,7 @@ class Embedding:
             _store(clip.cache, clip.rows, clip.peak)
 
     def _cache_path(self, clip, name, sample_rate, cache_dir):
-        framing = f"{self.window_s} {self.hop_s} {self.short}"
+        framing = f"{self.window_s} {self.hop_s} {self.short} {RESAMPLER}"
         digest = hashlib.sha256(f"{self.name} {self.version} {framing} ".encode())
         if isinstance(clip, (str, os.PathLike)):
             digest.update(_file_bytes(clip))
@@ -768,6 +797,82 @@ def _excerpt(y, n):
     y = y[start : start + n]
     peak = np.abs(y).max()
     return y * np.float32(10 ** (-1 / 20) / peak) if peak >= SILENT_PEAK else y
+
+
+# --- changes whose effect a distance should show --------------------------------------------------
+
+
+def _noisy(y, rng, snr_db):
+    noise = rng.standard_normal(len(y)).astype(np.float32)
+    return y + noise * np.sqrt(np.mean(np.square(y)) * np.float32(10 ** (-snr_db / 10)))
+
+
+def _low_passed(y, rng, share):
+    from scipy.signal import butter, sosfiltfilt
+
+    # forwards and backwards: no delay
+    return sosfiltfilt(butter(8, share, output="sos"), y)
+
+
+def _amplified(y, rng, gain_db):
+    return y * np.float32(10 ** (gain_db / 20))
+
+
+def _cut_short(y, rng, share):
+    kept = y.copy()
+    kept[round(share * len(y)) :] = 0.0
+    return kept
+
+
+CHANGES = {
+    "noise, SNR 20 dB": partial(_noisy, snr_db=20.0),
+    "noise, SNR 0 dB": partial(_noisy, snr_db=0.0),
+    "low-pass at 1/2 of the band": partial(_low_passed, share=0.5),
+    "low-pass at 1/8 of the band": partial(_low_passed, share=0.125),
+    "gain of -12 dB": partial(_amplified, gain_db=-12.0),
+    "silent after 1/2": partial(_cut_short, share=0.5),
+}
+"""Changes that `changed` knows: white noise at a ratio to the clip's power, a low-pass (Butterworth,
+order 16, zero phase) at a part of the band, a gain, and silence after a part of the clip."""
+
+
+def changed(clips, change, seed=0):
+    """Change every clip in a known way, to see whether an embedding notices.
+
+    Parameters
+    ----------
+    clips : sequence of np.ndarray, float32 [samples]
+        Mono signals.
+    change : str
+        A key of `CHANGES`.
+    seed : int, default 0
+        Of the noise; clip i has the same noise in every call.
+
+    Returns
+    -------
+    list of np.ndarray, float32 [samples]
+        Of the same lengths; they may exceed full scale, which no embedding minds.
+
+    Raises
+    ------
+    ValueError
+        Another word for `change`.
+    audio.AudioError
+        A signal that is empty or not finite.
+
+    Examples
+    --------
+    >>> (quiet,) = changed([np.ones(4, np.float32)], "gain of -12 dB")
+    >>> round(float(quiet[0]), 3)
+    0.251
+    """
+    if change not in CHANGES:
+        raise ValueError(f"unknown change {change!r}; known: {'; '.join(CHANGES)}")
+    made = []
+    for i, y in enumerate(clips):
+        y = audio.check_audio(y, _name(y, i), silent_ok=True)
+        made.append(CHANGES[change](y, np.random.default_rng([seed, i])).astype(np.float32))
+    return made
 
 
 # --- logmel-stats ----------------------------------------------------------------------------------

@@ -343,6 +343,39 @@ def fad_against_size(curves):
     return figure
 
 
+def sensitivity_map(moved):
+    """Draw how far known changes of the sounds move a distance.
+
+    Parameters
+    ----------
+    moved : pandas.DataFrame
+        From :func:`fad.sensitivity`, of one or more embeddings.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One row a change, one column a metric and embedding: how many standard deviations of the
+        floor the score lies above the floor. Pale: not seen.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+    from matplotlib.colors import SymLogNorm
+
+    columns = moved.assign(ruler=moved.metric + "\n" + moved.embedding)
+    cells = columns.pivot_table(index="change", columns="ruler", values="spreads", sort=False)
+    figure, panel = plt.subplots(
+        figsize=(1.5 * cells.shape[1] + 2.5, 0.45 * len(cells) + 1.4), layout="constrained"
+    )
+    most = max(10.0, cells.max(axis=None))
+    sns.heatmap(
+        cells, annot=True, fmt=".0f", cmap="rocket_r", norm=SymLogNorm(2.0, vmin=0.0, vmax=most),
+        cbar_kws={"label": "floor spreads above the floor"}, ax=panel,
+    )  # fmt: skip
+    panel.set(xlabel="", ylabel="", title="What each ruler notices")
+    panel.tick_params(axis="y", rotation=0)
+    return figure
+
+
 def class_distances(scores, floor_name):
     """Draw one distance a class, with its interval and the floor of that class.
 
