@@ -1349,13 +1349,14 @@ def sensitivity(
     classes = np.zeros(len(clean), int) if labels is None else _codes(len(clean), labels, "classes")
     rng = np.random.default_rng(seed)
     halves = [_balanced_halves(codes, classes, rng) for _ in range(splits)]
+    even = [[half[: min(map(len, pair))] for half in pair] for pair in halves]
     rows = []
     for name in metrics:
         metric = METRICS[name]
-        floor = [metric(clean[a], clean[b]) for a, b in halves]
-        size = np.mean([len(a) for a, _ in halves])
+        floor = [metric(clean[a], clean[b]) for a, b in even]
+        size = np.mean([len(a) for a, _ in even])
         for change, y in sets.items():
-            values = [metric(clean[a], y[b]) for a, b in halves]
+            values = [metric(clean[a], y[b]) for a, b in even]
             rows.append(_moved(name, change, size, floor, values))
         if classes.any():
             rows.append(_moved(name, "wrong class", *_wrong_class(clean, halves, classes, metric)))
@@ -1375,17 +1376,16 @@ def _aligned(clean, y, name):
 
 
 def _balanced_halves(codes, classes, rng):
-    """Rows of two halves of one size that share no recording and hold every class alike."""
+    """Rows of two halves that share no recording; of every class's recordings, half are in each."""
     first = np.unique(codes, return_index=True)[1]
     order = rng.permutation(len(first))
     order = order[np.argsort(classes[first][order], kind="stable")]
     side = np.empty(len(order), int)
     side[order] = np.arange(len(order)) % 2
     halves = [rng.permutation(np.flatnonzero(side[codes] == half)) for half in (0, 1)]
-    size = min(map(len, halves))
-    if size < 2:
-        raise ValueError("clean clips: two halves of at least 2 rows need 4 or more recordings")
-    return [half[:size] for half in halves]
+    if min(map(len, halves)) < 2:
+        raise ValueError("clean clips: two halves of at least 2 rows need more recordings")
+    return halves
 
 
 def _wrong_class(x, halves, classes, metric):
@@ -1397,7 +1397,7 @@ def _wrong_class(x, halves, classes, metric):
         sizes = [min(map(len, pair)) for pair in pairs]
         if min(sizes) < 2:
             raise ValueError(
-                "clean clips: each class needs at least 4 recordings; leave labels out"
+                "clean clips: of each class, both halves need 2 rows; take more clips, or no labels"
             )
         cut = [[x[rows[:k]] for rows in pair] for pair, k in zip(pairs, sizes, strict=True)]
         n.append(np.mean(sizes))

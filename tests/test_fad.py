@@ -958,7 +958,7 @@ def test_sensitivity_is_seeded_and_refuses():
         ({"changed": {"other": x[:, :2]}}, "other 2: embed both"),
         ({"splits": 1}, "at least 2 splits, got 1"),
         ({"metrics": ["FID"]}, r"got also \['FID'\]"),
-        ({"labels": np.arange(40)}, "each class needs at least 4 recordings"),
+        ({"labels": np.arange(40)}, "of each class, both halves need 2 rows"),
         ({"groups": np.repeat([0, 1], [1, 39])}, "two halves of at least 2 rows"),
     ):
         options = {"changed": {"none": x}, "embedding": "toy"} | wrong
