@@ -51,6 +51,10 @@ def main(argv=None):
         from . import minimodel
 
         return minimodel.main(arguments[1:])
+    if arguments[:1] == ["esc"]:
+        from . import esc
+
+        return esc.main(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
         return options.action(options)
@@ -100,6 +104,9 @@ def _parser():
     mixing.set_defaults(action=_mix)
     commands.add_parser(
         "train-mini", help="make the small checkpoint again (its own --help)", add_help=False
+    )
+    commands.add_parser(
+        "esc", help="a study of classifiers and arms (its own --help)", add_help=False
     )
     return parser
 

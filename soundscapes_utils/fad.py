@@ -182,6 +182,45 @@ def _checked(x, name, least=2):
     return Statistics(mean, cov, n)
 
 
+def as_points(windows):
+    """Lay the windows of all clips below each other, and say whose each is.
+
+    Several networks give a row for every window of a clip, and challenges score all of them as one
+    set. Their clips belong into `groups`: windows of one clip are near-copies of each other.
+
+    Parameters
+    ----------
+    windows : sequence of array_like, shape (windows, d)
+        One array a clip, from `Embedding.embed_windows` or `datasets.load_dcase2024_task7`.
+
+    Returns
+    -------
+    points : np.ndarray, shape (all windows, d)
+        In the order of the clips.
+    groups : np.ndarray of int, shape (all windows,)
+        Place of every row's clip.
+
+    Raises
+    ------
+    ValueError
+        No clip, a clip without windows, or different d.
+
+    Examples
+    --------
+    >>> points, groups = as_points([np.zeros((4, 2)), np.ones((1, 2))])
+    >>> points.shape, groups.tolist()
+    ((5, 2), [0, 0, 0, 0, 1])
+    """
+    windows = [np.asarray(rows) for rows in windows]
+    shapes = {rows.shape[1:] for rows in windows}
+    if len(shapes) != 1 or any(rows.ndim != 2 or not len(rows) for rows in windows):
+        raise ValueError(
+            f"{len(windows)} clips: expected arrays of shape (windows, dim) with one dim, got "
+            f"{sorted({rows.shape for rows in windows})[:3]}"
+        )
+    return np.concatenate(windows), np.repeat(np.arange(len(windows)), [len(r) for r in windows])
+
+
 # --- distances -----------------------------------------------------------------------------------
 
 
@@ -1232,6 +1271,157 @@ def _disjoint(x, codes, n, rng):
     return x[first], x[second]
 
 
+def sensitivity(
+    clean,
+    changed,
+    *,
+    embedding,
+    labels=None,
+    groups=None,
+    metrics=("FAD", "KAD"),
+    splits=10,
+    seed=0,
+):
+    """How far a distance moves when the sounds are changed in a known way: does the ruler work?
+
+    Each split deals the recordings into two halves. The clean first half is the reference; the
+    second half is scored as it is (the floor) and with every change, at the same n.
+
+    Parameters
+    ----------
+    clean : array_like, shape (n, d)
+        Embeddings of real clips.
+    changed : dict of str to array_like, shape (n, d)
+        Embeddings of the same clips, row by row, after each change (`embeddings.CHANGES`).
+    embedding : str
+        Name of the embedding, for the table.
+    labels : array_like, shape (n,), optional
+        Class of every clip. Halves then hold all classes alike, and a further change, "wrong class",
+        scores clips of every class against the next class's: its floor, at the same smaller n, is
+        that of every class against itself.
+    groups : array_like, shape (n,), optional
+        Recording of every row: no recording is in both halves.
+    metrics : sequence of str
+        Keys of `METRICS`.
+    splits : int, default 10
+        Random ways to deal; at least 2.
+    seed : int, default 0
+        The same seed deals in the same way.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a metric and change: ``embedding, metric, change, n`` (clips on each side, their mean
+        over splits and classes); ``floor`` and ``floor_sd``; ``value`` and ``value_sd``, means and
+        standard deviations over the splits; ``seen``, share of splits in which the change scores
+        worse than every floor; ``spreads``, how many ``floor_sd`` the value lies above the floor.
+        The splits deal the same clips anew, so their spread is a lower bound of that of new clips.
+
+    Raises
+    ------
+    ValueError
+        As the metrics; unknown metrics, fewer than two splits, or sets that are not of the same
+        clips.
+
+    Notes
+    -----
+    What changes a good distance should follow: Kilgour et al., Interspeech 2019; Gui et al., ICASSP
+    2024. The set as a whole cannot show classes that change places: hence "wrong class" by class.
+
+    Examples
+    --------
+    >>> x = np.random.default_rng(0).normal(size=(60, 4))
+    >>> table = sensitivity(x, {"shift": x + 1.0, "none": x}, embedding="toy", metrics=["FAD"])
+    >>> table["seen"].tolist()[0], table["spreads"].tolist()[1]
+    (1.0, 0.0)
+    """
+    import pandas as pd
+
+    clean = _matrix(clean, "clean clips", least=4)
+    sets = {name: _aligned(clean, y, name) for name, y in changed.items()}
+    unknown = set(metrics) - set(METRICS)
+    if unknown or splits < 2:
+        raise ValueError(
+            f"sensitivity: at least 2 splits, got {splits}; metrics out of {', '.join(METRICS)}, "
+            f"got also {sorted(unknown)}"
+        )
+    codes = _codes(len(clean), groups, "clean clips")
+    classes = np.zeros(len(clean), int) if labels is None else _codes(len(clean), labels, "classes")
+    rng = np.random.default_rng(seed)
+    halves = [_balanced_halves(codes, classes, rng) for _ in range(splits)]
+    even = [[half[: min(map(len, pair))] for half in pair] for pair in halves]
+    rows = []
+    for name in metrics:
+        metric = METRICS[name]
+        floor = [metric(clean[a], clean[b]) for a, b in even]
+        size = np.mean([len(a) for a, _ in even])
+        for change, y in sets.items():
+            values = [metric(clean[a], y[b]) for a, b in even]
+            rows.append(_moved(name, change, size, floor, values))
+        if classes.any():
+            rows.append(_moved(name, "wrong class", *_wrong_class(clean, halves, classes, metric)))
+    return pd.DataFrame(rows).assign(embedding=embedding)[SENSITIVITY_COLUMNS]
+
+
+SENSITIVITY_COLUMNS = [
+    *("embedding", "metric", "change", "n", "floor", "floor_sd", "value", "value_sd"),
+    *("seen", "spreads"),
+]
+
+
+def _aligned(clean, y, name):
+    y = _pair(clean, y, names=("clean clips", name))[1]
+    _same_length(clean, y, ("clean clips", name))
+    return y
+
+
+def _balanced_halves(codes, classes, rng):
+    """Rows of two halves that share no recording; of every class's recordings, half are in each."""
+    first = np.unique(codes, return_index=True)[1]
+    order = rng.permutation(len(first))
+    order = order[np.argsort(classes[first][order], kind="stable")]
+    side = np.empty(len(order), int)
+    side[order] = np.arange(len(order)) % 2
+    halves = [rng.permutation(np.flatnonzero(side[codes] == half)) for half in (0, 1)]
+    if min(map(len, halves)) < 2:
+        raise ValueError("clean clips: two halves of at least 2 rows need more recordings")
+    return halves
+
+
+def _wrong_class(x, halves, classes, metric):
+    """Mean size, and for every split the mean over classes of right and of wrong class."""
+    n, right, wrong = [], [], []
+    for halved in halves:
+        a, b = ([half[classes[half] == c] for c in range(classes.max() + 1)] for half in halved)
+        pairs = list(zip(a, b, b[1:] + b[:1], strict=True))
+        sizes = [min(map(len, pair)) for pair in pairs]
+        if min(sizes) < 2:
+            raise ValueError(
+                "clean clips: of each class, both halves need 2 rows; take more clips, or no labels"
+            )
+        cut = [[x[rows[:k]] for rows in pair] for pair, k in zip(pairs, sizes, strict=True)]
+        n.append(np.mean(sizes))
+        right.append(np.mean([metric(ref, own) for ref, own, _ in cut]))
+        wrong.append(np.mean([metric(ref, other) for ref, _, other in cut]))
+    return np.mean(n), right, wrong
+
+
+def _moved(metric, change, n, floor, values):
+    spread = float(np.std(floor, ddof=1))
+    rise = float(np.mean(values) - np.mean(floor))
+    return {
+        "metric": metric,
+        "change": change,
+        "n": float(n),
+        "floor": float(np.mean(floor)),
+        "floor_sd": spread,
+        "value": float(np.mean(values)),
+        "value_sd": float(np.std(values, ddof=1)),
+        "seen": float(np.mean(np.array(values) > np.max(floor))),
+        "spreads": rise / spread if spread > 0 else np.nan,
+    }
+
+
 def fad_infinity(x, y, *, seed=0, sizes=8, draws=5, repeats=50, groups_x=None, groups_y=None):
     """Fréchet distance extrapolated to infinitely many clips.
 
@@ -1477,6 +1667,57 @@ def _floor_of_halves(reference, groups, metric, repeats, seed):
         "n_candidate": n,
         "note": note,
     }
+
+
+def challenge_scores(published, candidates, networks, *, repeats=200, seed=0):
+    """Score clips in the form of DCASE 2024 Task 7: against its published embeddings.
+
+    Parameters
+    ----------
+    published : dict of str to np.ndarray, shape (clips, windows, d)
+        From `datasets.load_dcase2024_task7`: what each network made of the reference recordings.
+    candidates : dict of str to sequence of path or np.ndarray
+        Clips of 4 s, one for each caption, by model.
+    networks : dict of str to embeddings.Embedding
+        By the names in `published` (`embeddings.CHALLENGE` names the ones that were used).
+    repeats, seed
+        As in `score_table`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As from `score_table`, FAD and KAD for each network. Every window is a row, as in the
+        challenge, so n counts windows; intervals and floors draw whole clips.
+
+    Raises
+    ------
+    ValueError
+        As `score_table`, or a network that `published` lacks.
+
+    Notes
+    -----
+    Lagrange et al., "Sound Scene Synthesis at the DCASE 2024 Challenge", arXiv 2501.08587. The
+    challenge's evaluation set is not public: scores against the development set are not those of
+    its table.
+    """
+    import pandas as pd
+
+    missing = set(networks) - set(published)
+    if missing:
+        raise ValueError(f"no published embeddings of {sorted(missing)}; there are: {[*published]}")
+    name = "development set"
+    tables = []
+    for network, embedding in networks.items():
+        reference, clips = as_points(published[network])
+        points, groups = {}, {name: clips}
+        for model, sounds in candidates.items():
+            points[model], groups[model] = as_points(embedding.embed_windows(sounds))
+        table = score_table(
+            reference, points, embedding=network, reference_name=name, groups=groups,
+            repeats=repeats, seed=seed,
+        )  # fmt: skip
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
 
 
 def beside_floor(scores):

@@ -343,6 +343,39 @@ def fad_against_size(curves):
     return figure
 
 
+def sensitivity_map(moved):
+    """Draw how far known changes of the sounds move a distance.
+
+    Parameters
+    ----------
+    moved : pandas.DataFrame
+        From :func:`fad.sensitivity`, of one or more embeddings.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One row a change, one column a metric and embedding: how many standard deviations of the
+        floor the score lies above the floor. Pale: not seen.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+    from matplotlib.colors import SymLogNorm
+
+    columns = moved.assign(ruler=moved.metric + "\n" + moved.embedding)
+    cells = columns.pivot_table(index="change", columns="ruler", values="spreads", sort=False)
+    figure, panel = plt.subplots(
+        figsize=(1.5 * cells.shape[1] + 2.5, 0.45 * len(cells) + 1.4), layout="constrained"
+    )
+    most = max(10.0, cells.max(axis=None))
+    sns.heatmap(
+        cells, annot=True, fmt=".0f", cmap="rocket_r", norm=SymLogNorm(2.0, vmin=0.0, vmax=most),
+        cbar_kws={"label": "floor spreads above the floor"}, ax=panel,
+    )  # fmt: skip
+    panel.set(xlabel="", ylabel="", title="What each ruler notices")
+    panel.tick_params(axis="y", rotation=0)
+    return figure
+
+
 def class_distances(scores, floor_name):
     """Draw one distance a class, with its interval and the floor of that class.
 
@@ -671,5 +704,214 @@ def confusion_matrices(tables, title=""):
         sns.heatmap(shares, vmin=0, vmax=1, cmap="viridis", ax=panel, cbar=panel is axes.flat[-1])
         panel.set(title=name, xlabel="predicted", ylabel="")
     axes.flat[0].set_ylabel("true class")
+    figure.suptitle(title)
+    return figure
+
+
+def beside_published(results, title=""):
+    """The paper's three figures with its numbers and one's own in the same axes.
+
+    Parameters
+    ----------
+    results : pandas.DataFrame
+        Table *results* of `esc.run_arms`; arms on few real clips a class are left out.
+    title : str, optional
+        Above all panels.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One row a network, one column an arm. Dashed: `esc.published`, UrbanSound8K; solid: own, bars
+        1.96·SD/√n. They compare only where the recordings are the same.
+    """
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    import seaborn as sns
+
+    from . import esc
+
+    parts = [esc.arm_parts(arm) for arm in results.arm]
+    own = results.assign(kind=[p[0] for p in parts], source=[p[1] for p in parts])
+    own = esc.summarise(
+        own[[p[2] is None for p in parts]].assign(arm=lambda t: t.kind + "@" + t.source)
+    )
+    own[["kind", "source"]] = own.arm.str.split("@", n=1, expand=True)
+    theirs = esc.published()
+    xlabels = {
+        "both": "synthetic clips for each real one",
+        "mixed": "training folds replaced",
+        "synthetic": "synthetic clips only, for each real one",
+    }
+    figure, axes = plt.subplots(
+        2, 3, figsize=(13, 6.4), sharey=True, sharex="col", layout="constrained"
+    )
+    for row, model in zip(axes, esc.MODELS, strict=True):
+        for panel, (kind, xlabel) in zip(row, xlabels.items(), strict=True):
+            start = [] if kind == "synthetic" else ["real"]
+            paper = theirs[(theirs.model == model) & theirs.arm.isin([*start, kind])]
+            lines = paper[paper.arm == kind].groupby(["backend", "prompt_family"])
+            colours = sns.color_palette("colorblind", len(lines))
+            for (name, line), colour in zip(lines, colours, strict=True):
+                line = pd.concat([paper[paper.arm == "real"], line])
+                label = f"paper: {name[0]}, {name[1]} prompt"
+                panel.plot(line.ratio, line.accuracy, "--o", ms=3, color=colour, label=label)
+            mine = own[own.model == model]
+            for source, line in mine[mine.kind == kind].groupby("source"):
+                line = pd.concat([mine[mine.kind.isin(start)], line]).sort_values("ratio")
+                label = f"own{': ' + source if source else ''}"
+                panel.errorbar(
+                    line.ratio, line.accuracy, line.half_width.fillna(0.0), marker="s", capsize=3,
+                    color="black", label=label,
+                )  # fmt: skip
+            panel.set(title=f"{model}, {kind}", xlabel=xlabel if row is axes[-1] else "")
+    for row in axes:
+        row[0].set(ylabel="accuracy", ylim=(0, 1))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+    figure.suptitle(title)
+    return figure
+
+
+def learning_curves(curves, title=""):
+    """Losses over the epochs of a study's classifiers, arm by arm.
+
+    Parameters
+    ----------
+    curves : pandas.DataFrame
+        ``curves.csv`` of `esc.run_arms`.
+    title : str, optional
+        Above all panels.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One panel a network: mean loss of the classifiers still training at that epoch, on training
+        (dashed) and on validation clips (solid).
+    """
+    import seaborn as sns
+
+    named = curves.assign(
+        arm=[
+            f"{arm} {ratio:g}" if ratio else arm
+            for arm, ratio in zip(curves.arm, curves.ratio, strict=True)
+        ]
+    )
+    long = named.melt(
+        ["epoch", "arm", "model"], ["validation_loss", "train_loss"], "clips", "loss"
+    ).replace({"validation_loss": "validation", "train_loss": "training"})
+    grid = sns.relplot(
+        long, x="epoch", y="loss", hue="arm", style="clips", col="model", kind="line", errorbar=None,
+        height=3.4, aspect=1.3,
+    )  # fmt: skip
+    grid.set_titles("{col_name}")
+    grid.figure.suptitle(title, y=1.03)
+    return grid.figure
+
+
+def class_gains(deltas, title=""):
+    """What each class gains or loses, with its interval; corrected tests mark the firm ones.
+
+    Parameters
+    ----------
+    deltas : pandas.DataFrame
+        Of `esc.class_deltas`.
+    title : str, optional
+        Above the axes.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Classes from the largest loss to the largest gain; filled: p below 0.05 after Holm.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    from . import captions
+
+    table = deltas.sort_values("difference")
+    names = [captions.tidy(label) for label in table.label]
+    colour = sns.color_palette("colorblind")[0]
+    figure, axes = plt.subplots(figsize=(7, 0.34 * len(table) + 1.2), layout="constrained")
+    axes.hlines(names, table.ci_low, table.ci_high, color=colour)
+    fills = [colour if p < 0.05 else "white" for p in table.p_holm]
+    axes.scatter(table.difference, names, c=fills, edgecolors=[colour], zorder=3)
+    axes.axvline(0, color="0.5", linestyle=":")
+    axes.set(xlabel="change of accuracy", title=title)
+    return figure
+
+
+def confusion_change(table, title=""):
+    """Draw what one arm takes each class for more (red) or less (blue) often than another.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Of `esc.confusion_difference`.
+    title : str, optional
+        Above the matrix.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Shares of the true class, on a scale that is even around 0.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    from . import captions
+
+    side = 0.4 * len(table) + 1.6
+    figure, axes = plt.subplots(figsize=(side + 1.2, side), layout="constrained")
+    largest = max(table.abs().to_numpy().max(), 0.01)
+    shown = table.rename(index=captions.tidy, columns=captions.tidy)
+    sns.heatmap(shown, vmin=-largest, vmax=largest, cmap="vlag", ax=axes, square=True)
+    axes.set(title=title, xlabel="predicted", ylabel="true class")
+    return figure
+
+
+def few_real_clips(table, title=""):
+    """Accuracy over the number of real training clips a class, one line for each ratio.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Of `esc.intervals`; arms such as "real/4" and "both/4" are drawn.
+    title : str, optional
+        Above all panels.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One panel a model, real clips on a logarithmic axis, bars: the 95 % bootstrap interval.
+    """
+    import matplotlib.pyplot as plt
+
+    from . import esc
+
+    parts = [esc.arm_parts(arm) for arm in table.arm]
+    kinds = [f"{kind}@{source}" if source else kind for kind, source, _ in parts]
+    named = table.assign(
+        name=[f"{k} {r:g}" if r else k for k, r in zip(kinds, table.ratio, strict=True)],
+        per_class=[few for _, _, few in parts],
+    ).dropna(subset="per_class")
+    models = list(named.model.unique())
+    figure, axes = plt.subplots(
+        1, len(models), figsize=(4.6 * len(models) + 1, 3.8), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for panel, model in zip(axes.flat, models, strict=True):
+        for name, line in named[named.model == model].groupby("name", sort=False):
+            line = line.sort_values("per_class")
+            bars = [line.accuracy - line.ci_low, line.ci_high - line.accuracy]
+            panel.errorbar(
+                line.per_class, line.accuracy, [bar.clip(lower=0) for bar in bars], marker="o",
+                capsize=3, label=name,
+            )  # fmt: skip
+        panel.set_xscale("log", base=2)
+        ticks = sorted(named.per_class.unique())
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.set(title=model, xlabel="real clips a class")
+    axes.flat[0].set(ylabel="accuracy on real test clips")
+    axes.flat[0].legend(loc="best")
     figure.suptitle(title)
     return figure

@@ -1,12 +1,22 @@
-"""The protocol, its cache, and each embedding against signals whose answer is known."""
+"""The protocol, its cache, sets of files, and each embedding against answers that are known."""
 
 import csv
+import functools
+import hashlib
+import http.server
+import operator
+import pickle
+import shutil
+import threading
 import warnings
+from concurrent import futures
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from soundscapes_utils import audio, embeddings, ldm
 
@@ -148,6 +158,674 @@ def test_excerpts_take_the_loudest_stretch_at_one_level(tmp_path):
         embeddings.excerpts([late], 0)
 
 
+# --- windows ---------------------------------------------------------------------------------------
+
+
+def first_and_last(window):
+    return window[[0, -1]]
+
+
+def framed(name, **other):
+    """The framing of an embedding, with a network that returns each window's ends."""
+    card = embeddings.EMBEDDINGS.set_index("name").loc[name]
+    fields = {"window_s": card.window_s, "hop_s": card.hop_s, "short": card.short} | other
+    rate = int(card.sample_rate)
+    return embeddings.Embedding("toy", rate, 2, version="1", network=first_and_last, **fields), rate
+
+
+def ramp(n):
+    return (np.arange(n) / n).astype(np.float32)
+
+
+def test_every_embedding_declares_itself():
+    table = embeddings.EMBEDDINGS.set_index("name")
+    assert list(table.index) == list(embeddings._MAKERS) and table.index.is_unique
+    whole = table.drop(columns="hop_s")
+    assert whole.notna().all(axis=None) and (whole != "").all(axis=None)
+    assert set(table["short"]) <= {"repeat", "repeat-pad", "pad"}
+    logmel = embeddings.get_embedding("logmel-stats")
+    card = table.loc["logmel-stats"]
+    for field in ("sample_rate", "window_s", "short", "pooling", "licence", "source", "dim"):
+        assert getattr(logmel, field) == card[field]
+
+
+def test_clips_of_four_seconds_have_the_windows_of_the_published_embeddings():
+    # (4, 128), (4, 1024) and (1, 2048) a clip in the development set of DCASE 2024 Task 7
+    for name, windows in (("vggish", 4), ("ms-clap-dcase", 4), ("panns-wavegram", 1)):
+        toy, rate = framed(name)
+        (rows,) = toy.embed_windows([ramp(4 * rate)])
+        assert rows.shape == (windows, 2), name
+
+
+def test_windows_start_at_the_start_and_every_hop():
+    toy, rate = framed("yamnet")
+    y = ramp(3 * rate)
+    (rows,) = toy.embed_windows([y])
+    starts = np.arange(5) * 7_680  # 2 · 3.0 s / 0.96 s, less what is not whole
+    np.testing.assert_array_equal(rows, np.column_stack([y[starts], y[starts + 15_599]]))
+    np.testing.assert_allclose(toy.embed([y]), rows.mean(axis=0)[None], rtol=1e-6)
+    # MS-CLAP and LAION-CLAP would crop at random what is longer than their window
+    for name, windows in (("ms-clap", 4), ("laion-clap", 1)):
+        toy, rate = framed(name)
+        (rows,) = toy.embed_windows([ramp(round(10.5 * rate))])
+        assert len(rows) == windows
+        assert rows[0, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("short", "expected"), [("repeat", (0, 4)), ("repeat-pad", (0, 0)), ("pad", (0, 0))]
+)
+def test_short_clips_are_filled_as_declared(short, expected):
+    y = np.arange(10, dtype=np.float32)
+    seen = []
+    toy = embeddings.Embedding("toy", 100, 1, 0.25, "1", lambda w: seen.append(w) or w[:1])
+    replace(toy, short=short).embed([y])
+    (window,) = seen
+    repeats = {"repeat": 2.5, "repeat-pad": 2, "pad": 1}[short]
+    full = np.resize(y, int(10 * repeats))
+    np.testing.assert_array_equal(window, np.pad(full, (0, 25 - len(full))))
+    assert (window[0], window[-1]) == expected
+
+
+def test_padded_windows_leave_nothing_unseen():
+    toy, rate = framed("ms-clap-dcase")
+    y = np.ones(round(2.5 * rate), np.float32)
+    (rows,) = toy.embed_windows([y])
+    np.testing.assert_array_equal(rows, [[1, 0]] * 3)
+
+
+def test_many_windows_at_once_are_the_same_as_one_by_one():
+    sizes = []
+
+    def network(windows):
+        sizes.append(len(windows))
+        return windows[:, [0, -1]]
+
+    toy, rate = framed("yamnet")
+    many = replace(toy, network=network, batched=True)
+    rng = np.random.default_rng(0)
+    clips = [rng.normal(size=n).astype(np.float32) for n in (2 * rate, 20 * rate, 500, 3 * rate)]
+    np.testing.assert_array_equal(many.embed(clips, batch_size=8), toy.embed(clips))
+    assert max(sizes) == 8
+    # clips of other lengths cannot share a batch where the network sees them whole
+    whole = replace(many, hop_s=float("nan"))
+    alone = replace(toy, hop_s=float("nan"))
+    np.testing.assert_array_equal(whole.embed(clips), alone.embed(clips))
+
+
+def test_the_cache_knows_the_framing(tmp_path):
+    toy, rate = framed("ms-clap")
+    y = ramp(8 * rate)
+    first = toy.embed([y], cache_dir=tmp_path)
+    padded = replace(toy, short="pad").embed([y], cache_dir=tmp_path)
+    assert not np.array_equal(first, padded)
+    (windows,) = toy.embed_windows([y], cache_dir=tmp_path)
+    np.testing.assert_allclose(windows.mean(axis=0), first[0])
+
+
+def test_stereo_is_the_mean_of_the_channels(logmel, tmp_path):
+    import soundfile as sf
+
+    left, right = noise(seed=1), noise(seed=2)
+    sf.write(tmp_path / "two.wav", np.column_stack([left, right]), 16_000, subtype="FLOAT")
+    sf.write(tmp_path / "out.wav", np.column_stack([left, -left]), 16_000, subtype="FLOAT")
+    expected = logmel.embed([(left + right) / 2])
+    np.testing.assert_allclose(logmel.embed([tmp_path / "two.wav"]), expected, atol=1e-5)
+    with pytest.warns(embeddings.SilenceWarning, match=r"out\.wav"):
+        logmel.embed([tmp_path / "out.wav"])
+    with pytest.raises(audio.AudioError, match="clip 0: expected one channel"):
+        logmel.embed([np.zeros((2, 16_000))])
+
+
+# --- sets of files ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six sounds, a hidden file, a note; one of the sounds is broken and one silent."""
+    data = tmp_path / "data"
+    for i in range(4):
+        audio.save_audio(data / f"{i}.wav", noise(1.0, seed=i), 16_000)
+    audio.save_audio(data / "deep" / "silent.flac", np.zeros(16_000), 16_000)
+    (data / "broken.wav").write_bytes(b"RIFF no sound at all")
+    (data / ".0.wav.part.wav").write_bytes(b"")
+    (data / "note.txt").write_text("no sound")
+    return data
+
+
+def whole_files(folder):
+    return sorted(p for p in folder.rglob("*.*") if p.name in {"0.wav", "1.wav", "2.wav", "3.wav"})
+
+
+def test_files_that_fail_are_named_and_the_others_kept(logmel, folder, tmp_path):
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(embeddings.EmbeddingError, match=r"1 of 6 files.*broken\.wav") as found:
+        embeddings.embed_files(logmel, folder, cache_dir=tmp_path / "cache", silence="allow")
+    report = found.value.report
+    assert [Path(f).name for f in report["file"]] == [
+        "0.wav", "1.wav", "2.wav", "3.wav", "broken.wav", "silent.flac",
+    ]  # fmt: skip
+    assert report["error"].ne("").tolist() == [False] * 4 + [True, False]
+    assert report["silent"].tolist() == [False] * 5 + [True]
+    assert report["windows"].tolist() == [1, 1, 1, 1, 0, 1]
+    assert found.value.rows.shape == (5, 64) and not report["cached"].any()
+    # nothing among the data, and what was made is not made again
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    with (
+        pytest.warns(embeddings.LeftOutWarning, match=r"1 of 6 files"),
+        pytest.warns(embeddings.SilenceWarning, match=r"1 of 6 clips.*silent\.flac"),
+    ):
+        rows, again = embeddings.embed_files(
+            logmel, folder, cache_dir=tmp_path / "cache", on_error="report"
+        )
+    assert again["cached"].tolist() == [True] * 4 + [False, True]
+    np.testing.assert_array_equal(rows, found.value.rows)
+    good = [f for f, error in zip(again["file"], again["error"], strict=True) if not error]
+    np.testing.assert_array_equal(rows, logmel.embed(good, silence="allow"))
+
+
+def test_no_file_left_is_always_an_error(logmel, folder):
+    with pytest.raises(embeddings.EmbeddingError, match="1 of 1 files"):
+        embeddings.embed_files(logmel, [folder / "broken.wav"], on_error="report")
+
+
+def test_a_network_that_fails_on_one_file_does_not_stop_the_others(folder):
+    def network(y):
+        return np.full(2, np.nan if y[0] == marked[0] else 1.0)
+
+    files = whole_files(folder)
+    marked = audio.load_audio(files[2])[0]
+    toy = embeddings.Embedding("toy", 16_000, 2, 0.1, "1", network)
+    with pytest.raises(embeddings.EmbeddingError, match=r"2\.wav: toy gave no finite row") as found:
+        embeddings.embed_files(toy, files)
+    assert found.value.rows.shape == (3, 2)
+
+
+def test_a_clip_that_the_memory_cannot_hold_is_named_and_its_neighbours_kept(folder):
+    sizes = []
+
+    def network(windows):
+        sizes.append(len(windows))
+        if len(windows) > 2 or windows[0, 0] == marked[0]:
+            raise RuntimeError("out of memory: tried to allocate 3 GiB")
+        return windows[:, :2]
+
+    files = whole_files(folder)
+    marked = audio.load_audio(files[2])[0]
+    toy = embeddings.Embedding("toy", 16_000, 2, 1.0, "1", network, batched=True)
+    with pytest.raises(
+        embeddings.EmbeddingError, match=r"2\.wav: toy failed on its 1\.0 s \(out of"
+    ):
+        embeddings.embed_files(toy, files)
+    # too much at once is no error: each clip gets another try alone
+    rows, report = embeddings.embed_files(toy, [f for f in files if f != files[2]])
+    assert max(sizes) == 4 and not report["error"].any() and rows.shape == (3, 2)
+
+
+def test_readers_processes_and_executors_give_the_same_rows(folder):
+    class Cluster:
+        """What a Dask client has and this module uses."""
+
+        def get_executor(self):
+            return futures.ThreadPoolExecutor(2)
+
+    # a network that can travel: the first two samples
+    toy = embeddings.Embedding("toy", 16_000, 2, 0.5, "1", operator.itemgetter(slice(2)))
+    files = whole_files(folder) * 2
+    expected = toy.embed(files)
+    for options in (
+        {"workers": 2},
+        {"processes": 2, "batch_size": 1},
+        {"executor": futures.ThreadPoolExecutor(2), "batch_size": 1},
+        {"executor": Cluster(), "batch_size": 1},
+    ):
+        rows, report = embeddings.embed_files(toy, files, **options)
+        np.testing.assert_array_equal(rows, expected, err_msg=str(options))
+        assert report["file"].tolist() == [str(f) for f in files]
+
+
+def test_dask_shards(logmel, folder):
+    distributed = pytest.importorskip("distributed", reason="dask is not installed")
+    files = whole_files(folder)
+    with distributed.Client(processes=False, n_workers=1, dashboard_address=None) as client:
+        rows, _ = embeddings.embed_files(logmel, files, batch_size=1, executor=client)
+    np.testing.assert_array_equal(rows, logmel.embed(files))
+
+
+def test_a_network_is_loaded_again_in_other_processes(logmel):
+    other = replace(logmel, window_s=2.0)
+    sent = pickle.loads(pickle.dumps(other))
+    assert (sent.name, sent.window_s, sent.version) == ("logmel-stats", 2.0, logmel.version)
+    with pytest.raises(ValueError, match="weights differ between processes"):
+        pickle.loads(pickle.dumps(replace(logmel, version="0")))
+
+
+def test_wrong_sets_of_files_are_refused(logmel, folder, tmp_path):
+    with pytest.raises(audio.AudioError, match="no such folder"):
+        embeddings.embed_files(logmel, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(audio.AudioError, match="holds no sound files"):
+        embeddings.embed_files(logmel, tmp_path / "empty")
+    with pytest.raises(audio.AudioError, match="no files to embed"):
+        embeddings.embed_files(logmel, [])
+    with pytest.raises(ValueError, match="lies among the data"):
+        embeddings.embed_files(logmel, folder, cache_dir=folder / "cache")
+    with pytest.raises(ValueError, match="on_error must be"):
+        embeddings.embed_files(logmel, folder, on_error="ignore")
+    with pytest.raises(ValueError, match="silence must be"):
+        embeddings.embed_files(logmel, folder, silence="ignore")
+
+
+# --- weights ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(embeddings._WEIGHTS))
+def test_weights_that_are_not_there_are_named_with_size_and_place(name, tmp_path):
+    weights = embeddings._WEIGHTS[name]
+    with pytest.raises(FileNotFoundError) as found:
+        embeddings.get_embedding(name, tmp_path / "none.pth")
+    for word in (str(tmp_path / "none.pth"), weights.size, weights.url, "fetch_weights"):
+        assert word in str(found.value)
+
+
+@pytest.fixture
+def server(tmp_path):
+    class Silent(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    site = tmp_path / "site"
+    site.mkdir()
+    handler = functools.partial(Silent, directory=site)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield site, f"http://127.0.0.1:{httpd.server_address[1]}"
+        httpd.shutdown()
+
+
+def test_weights_are_fetched_once_and_checked(server, tmp_path, monkeypatch):
+    site, url = server
+    (site / "w.pth").write_bytes(b"weights")
+    checksum = "sha256:" + hashlib.sha256(b"weights").hexdigest()[:8]
+    known = embeddings._Weights("w.pth", f"{url}/w.pth", checksum, "7 bytes")
+    monkeypatch.setitem(embeddings._WEIGHTS, "vggish", known)
+    file = embeddings.fetch_weights("vggish", tmp_path / "cache")
+    assert file.read_bytes() == b"weights"
+    (site / "w.pth").write_bytes(b"changed")
+    assert embeddings.fetch_weights("vggish", tmp_path / "cache") == file
+    file.write_bytes(b"weig")
+    with pytest.raises(ValueError, match="not the published file"):
+        embeddings.fetch_weights("vggish", tmp_path / "cache")
+    assert file.read_bytes() == b"weig" and len(list(file.parent.iterdir())) == 1
+    (site / "w.pth").unlink()
+    with pytest.raises(FileNotFoundError, match="7 bytes"):
+        embeddings.fetch_weights("vggish", tmp_path / "cache")
+    with pytest.raises(ValueError, match="no weights to fetch for 'yamnet'"):
+        embeddings.fetch_weights("yamnet")
+
+
+def test_checkpoints_hold_tensors_and_arrays_only(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (print, ("this ran",))
+
+    torch.save({"model": {}, "sampler": Harmful()}, tmp_path / "harmful.pth")
+    with pytest.raises(ValueError, match=r"harmful\.pth: cannot be loaded as a checkpoint"):
+        embeddings.get_embedding("panns-cnn14", tmp_path / "harmful.pth")
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    with pytest.raises(ValueError, match=r"text\.pth: cannot be loaded as a checkpoint"):
+        embeddings.get_embedding("vggish", tmp_path / "text.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds a list"):
+        embeddings.get_embedding("vggish", tmp_path / "list.pth")
+    torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="not a checkpoint of PANNs"):
+        embeddings.get_embedding("panns-cnn14", tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="not the weights of this network"):
+        embeddings.get_embedding("vggish", tmp_path / "other.pth")
+
+
+# --- VGGish and PANNs ------------------------------------------------------------------------------
+
+
+def on_meta(name):
+    with torch.device("meta"):
+        return embeddings.build_network(name)
+
+
+def shapes(net):
+    return {key: tuple(value.shape) for key, value in net.state_dict().items()}
+
+
+def trained(net):
+    return sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
+def test_vggish_has_the_names_and_shapes_of_the_published_file():
+    convolutions = {0: (64, 1), 3: (128, 64), 6: (256, 128), 8: (256, 256)}
+    convolutions |= {11: (512, 256), 13: (512, 512)}
+    expected = {}
+    for place, (out, entry) in convolutions.items():
+        expected[f"features.{place}.weight"] = (out, entry, 3, 3)
+        expected[f"features.{place}.bias"] = (out,)
+    for place, size in {0: (4096, 12288), 2: (4096, 4096), 4: (128, 4096)}.items():
+        expected[f"embeddings.{place}.weight"] = size
+        expected[f"embeddings.{place}.bias"] = size[:1]
+    net = on_meta("vggish")
+    assert shapes(net) == expected
+    assert trained(net) == 72_141_184
+    with pytest.raises(ValueError, match="no definition of 'yamnet' here"):
+        embeddings.build_network("yamnet")
+
+
+def test_vggish_front_end_is_that_of_the_paper():
+    from scipy.signal import get_window
+    from torchaudio.compliance.kaldi import get_mel_banks
+
+    # Kaldi's triangles are straight in mel, too
+    banks, _ = get_mel_banks(64, 512, 16_000.0, 125.0, 7500.0, 100.0, -500.0, 1.0)
+    np.testing.assert_allclose(embeddings._vggish_filters()[:256], banks.T, atol=5e-5)
+    y = noise(0.975)
+    frames = np.stack([y[s : s + 400] for s in range(0, 15_201, 160)]) * get_window("hann", 400)
+    magnitude = np.abs(np.fft.rfft(frames, 512))[:, :256]
+    expected = np.log(magnitude @ banks.T.double().numpy() + 0.01)
+    found = embeddings._vggish_mel(torch.from_numpy(y[None]))[0]
+    assert found.shape == (96, 64)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_vggish_flattens_as_tensorflow_does():
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            return picture.expand(len(x), -1, -1, -1)
+
+    picture = torch.arange(512 * 6 * 4.0).reshape(512, 6, 4)
+    net = {"features": Fixed(), "embeddings": torch.nn.Identity()}
+    found = embeddings._vggish_forward(net, torch.zeros(2, 15_600))
+    # height (time), width (bands), channels
+    expected = np.array([picture[c, t, b] for t in range(6) for b in range(4) for c in range(512)])
+    np.testing.assert_array_equal(found[1], expected)
+
+
+def norm_shapes(name, n):
+    parts = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (n,))
+    return {f"{name}.{part}": size for part, size in (parts | {"num_batches_tracked": ()}).items()}
+
+
+def block_shapes(name, entry, out, kernel):
+    convolutions = {
+        f"{name}.conv1.weight": (out, entry, *kernel),
+        f"{name}.conv2.weight": (out, out, *kernel),
+    }
+    return convolutions | norm_shapes(f"{name}.bn1", out) | norm_shapes(f"{name}.bn2", out)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_fft", "entries", "trainable"),
+    # Table 8 of the paper counts 80,753,615 and 81,065,487 parameters
+    [
+        ("panns-cnn14", 1024, 84, 80_753_615),
+        ("panns-cnn14-16k", 512, 84, 80_753_615),
+        ("panns-wavegram", 1024, 138, 81_065_487),
+    ],
+)
+def test_panns_have_the_names_and_shapes_of_the_published_files(name, n_fft, entries, trainable):
+    bins, wavegram = n_fft // 2 + 1, name == "panns-wavegram"
+    expected = {
+        "spectrogram_extractor.stft.conv_real.weight": (bins, 1, n_fft),
+        "spectrogram_extractor.stft.conv_imag.weight": (bins, 1, n_fft),
+        "logmel_extractor.melW": (bins, 64),
+        "fc1.weight": (2048, 2048),
+        "fc1.bias": (2048,),
+        "fc_audioset.weight": (527, 2048),
+        "fc_audioset.bias": (527,),
+        **norm_shapes("bn0", 64),
+    }
+    for k, out in enumerate((64, 128, 256, 512, 1024, 2048), 1):
+        entry = {1: 1, 2: 128 if wavegram else 64}.get(k, out // 2)
+        expected |= block_shapes(f"conv_block{k}", entry, out, (3, 3))
+    if wavegram:
+        expected |= {"pre_conv0.weight": (64, 1, 11)} | norm_shapes("pre_bn0", 64)
+        for k, (entry, out) in enumerate([(64, 64), (64, 128), (128, 128)], 1):
+            expected |= block_shapes(f"pre_block{k}", entry, out, (3,))
+        expected |= block_shapes("pre_block4", 4, 64, (3, 3))
+    net = on_meta(name)
+    assert shapes(net) == expected
+    assert (len(expected), trained(net)) == (entries, trainable)
+
+
+def published_forward(state, y, rate, n_fft, hop, fmax):
+    """CNN14 and Wavegram-Logmel-CNN14 as the paper describes them, over librosa's log-mel."""
+    import librosa
+
+    def norm(x, name):
+        parts = (state[f"{name}.{p}"] for p in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, *parts)
+
+    def block(x, name, convolve, dilation=1):
+        x = convolve(x, state[f"{name}.conv1.weight"], padding=1)
+        x = F.relu(norm(x, f"{name}.bn1"))
+        x = convolve(x, state[f"{name}.conv2.weight"], padding=dilation, dilation=dilation)
+        return F.relu(norm(x, f"{name}.bn2"))
+
+    mel = librosa.feature.melspectrogram(
+        y=y, sr=rate, n_fft=n_fft, hop_length=hop, pad_mode="reflect", n_mels=64, fmin=50, fmax=fmax
+    )
+    x = torch.from_numpy(librosa.power_to_db(mel, amin=1e-10, top_db=None).T.copy())
+    # the norm of bands: they take the place of channels
+    x = norm(x[None, :, :, None].transpose(1, 2), "bn0").transpose(1, 3)
+    x = F.avg_pool2d(block(x, "conv_block1", F.conv2d), 2)
+    if "pre_conv0.weight" in state:
+        a = torch.from_numpy(y)[None, None]
+        a = F.conv1d(a, state["pre_conv0.weight"], stride=5, padding=5)
+        a = F.relu(norm(a, "pre_bn0"))
+        for k in (1, 2, 3):
+            a = F.max_pool1d(block(a, f"pre_block{k}", F.conv1d, 2), 4)
+        a = a.reshape(1, 4, 32, -1).permute(0, 1, 3, 2)
+        x = torch.cat([x, F.avg_pool2d(block(a, "pre_block4", F.conv2d), (2, 1))], dim=1)
+    for k in range(2, 6):
+        x = F.avg_pool2d(block(x, f"conv_block{k}", F.conv2d), 2)
+    x = block(x, "conv_block6", F.conv2d).mean(3)
+    x = x.max(2).values + x.mean(2)
+    return F.relu(F.linear(x, state["fc1.weight"], state["fc1.bias"]))[0].numpy()
+
+
+def narrow_checkpoint(name, folder):
+    """Random weights of a PANN of two channels, in a file like the published ones."""
+    torch.manual_seed(0)
+    state = embeddings.build_network(name, width=2).state_dict()
+    for key, value in state.items():
+        if "conv" in key and value.ndim in (3, 4) and "stft" not in key:
+            state[key] = torch.randn_like(value) * (2 / value[0].numel()) ** 0.5
+        elif key.endswith(("running_mean", "bias")):
+            state[key] = 0.1 * torch.randn_like(value)
+        elif key.endswith("running_var"):
+            state[key] = 0.5 + torch.rand_like(value)
+    # decibels
+    state["bn0.running_mean"] -= 20
+    state["bn0.running_var"] *= 50
+    sampler = {"indexes": np.arange(5), "pointer": np.float64(2), "names": np.array([True])}
+    torch.save({"iteration": 3, "model": state, "sampler": sampler}, folder / f"{name}.pth")
+    return folder / f"{name}.pth", state
+
+
+@pytest.mark.parametrize("name", ["panns-cnn14", "panns-cnn14-16k", "panns-wavegram"])
+def test_panns_load_and_compute_as_published(name, tmp_path):
+    file, state = narrow_checkpoint(name, tmp_path)
+    network = embeddings.get_embedding(name, file)
+    rate, n_fft, hop, fmax, _ = embeddings._PANNS[name]
+    assert (network.sample_rate, network.dim) == (rate, 64)
+    t = np.arange(2 * rate) / rate
+    hiss = np.random.default_rng(0).normal(0, 0.1, len(t))
+    clips = [hiss, np.sin(2 * np.pi * 440 * t), hiss * (t > 1)]
+    clips = [y.astype(np.float32) for y in clips]
+    rows = network.embed(clips)
+    expected = [published_forward(state, y, rate, n_fft, hop, fmax) for y in clips]
+    # weights that let the sound through
+    assert np.ptp(expected, axis=0).max() > 0.1
+    np.testing.assert_allclose(rows, expected, rtol=1e-3, atol=1e-3)
+    # the two branches of the wavegram network differ by a frame here: the published code fails
+    assert network.embed([clips[0][: 101 * hop]]).shape == (1, 64)
+    del state["fc1.bias"]
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=r"not the weights of this network.*fc1\.bias"):
+        embeddings.get_embedding(name, file)
+
+
+# --- MS-CLAP ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")
+def test_ms_clap_loads_its_audio_half_and_never_crops_at_random(tmp_path):
+    clap = pytest.importorskip("msclap.models.clap", reason="msclap is not installed")
+    torch.manual_seed(0)
+    encoder = clap.AudioEncoder("HTSAT", 768, 1024, 44_100, 1024, 320, 64, 50, 8_000, 527).eval()
+    state = {f"audio_encoder.{key}": value for key, value in encoder.state_dict().items()}
+    file = tmp_path / "clap.pth"
+    torch.save({"model": state | {"caption_encoder.x": torch.zeros(1)}}, file)
+    network = embeddings.get_embedding("ms-clap", file)
+    y = np.random.default_rng(0).normal(0, 0.1, 8 * 44_100).astype(np.float32)
+    with torch.no_grad():
+        windows = torch.from_numpy(np.stack([y[: 7 * 44_100], y[44_100:]]))
+        expected = encoder(windows)[0].mean(0)
+    np.testing.assert_allclose(network.embed([y])[0], expected, atol=1e-4)
+    del state["audio_encoder.projection.linear1.weight"]
+    torch.save({"model": state}, file)
+    with pytest.raises(ValueError, match=r"not the weights of this network.*linear1"):
+        embeddings.get_embedding("ms-clap", file)
+
+
+# --- LAION-CLAP ------------------------------------------------------------------------------------
+
+
+def tiny_clap(**audio_config):
+    from transformers import ClapConfig, ClapModel
+
+    torch.manual_seed(0)
+    sizes = {
+        "patch_embeds_hidden_size": 16, "depths": [1, 1], "num_attention_heads": [2, 2],
+        "num_hidden_layers": 2, "hidden_size": 32, "projection_dim": 16,
+    }  # fmt: skip
+    text = {
+        "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 16, "projection_dim": 16,
+    }  # fmt: skip
+    config = ClapConfig(text_config=text, audio_config=sizes | audio_config, projection_dim=16)
+    return ClapModel(config).eval()
+
+
+def test_laion_clap_is_the_audio_half_of_the_whole_model(tmp_path):
+    from transformers import ClapFeatureExtractor
+
+    model, extractor = tiny_clap(), ClapFeatureExtractor()
+    model.save_pretrained(tmp_path / "clap")
+    # as in the hub's un-fused checkpoints
+    ClapFeatureExtractor(truncation="rand_trunc").save_pretrained(tmp_path / "clap")
+    network = embeddings.get_embedding("laion-clap", tmp_path / "clap")
+    assert (network.dim, network.sample_rate) == (16, 48_000)
+    rng = np.random.default_rng(0)
+    short, long = (rng.normal(0, 0.1, n * 48_000).astype(np.float32) for n in (3, 11))
+    # what the model's own preparation does with a short clip is what is done here
+    features = extractor(
+        [short, long[:480_000], long[48_000:]],
+        sampling_rate=48_000, truncation="rand_trunc", return_tensors="pt",
+    )["input_features"]  # fmt: skip
+    with torch.no_grad():
+        expected = model.get_audio_features(input_features=features.float()).pooler_output.numpy()
+    rows = network.embed([short, long])
+    np.testing.assert_allclose(rows[0], expected[0], atol=1e-5)
+    np.testing.assert_allclose(rows[1], expected[1:].mean(axis=0), atol=1e-5)
+
+
+def test_wrong_laion_checkpoints_are_refused(tmp_path):
+    from transformers import ClapFeatureExtractor
+
+    with pytest.raises(FileNotFoundError, match=r"no CLAP of transformers at .*0\.6 GB"):
+        embeddings.get_embedding("laion-clap", tmp_path / "nowhere")
+    ClapFeatureExtractor().save_pretrained(tmp_path / "fused")
+    tiny_clap(enable_fusion=True).save_pretrained(tmp_path / "fused")
+    with pytest.raises(ValueError, match="is a fused checkpoint"):
+        embeddings.get_embedding("laion-clap", tmp_path / "fused")
+    whole = tiny_clap()
+    state = {k: v for k, v in whole.state_dict().items() if "audio_projection" not in k}
+    whole.save_pretrained(tmp_path / "half", state_dict=state)
+    ClapFeatureExtractor().save_pretrained(tmp_path / "half")
+    with pytest.raises(ValueError, match=r"not a whole CLAP.*audio_projection"):
+        embeddings.get_embedding("laion-clap", tmp_path / "half")
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="not a checkpoint of laion-clap"):
+        embeddings.get_embedding("laion-clap", tmp_path / "other.pt")
+
+
+def test_laion_clap_reads_the_packages_own_checkpoints(tmp_path):
+    pytest.importorskip("torchlibrosa")
+    torch.manual_seed(0)
+    tower = embeddings._laion_htsat("tiny").eval()
+    projection = torch.nn.Sequential(
+        torch.nn.Linear(768, 512), torch.nn.ReLU(), torch.nn.Linear(512, 512)
+    )
+    net = torch.nn.ModuleDict({"audio_branch": tower, "audio_projection": projection})
+    state = {f"module.{key}": value for key, value in net.state_dict().items()}
+    # the whole model's other parts, and what its trainer left
+    other = {"module.text_branch.x": torch.zeros(1), "module.logit_scale_a": torch.zeros(())}
+    file = tmp_path / "630k.pt"
+    torch.save({"epoch": np.float64(1), "state_dict": state | other}, file)
+    network = embeddings.get_embedding("laion-clap", file)
+    y = noise(3.0)[:48_000]
+    repeated = np.concatenate([y] * 10)
+    with torch.no_grad():
+        seen = tower({"waveform": torch.from_numpy(repeated)[None]}, device="cpu")["embedding"]
+        expected = F.normalize(projection(seen), dim=-1)[0]
+    np.testing.assert_allclose(network.embed([y])[0], expected, atol=1e-5)
+    fused = {"module.audio_branch.patch_embed.mel_conv2d.weight": torch.zeros(1)}
+    torch.save({"state_dict": state | fused}, file)
+    with pytest.raises(ValueError, match="is a fused checkpoint"):
+        embeddings.get_embedding("laion-clap", file)
+
+
+# --- changes ---------------------------------------------------------------------------------------
+
+
+def test_changes_do_what_their_names_say():
+    t = np.arange(16_000) / 16_000
+    low, high = (0.3 * np.sin(2 * np.pi * f * t).astype(np.float32) for f in (200, 6_000))
+    y = low + high
+
+    def made(change):
+        (found,) = embeddings.changed([y], change)
+        assert found.shape == y.shape and found.dtype == np.float32
+        return found
+
+    for snr_db in (20, 0):
+        noise_power = np.mean((made(f"noise, SNR {snr_db} dB") - y) ** 2)
+        assert 10 * np.log10(np.mean(y**2) / noise_power) == pytest.approx(snr_db, abs=0.2)
+    # half of the band is 4 kHz
+    np.testing.assert_allclose(made("low-pass at 1/2 of the band")[2_000:-2_000], low[2_000:-2_000],
+                               atol=2e-3)  # fmt: skip
+    np.testing.assert_allclose(made("gain of -12 dB"), y * 10 ** (-0.6), rtol=1e-6)
+    half = made("silent after 1/2")
+    np.testing.assert_array_equal(half[:8_000], y[:8_000])
+    assert not half[8_000:].any()
+    assert set(map(type, embeddings.CHANGES)) == {str}
+
+
+def test_changes_are_seeded_by_clip_and_leave_the_clip_alone():
+    y = noise(0.1)
+    before = y.copy()
+    first, second = embeddings.changed([y, y], "noise, SNR 0 dB")
+    again = embeddings.changed([y], "noise, SNR 0 dB")[0]
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, embeddings.changed([y], "noise, SNR 0 dB", seed=1)[0])
+    np.testing.assert_array_equal(y, before)
+    (silent,) = embeddings.changed([np.zeros(100)], "noise, SNR 20 dB")
+    assert not silent.any()
+    with pytest.raises(ValueError, match="known: noise, SNR 20 dB; "):
+        embeddings.changed([y], "echo")
+    with pytest.raises(audio.AudioError, match="clip 1"):
+        embeddings.changed([y, []], "gain of -12 dB")
+
+
 # --- logmel-stats ----------------------------------------------------------------------------------
 
 
@@ -216,6 +894,25 @@ def test_yamnet_tags_want_the_class_map(tmp_path):
     model.write_bytes(YAMNET.read_bytes())
     with pytest.raises(FileNotFoundError, match=r"yamnet_class_map\.csv beside"):
         embeddings.yamnet_tags([noise()], model)
+
+
+@needs_esc10
+@needs_yamnet
+def test_yamnet_embeds_real_files_and_names_the_one_that_was_cut(tmp_path):
+    files = sorted((ESC10 / "audio").glob("*.ogg"))[:4]
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in files:
+        shutil.copy(file, data)
+    cut = data / files[1].name
+    cut.write_bytes(cut.read_bytes()[:10_000])
+    yamnet = embeddings.get_embedding("yamnet", YAMNET)
+    with pytest.raises(embeddings.EmbeddingError, match=rf"1 of 4 files.*{cut.name}") as found:
+        embeddings.embed_files(yamnet, data, silence="allow")
+    kept = [files[0], *files[2:]]
+    np.testing.assert_array_equal(found.value.rows, yamnet.embed(kept, silence="allow"))
+    # 5 s hold nine patches of 0.975 s, 0.48 s apart
+    assert found.value.report["windows"].tolist() == [9, 0, 9, 9]
 
 
 @needs_esc10

@@ -1,6 +1,8 @@
 """Classifiers, arms, units and their reading, held to closed forms and to other libraries."""
 
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -125,6 +127,51 @@ def test_unusable_clips_are_named(tmp_path, content):
         esc.load_features([path], tmp_path / "cache", workers=1)
 
 
+def test_released_code_divides_by_the_variance():
+    x = np.random.default_rng(0).normal(3, 5, size=(3, 126, 64)).astype(np.float32)
+    by_torch = torch.stack([(one - one.mean()) / one.var() for one in torch.from_numpy(x)])
+    np.testing.assert_allclose(esc.divide_by_variance(x), by_torch[:, :63].numpy(), atol=1e-5)
+
+
+def test_mfcc_statistics_by_scipy():
+    from scipy.fft import dct
+
+    y = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(44_100) / 44_100)
+    found = esc.mfcc_statistics(y)
+    # a sine of f Hz crosses zero 2 f times a second; the padded frames at the ends cross less
+    assert found[24] == pytest.approx(2 * 1000 / 44_100, rel=0.02)
+    import librosa
+
+    mel = librosa.filters.mel(sr=44_100, n_fft=2048)
+    power = np.abs(librosa.stft(y, n_fft=2048, hop_length=512)) ** 2
+    decibel = 10 * np.log10(np.maximum(mel @ power, 1e-10))
+    decibel = np.maximum(decibel, decibel.max() - 80)
+    cepstrum = dct(decibel, axis=0, norm="ortho")[1:13]
+    np.testing.assert_allclose(found[:12], cepstrum.mean(axis=1), rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(found[12:24], cepstrum.std(axis=1), rtol=1e-3, atol=1e-2)
+
+
+def test_transformed_copies_sound_as_they_should(clips, tmp_path):
+    few = clips[clips["label"] == "whistle"].head(1)
+    made = esc.transform_clips(few, "ps1", tmp_path, workers=1)
+    assert made["made_from"].tolist() == few["clip_id"].tolist() * 4
+    assert set(made["label"]) == {"whistle"} and set(made["backend"]) == {"ps1"}
+    for path, semitones in zip(made["path"], (-2, -1, 1, 2), strict=True):
+        y, rate = audio.load_audio(path)
+        peak = np.abs(np.fft.rfft(y * np.hanning(len(y)))).argmax() * rate / len(y)
+        assert peak == pytest.approx(3000 * 2 ** (semitones / 12), rel=0.01)
+    before = {path: Path(path).stat().st_mtime_ns for path in made["path"]}
+    again = esc.transform_clips(few, "ps1", tmp_path, workers=1)
+    pd.testing.assert_frame_equal(made, again)
+    assert before == {path: Path(path).stat().st_mtime_ns for path in again["path"]}
+
+
+def test_stretched_copies_last_as_long_as_they_should(clips, tmp_path):
+    made = esc.transform_clips(clips.head(1), "ts", tmp_path, workers=1)
+    lengths = [len(audio.load_audio(path)[0]) / RATE for path in made["path"]]
+    assert lengths == pytest.approx([1 / speed for speed in (0.81, 0.93, 1.07, 1.23)], rel=0.01)
+
+
 # --- networks ------------------------------------------------------------------------------------
 
 
@@ -154,6 +201,36 @@ def test_crnn_has_the_published_parameters():
     assert count(esc.CRNN(10)) == blocks + sum(layer) + head
     # the released code keeps 45 frames and states 2816 inputs of its linear layer
     assert esc.CRNN(10, n_frames=45).head.in_features == 2816
+
+
+def test_faithful_networks_have_the_released_codes_parameters():
+    pairs = list(pairwise([1, 16, 32, 64, 128, 128, 128, 128]))
+    blocks = sum(conv(3, a, b) + 2 * b for a, b in pairs)  # no weights in the gate
+    gru = sum(2 * 3 * 128 * (width + 128 + 2) for width in (128, 256))
+    assert count(esc.FAITHFUL["crnn"](10)) == blocks + gru + 2816 * 10 + 10
+    convolutions = conv(5, 1, 24) + conv(5, 24, 48) + conv(5, 48, 48)
+    assert count(esc.FAITHFUL["sbcnn"](10)) == convolutions + 1536 * 64 + 64 + 64 * 10 + 10
+    patch = torch.zeros(2, 1, 45, 64)
+    assert all(network(7)(patch).shape == (2, 7) for network in esc.FAITHFUL.values())
+
+
+def test_the_faithful_crnn_mixes_the_clips_of_a_batch():
+    torch.manual_seed(0)
+    network = esc.FAITHFUL["crnn"](4).eval()
+    x = torch.randn(5, 1, 45, 64)
+    with torch.no_grad():
+        assert not torch.allclose(network(x)[:1], network(x[:1]), atol=1e-4)
+        # alone, a clip's frames do not see each other: to swap them swaps the GRU's output
+        frames = network.convolutions(x[:1]).squeeze(-1).transpose(1, 2)
+        forward, backward = network.gru(frames)[0], network.gru(frames.flip(1))[0]
+    torch.testing.assert_close(forward, backward.flip(1))
+
+
+def test_the_released_codes_gate_has_no_weights():
+    x = torch.randn(2, 3, 5, 4)
+    gate = esc.FAITHFUL["crnn"](4).convolutions[2]
+    by_glu = torch.nn.functional.glu(torch.cat([x, x], dim=-1), dim=-1)
+    torch.testing.assert_close(gate(x), by_glu)
 
 
 @pytest.mark.parametrize("name", esc.MODELS)
@@ -239,6 +316,94 @@ def test_training_stops_when_validation_no_longer_improves():
     assert len(log) == log["validation_loss"].idxmin() + 1 + 2 < 30
 
 
+def test_faithful_and_corrected_see_the_same_batches(monkeypatch):
+    seen, loss = [], esc._loss
+
+    def recorded(network, batch, y, augment):
+        seen[-1].append(y.tolist())
+        return loss(network, batch, y, augment)
+
+    monkeypatch.setattr(esc, "_loss", recorded)
+    raw = np.random.default_rng(0).normal(size=(12, 126, 64))
+    # every clip is a class of its own, so that the classes tell which clips were drawn
+    y = np.arange(12)
+    for name, x in (
+        ("sbcnn", esc.standardise(raw)),
+        ("sbcnn:faithful", esc.divide_by_variance(raw)),
+    ):
+        seen.append([])
+        esc.train_classifier(name, (x, y), (x[:2], y[:2]), 12, epochs=2, batch_size=4, seed=5)
+    assert seen[0] == seen[1] and len(seen[0]) == 6
+
+
+def test_one_random_patch_follows_its_seed():
+    torch.manual_seed(0)
+    network = esc.FAITHFUL["sbcnn"](3)
+    x = esc.divide_by_variance(toy_set(6, 0)[0])
+    found = esc.predict_one_patch(network, x, seed=1)
+    np.testing.assert_array_equal(found, esc.predict_one_patch(network, x, seed=1))
+    assert not np.array_equal(found, esc.predict_one_patch(network, x, seed=2))
+    with torch.no_grad():
+        places = torch.from_numpy(x[:1]).unfold(1, 45, 1)[0, :15].transpose(1, 2).unsqueeze(1)
+        every = network(places).softmax(dim=1).numpy()
+    assert np.abs(every - found[0]).max(axis=1).min() < 1e-6
+
+
+def test_masks_cover_no_more_than_they_may():
+    torch.manual_seed(0)
+    batch = torch.rand(50, 1, 94, 64) + 1
+    masked = esc._masked(batch, 2)
+    empty = masked == 0
+    assert torch.equal(masked[~empty], batch[~empty])
+    frames = empty.all(dim=3).sum(dim=2).flatten()
+    bands = empty.all(dim=2).sum(dim=2).flatten()
+    assert 0 < frames.max() <= 2 * round(0.19 * 94) and 0 < bands.max() <= 2 * round(0.19 * 64)
+    assert len(set(frames.tolist())) > 5, "each clip has masks of its own"
+
+
+def test_mixup_is_the_loss_of_soft_labels():
+    torch.manual_seed(0)
+    heard = []
+
+    class Network(torch.nn.Module):
+        def forward(self, x):
+            heard.append(x)
+            return 3 * x.flatten(1)
+
+    # clip i is the i-th unit vector: what the network hears are the soft labels themselves
+    y = torch.arange(6)
+    loss = esc._loss(Network(), torch.eye(6).reshape(6, 1, 1, 6), y, ("mixup", 1.0))
+    soft = heard[0].flatten(1)
+    torch.testing.assert_close(soft.sum(dim=1), torch.ones(6))
+    assert ((soft > 0).sum(dim=1) == 2).any()
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(3 * soft, soft))
+
+
+@pytest.mark.parametrize("augment", [("specaugment", 2.0), ("mixup", 0.3)])
+def test_augmented_training_learns_and_follows_its_seed(augment):
+    train, validation = toy_set(16, 0), toy_set(8, 1)
+    logs = [
+        esc.train_classifier(
+            "sbcnn", train, validation, 2, epochs=4, batch_size=4, seed=1, augment=kind
+        )[1]
+        for kind in (augment, augment, None)
+    ]
+    pd.testing.assert_frame_equal(logs[0], logs[1])
+    assert not logs[0].equals(logs[2])
+    assert logs[0]["validation_loss"].min() < np.log(2)
+
+
+def test_baselines_tell_clouds_apart():
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    x = rng.normal(size=(60, 5)) + 4 * y[:, None]
+    for name in ("knn", "forest", "svm", "probe"):
+        fitted = esc.fit_baseline(name, x[:40], y[:40], seed=1)
+        assert (fitted.predict(x[40:]) == y[40:]).mean() >= 0.9
+    with pytest.raises(ValueError, match="choose one of knn"):
+        esc.fit_baseline("tree", x, y)
+
+
 def test_an_epoch_can_hold_any_number_of_patches():
     chance = torch.Generator().manual_seed(0)
     once = esc._draw_order(5, None, chance)
@@ -302,9 +467,156 @@ def test_few_real_clips_are_spread_over_the_folds(clips, generated):
     assert (chosen.groupby(["label", "fold"]).size() == 1).all()
 
 
+def one_unit(clips, generated, arm, **options):
+    options = {"models": ["sbcnn"]} | options
+    (unit,) = esc.plan_units(clips, generated, [arm], **options).to_dict("records")
+    return unit
+
+
+def test_arms_are_read():
+    assert esc.parse_arm("both@a+b/8:0.5") == ("both@a+b/8", 0.5)
+    assert esc.arm_parts("both@a+b/8") == ("both", "a+b", 8)
+    assert esc.parse_arm("real/4") == ("real/4", 0.0)
+    assert esc.arm_parts("mixup") == ("mixup", "", None)
+
+
+def test_controls_have_as_many_clips_as_their_arms(clips, generated):
+    real = one_unit(clips, None, "real")["real_rows"]
+    repeat = one_unit(clips, None, "repeat:1.5")
+    counts = pd.Series(repeat["real_rows"]).value_counts()
+    assert repeat["n_real"] == one_unit(clips, generated, "both:1.5")["n_real"] + 18
+    assert set(counts.index) == set(real) and set(counts) == {2, 3}
+    assert clips["label"].iloc[repeat["real_rows"]].value_counts().tolist() == [15, 15]
+    mixed, dropped = (one_unit(clips, generated, f"{name}:2") for name in ("mixed", "dropped"))
+    assert dropped["real_rows"] == mixed["real_rows"] and dropped["n_synthetic"] == 0
+    thinned = one_unit(clips, generated, "thinned:2")
+    assert thinned["n_real"] + thinned["n_synthetic"] == len(real)
+    assert 0 < thinned["n_real"] < len(real)
+    labels = [*clips["label"].iloc[thinned["real_rows"]]]
+    labels += [*generated["label"].iloc[thinned["synthetic_rows"]]]
+    assert labels.count("hum") == labels.count("whistle")
+    for arm in ("steps:2", "specaugment:1", "mixup:0.2"):
+        assert one_unit(clips, None, arm)["real_rows"] == real
+
+
+def test_few_real_clips_are_an_axis_of_nested_sets(clips, generated):
+    sets = [set(one_unit(clips, None, f"real/{k}")["real_rows"]) for k in (1, 2, 4)]
+    assert [len(part) for part in sets] == [2, 4, 8]
+    assert sets[0] < sets[1] < sets[2]
+    both = one_unit(clips, generated, "both/2:3")
+    assert set(both["real_rows"]) == sets[1] and both["n_synthetic"] == 12
+
+
+def test_merged_generators_take_turns(clips, generated):
+    tables = {"a": generated.assign(backend="a"), "b": generated.assign(backend="b")}
+    alone = one_unit(clips, tables, "both@a:1")
+    merged = one_unit(clips, tables, "both@a+b:1")
+    backends = pd.concat(tables.values())["backend"].iloc[merged["synthetic_rows"]]
+    assert backends.value_counts().to_dict() == {"a": 6, "b": 6}
+    # a table's own order does not depend on the tables beside it
+    assert (
+        one_unit(clips, {"a": tables["a"]}, "both@a:1")["synthetic_rows"] == alone["synthetic_rows"]
+    )
+    with pytest.raises(ValueError, match=r"called 'c'.*\['a', 'b'\]"):
+        one_unit(clips, tables, "both@c:1")
+    with pytest.raises(ValueError, match="both@name:1"):
+        one_unit(clips, tables, "both:1")
+
+
+def test_copies_serve_only_beside_their_recording(clips):
+    copies = pd.concat([clips.assign(made_from=clips["clip_id"], copy=i) for i in range(2)])
+    for arm in ("both@ps1:2", "both@ps1/2:2"):
+        unit = one_unit(clips, {"ps1": copies}, arm)
+        origins = copies["made_from"].iloc[unit["synthetic_rows"]]
+        assert set(origins) == set(clips["clip_id"].iloc[unit["real_rows"]])
+        assert len(origins) == 2 * unit["n_real"]
+    with pytest.raises(ValueError, match="needs 18 synthetic clips of 'hum', there are 12"):
+        one_unit(clips, {"ps1": copies}, "both@ps1:3")
+
+
+def test_a_generator_of_each_fold_serves_its_own_fold(clips, generated):
+    tables = [generated.assign(held_out_fold=fold) for fold in (4, 5)]
+    plan = esc.plan_units(clips, pd.concat(tables), ["both:1"], models=["sbcnn"], test_folds=[4, 5])
+    rows = pd.concat(tables)["held_out_fold"].to_numpy()
+    for unit in plan.to_dict("records"):
+        assert set(rows[unit["synthetic_rows"]]) == {unit["fold"]}
+    with pytest.raises(ValueError, match="there are 0"):
+        esc.plan_units(clips, pd.concat(tables), ["both:1"], test_folds=[1])
+
+
+def test_leaks_are_looked_for_table_by_table(clips, generated):
+    tables, seen = {"a": generated, "b": generated}, {"a": [5], "b": [1, 2]}
+    esc.plan_units(clips, tables, ["both@b:1"], generator_folds=seen)
+    with pytest.raises(esc.LeakError, match=r"fold \[5\]"):
+        esc.plan_units(clips, tables, ["both@a+b:1"], generator_folds=seen)
+
+
+def test_validation_as_the_released_code_has_it(clips, generated):
+    unit = {
+        arm: one_unit(clips, generated, arm, validation="faithful")
+        for arm in ("real", "both:1", "mixed:1", "synthetic:1")
+    }
+    # four real clips validate; both adds as many synthetic ones, synthetic takes only those
+    counts = {arm: (len(u["validation_rows"]), u["n_validation"]) for arm, u in unit.items()}
+    assert counts == {"real": (4, 4), "both:1": (4, 8), "mixed:1": (4, 4), "synthetic:1": (0, 4)}
+    both = unit["both:1"]
+    assert not set(both["synthetic_rows"]) & set(both["validation_synthetic_rows"])
+    assert "validation_synthetic_rows" not in esc.plan_units(clips, generated, ["both:1"])
+
+
+def test_without_early_stopping_the_validation_fold_trains(clips):
+    unit = one_unit(clips, None, "real", models=["svm"], validation="none")
+    assert unit["n_real"] == 16 and unit["n_validation"] == 0
+    assert set(clips["fold"].iloc[unit["real_rows"]]) == {1, 2, 3, 4}
+
+
+def whole_set(dataset, n_folds, n_classes):
+    rows = [
+        (fold, f"c{k}", f"{fold}-{k}") for fold in range(1, n_folds + 1) for k in range(n_classes)
+    ]
+    table = pd.DataFrame(rows, columns=["fold", "label", "source_id"])
+    return table.assign(dataset=dataset, clip_id=table["source_id"])
+
+
+def test_urbansound8ks_protocol_is_the_papers():
+    found = esc.protocol(whole_set("urbansound8k", 10, 10)).set_index("test_fold")
+    for n in range(1, 11):
+        validation = (n + 1) % 11 or 1
+        assert found.loc[n, "validation_fold"] == validation
+        assert found.loc[n, "training_folds"] == sorted({*range(1, 11)} - {n, validation})
+    assert (found[["n_train", "n_validation", "n_test"]] == [80, 10, 10]).all(axis=None)
+    assert len(esc.protocol(whole_set("esc50", 5, 50))) == 5
+
+
+def test_half_a_data_set_has_no_protocol():
+    with pytest.raises(ValueError, match="10 folds and 10 classes, these clips have 9 and 10"):
+        esc.protocol(whole_set("urbansound8k", 9, 10))
+    with pytest.raises(ValueError, match="datasets"):
+        esc.protocol(whole_set("tau", 5, 10))
+
+
+def test_random_drop_leaves_as_many_as_the_filter(generated):
+    filtered = generated.iloc[[0, 1, 2, 12]]
+    left = esc.random_drop(generated, filtered, seed=1)
+    assert left["label"].value_counts().to_dict() == {"hum": 3, "whistle": 1}
+    assert left.index.is_unique and set(left.index) <= set(generated.index)
+    assert not left.equals(esc.random_drop(generated, filtered, seed=2))
+    with pytest.raises(ValueError, match="3 clips of 'hum' wanted, there are 1"):
+        esc.random_drop(filtered.iloc[2:], filtered)
+
+
 @pytest.mark.parametrize(
     ("arms", "options", "message"),
     [
+        (["real@a"], {}, "cannot read the arm 'real@a'"),
+        (["both/0:1"], {}, "cannot read the arm"),
+        (["dropped:0.5"], {}, "cannot read the arm"),
+        (["mixup:inf"], {}, "cannot read the arm"),
+        (["real"], {"models": ["knn:faithful"]}, "models are"),
+        (["real"], {"models": ["probe:"]}, "models are"),
+        (["real"], {"validation": "none"}, "sbcnn stops early"),
+        (["real"], {"validation": "test"}, "validation must be"),
+        (["mixup:0.2"], {"models": ["sbcnn", "knn"]}, "leave it or knn out"),
         (["both:3"], {}, "needs 18 synthetic clips of 'hum', there are 12"),
         (["mixed:4"], {}, "more folds than the 3"),
         (["real"], {"real_per_class": 9}, "'hum' has 6 training clips"),
@@ -412,7 +724,138 @@ def test_processes_give_the_same_results_as_one(clips, generated, tmp_path):
     there = quick_run(clips, generated, tmp_path / "two", workers=2)
     pd.testing.assert_frame_equal(here.drop(columns="seconds"), there.drop(columns="seconds"))
     left = {path.name for path in (tmp_path / "two").iterdir()}
-    assert left == {"features", "units", "results.csv", "predictions.csv"}
+    assert left == {"features", "units", "results.csv", "predictions.csv", "curves.csv"}
+
+
+def constant_rows(paths, silence, cache_dir):
+    """An embedding that hears the loudest frequency."""
+    rows = []
+    for path in paths:
+        y, _ = audio.load_audio(path)
+        rows.append([np.abs(np.fft.rfft(y)).argmax(), len(y)])
+    return np.array(rows, dtype=np.float32)
+
+
+class Reader:
+    embed = staticmethod(constant_rows)
+
+
+def test_baselines_and_probe_run_as_units(clips, tmp_path):
+    results = quick_run(
+        clips, None, tmp_path, ["real"], models=["knn", "svm", "probe:pitch"], validation="none",
+        embeddings={"pitch": Reader()}, test_folds=[4, 5],
+    )  # fmt: skip
+    assert results["accuracy"].tolist() == [1.0] * 6
+    assert set(results["n_real"]) == {16} and set(results["epochs"]) == {0}
+    assert pd.read_csv(tmp_path / "curves.csv").empty
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "units").iterdir()}
+    quick_run(
+        clips, None, tmp_path, ["real"], models=["knn", "svm", "probe:pitch"], validation="none",
+        embeddings={"pitch": Reader()}, test_folds=[4, 5],
+    )  # fmt: skip
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "units").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def tiny_transformer(tmp_path_factory):
+    from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
+
+    folder = tmp_path_factory.mktemp("ast")
+    torch.manual_seed(0)
+    config = ASTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_length=420, frequency_stride=40, time_stride=60, num_labels=5,
+    )  # fmt: skip
+    ASTForAudioClassification(config).save_pretrained(folder)
+    ASTFeatureExtractor(max_length=420).save_pretrained(folder)
+    return folder
+
+
+def test_the_transformer_hears_what_its_own_extractor_gives(tiny_transformer, clips):
+    from transformers import ASTFeatureExtractor
+
+    path = clips["path"].iloc[0]
+    extractor = ASTFeatureExtractor.from_pretrained(tiny_transformer)
+    y = np.tile(audio.load_audio(path)[0], 4)
+    whole = extractor(y, sampling_rate=RATE, return_tensors="pt")["input_values"]
+    torch.manual_seed(0)
+    network = esc.PretrainedTransformer(3, str(tiny_transformer)).eval()
+    kept = esc._transformer_input_of(extractor, path)
+    assert kept.shape == (398, 128)
+    with torch.no_grad():
+        found = network(torch.from_numpy(kept).float()[None, None])
+        torch.testing.assert_close(found, network.network(whole).logits, atol=2e-3, rtol=1e-3)
+
+
+def test_the_transformer_is_fine_tuned_as_a_unit(tiny_transformer, clips, tmp_path):
+    model = f"ast:{tiny_transformer}"
+    results = quick_run(clips, None, tmp_path, ["real"], models=[model], epochs=2)
+    assert results["model"].tolist() == [model] and results["epochs"].tolist() == [2]
+    with pytest.raises(OSError, match=r"gone: no Audio Spectrogram Transformer.*hub"):
+        quick_run(clips, None, tmp_path, ["real"], models=[f"ast:{tmp_path / 'gone'}"])
+
+
+def test_equal_steps_are_more_epochs(clips, tmp_path):
+    results = quick_run(clips, None, tmp_path, ["real", "steps:2"], epochs=2)
+    assert results["epochs"].tolist() == [2, 6]
+    with pytest.raises(ValueError, match="equal steps already"):
+        quick_run(clips, None, tmp_path, ["steps:2"], patches_per_epoch=8)
+
+
+def test_learning_curves_are_kept(clips, generated, tmp_path):
+    results = quick_run(clips, generated, tmp_path, epochs=3)
+    curves = pd.read_csv(tmp_path / "curves.csv")
+    assert curves.groupby("arm")["epoch"].max().to_dict() == {"real": 3, "both": 3}
+    assert list(curves)[:4] == ["epoch", "train_loss", "validation_loss", "validation_accuracy"]
+    assert results["epochs"].tolist() == [3, 3]
+
+
+def test_faithful_and_corrected_run_side_by_side(clips, generated, tmp_path):
+    models = ["sbcnn", "sbcnn:faithful", "crnn:faithful"]
+    results = quick_run(
+        clips, generated, tmp_path, ["both:1"], models=models, validation="faithful"
+    )
+    seeds = results.set_index("model")["seed"]
+    assert seeds["sbcnn"] == seeds["sbcnn:faithful"] != seeds["crnn:faithful"]
+
+
+def test_the_time_to_come_is_told(clips, tmp_path, capsys):
+    quick_run(clips, None, tmp_path, ["real"], runs=3)
+    printed = capsys.readouterr().out
+    assert re.search(r"sbcnn: the first took [0-9.]+ s; about \d+ s for 2 more", printed)
+
+
+def test_any_executor_gives_the_same_results(clips, generated, tmp_path):
+    here = quick_run(clips, generated, tmp_path / "here", models=["sbcnn", "knn"])
+    # threads of one process share torch's random state: the hardest case
+    with ThreadPoolExecutor(2) as pool:
+        there = quick_run(
+            clips, generated, tmp_path / "there", models=["sbcnn", "knn"], executor=pool
+        )
+    pd.testing.assert_frame_equal(here.drop(columns="seconds"), there.drop(columns="seconds"))
+
+
+def test_a_dask_cluster_gives_the_same_results(clips, generated, tmp_path):
+    distributed = pytest.importorskip("distributed", reason="Dask is not installed")
+    here = quick_run(clips, generated, tmp_path / "here")
+    with (
+        distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        there = quick_run(clips, generated, tmp_path / "there", executor=client.get_executor())
+    pd.testing.assert_frame_equal(here.drop(columns="seconds"), there.drop(columns="seconds"))
+
+
+def test_a_lost_worker_is_reported_and_the_rest_goes_on(clips, generated, tmp_path):
+    class Flaky(ThreadPoolExecutor):
+        def submit(self, function, unit, *args):
+            if unit["about"]["arm"] == "both":
+                return super().submit(os.stat, tmp_path / "no-such-node")
+            return super().submit(function, unit, *args)
+
+    with Flaky(1) as pool, pytest.raises(esc.UnitsFailed, match=r"1 of 2.*its worker was lost"):
+        quick_run(clips, generated, tmp_path / "out", executor=pool)
+    assert pd.read_csv(tmp_path / "out/results.csv")["arm"].tolist() == ["real"]
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -455,6 +898,153 @@ def test_arms_are_compared_clip_by_clip():
         esc.compare(predictions, "mixed", 1.0)
 
 
+def study(n_sources=20, runs=2, seed=0):
+    """Two arms on two folds; two clips a recording; the second arm errs on class b alone."""
+    rng = np.random.default_rng(seed)
+    sources = [f"s{i}" for i in range(n_sources)]
+    clips = pd.DataFrame({"source_id": np.repeat(sources, 2)})
+    clips["clip_id"] = [f"c{i}" for i in range(len(clips))]
+    clips["fold"] = np.where(clips.index < n_sources, 4, 5)
+    clips["label"] = np.where(clips.index % 4 < 2, "a", "b")
+    parts = []
+    for arm, ratio in (("real", 0.0), ("both", 1.0)):
+        for run in range(runs):
+            one = clips.drop(columns="source_id").assign(arm=arm, ratio=ratio, run=run)
+            wrong = rng.random(len(one)) < (0.1 if arm == "real" else 0.5 * (one["label"] == "b"))
+            one["predicted"] = np.where(
+                wrong, np.where(one["label"] == "a", "b", "a"), one["label"]
+            )
+            parts.append(one.assign(model="sbcnn"))
+    return pd.concat(parts, ignore_index=True), clips
+
+
+def test_intervals_by_hand():
+    predictions, clips = study(runs=3)
+    row = esc.intervals(predictions, clips).set_index("arm").loc["real"]
+    part = predictions[predictions["arm"] == "real"]
+    right = part["label"] == part["predicted"]
+    runs = right.groupby([part["run"], part["fold"]]).mean().groupby("run").mean()
+    assert row["accuracy"] == pytest.approx(runs.mean())
+    assert row["half_width"] == pytest.approx(1.96 * runs.std() / np.sqrt(3))
+    assert (row["n_folds"], row["n_runs"], row["n_clips"], row["n_sources"]) == (2, 3, 40, 20)
+    assert row["ci_low"] < row["accuracy"] < row["ci_high"]
+    assert np.isnan(esc.intervals(predictions[predictions["run"] == 0])["half_width"]).all()
+    with pytest.raises(ValueError, match="not in the table of clips, such as 'c39'"):
+        esc.intervals(predictions, clips.iloc[:39])
+
+
+@pytest.mark.parametrize(("by", "n"), [("clip", 40), ("source", 20), ("fold", 2), ("run", 4)])
+def test_pairs_are_what_was_asked_for(by, n):
+    predictions, clips = study()
+    (row,) = esc.compare(predictions, "both", 1.0, by=by, clips=clips).to_dict("records")
+    right = predictions["label"] == predictions["predicted"]
+    means = right.groupby(predictions["arm"]).mean()
+    assert row["n"] == n
+    assert row["difference"] == pytest.approx(means["both"] - means["real"])
+
+
+def test_sources_need_the_clips():
+    with pytest.raises(ValueError, match="'source' needs clips"):
+        esc.compare(study()[0], "both", 1.0, by="source")
+
+
+def test_all_arms_are_corrected_together():
+    predictions, _ = study()
+    other = predictions[predictions["arm"] == "both"].assign(arm="mixed", ratio=2.0)
+    table = esc.compare_all(pd.concat([predictions, other]))
+    assert table["arm"].tolist() == ["both", "mixed"]
+    np.testing.assert_allclose(table["p_holm"], np.minimum(1, 2 * table["p_value"]))
+    assert set(table["verdict"]) == {"worse"}
+    with pytest.raises(ValueError, match="nothing to compare"):
+        esc.compare_all(predictions[predictions["arm"] == "real"])
+
+
+def test_mcnemar_goes_run_by_run():
+    predictions, _ = study()
+    table = esc.mcnemar_runs(predictions, "both", 1.0)
+    assert table["run"].tolist() == [0, 1] and set(table["n"]) == {40}
+    one = predictions[predictions["run"] == 0].set_index("clip_id")
+    right = (one["label"] == one["predicted"]).groupby(one["arm"])
+    both, real = (right.get_group(name) for name in ("both", "real"))
+    assert table.loc[0, "only_a"] == (both & ~real).sum()
+    assert table.loc[0, "only_b"] == (real & ~both).sum()
+
+
+def test_classes_are_told_apart():
+    predictions, clips = study(n_sources=40)
+    table = esc.class_deltas(predictions, "both", 1.0, "sbcnn", clips=clips).set_index("label")
+    assert table.loc["a", "difference"] > 0 > table.loc["b", "difference"]
+    assert table.loc["b", "ci_high"] < 0 and table.loc["b", "p_holm"] < 0.05
+    difference = esc.confusion_difference(predictions, "both", 1.0, "sbcnn")
+    np.testing.assert_allclose(np.diag(difference), table["difference"])
+    np.testing.assert_allclose(difference.sum(axis=1), 0, atol=1e-12)
+    alone = predictions[predictions["clip_id"].isin(["c0", "c2", "c4"])]
+    table = esc.class_deltas(alone, "both", 1.0, "sbcnn").set_index("label")
+    assert np.isnan(table.loc["b", ["ci_low", "p_value", "p_holm"]].astype(float)).all()
+    assert table.loc["a", "n"] == 2 and table.loc["b", "n"] == 1
+
+
+def test_distances_are_held_against_gains():
+    names = list("abcdefgh")
+    deltas = pd.DataFrame({"label": names, "difference": np.linspace(0.1, -0.1, 8)})
+    scores = pd.DataFrame({"reference": names, "value": np.arange(8.0) ** 2, "metric": "FAD"})
+    scores = pd.concat([scores.assign(embedding=e, candidate="mini") for e in ("x", "y")])
+    table = esc.class_correlation(scores, deltas, n=500)
+    assert table["r"].tolist() == [-1.0, -1.0] and (table["p_holm"] < 0.05).all()
+    with pytest.raises(ValueError, match="no class in common"):
+        esc.class_correlation(scores, deltas.assign(label="z"))
+
+
+# --- command line ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_esc10(tmp_path_factory):
+    """ESC-10's layout with two clips of a fifth of a second for each class and fold."""
+    root = tmp_path_factory.mktemp("esc10")
+    rows = []
+    for fold in range(1, 6):
+        for target in range(10):
+            for take in "AB":
+                name = f"{fold}-{fold}{target}{ord(take)}-{take}-{target}.wav"
+                signal = tone(200 * (target + 1), len(rows), seconds=0.2)
+                audio.save_audio(root / "audio" / name, signal, RATE)
+                source = name.split("-")[1]
+                rows.append((name, fold, target, f"c{target}", True, source, take))
+    columns = ["filename", "fold", "target", "category", "esc10", "src_file", "take"]
+    (root / "meta").mkdir()
+    pd.DataFrame(rows, columns=columns).to_csv(root / "meta/esc50.csv", index=False)
+    return root
+
+
+def test_a_study_from_the_command_line(small_esc10, tmp_path, capsys):
+    made = pd.read_csv(small_esc10 / "meta/esc50.csv").query("fold < 4")
+    made = made.rename(columns={"category": "label", "filename": "path"})
+    made["path"] = "audio/" + made["path"]
+    made.assign(backend="toy").to_csv(small_esc10 / "made.csv", index=False)
+    command = ["--dataset", "esc10", "--root", str(small_esc10), "--out", str(tmp_path)]
+    command += ["--models", "knn", "--validation", "none", "--runs", "1", "--workers", "1"]
+    command += ["--arms", "real", "both@toy:0.5", "--generated", f"toy={small_esc10}/made.csv"]
+    assert esc.main([*command, "--test-folds", "4", "5", "--plan"]) == 0
+    assert "validation_fold" in capsys.readouterr().out and not (tmp_path / "units").exists()
+    assert esc.main([*command, "--test-folds", "4", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "intervals" in printed and "p_holm" in printed
+    assert pd.read_csv(tmp_path / "tests.csv")["n"].tolist() == [40]
+    assert esc.main([*command, "--generator-folds", "4"]) == 2
+    assert "was trained on fold [4]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [(["--root", "gone"], "gone"), (["--arms", "bot:1"], "cannot read the arm")],
+)
+def test_a_wrong_study_says_so(small_esc10, tmp_path, capsys, wrong, message):
+    command = ["--dataset", "esc10", "--root", str(small_esc10), "--out", str(tmp_path), *wrong]
+    assert esc.main(command) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_confusion_equals_scikit_learns():
     from sklearn.metrics import confusion_matrix
 
@@ -494,6 +1084,9 @@ def test_published_table_is_complete():
     table = esc.published()
     assert table.groupby("arm").size().to_dict() == {
         "both": 32, "mixed": 64, "real": 2, "synthetic": 32
+    }  # fmt: skip
+    assert table.groupby("arm")["half_width"].count().to_dict() == {
+        "both": 0, "mixed": 0, "real": 2, "synthetic": 0
     }  # fmt: skip
     best = table.loc[table["accuracy"].idxmax()]
     assert (best["backend"], best["prompt_family"], best["ratio"]) == ("AudioLDM2", "gpt", 3)

@@ -895,3 +895,103 @@ def test_beside_floor_takes_the_floor_of_the_nearest_n():
     assert view["n"].tolist() == ["40 / 10", "40 / 20"]
     with pytest.raises(ValueError, match="no floor for FAD"):
         fad.beside_floor(table[table.candidate != fad.FLOOR_NAME])
+
+
+# --- sensitivity and the challenge's form ---------------------------------------------------------
+
+
+def classes_of_recordings(n=160, d=6, seed=0):
+    """Rows of four well separated classes, two of every recording."""
+    labels = np.repeat(np.arange(4), n // 4)
+    recordings = np.arange(n) // 2
+    own = gaussian(n // 2, d, seed)[recordings]
+    return own + 0.1 * gaussian(n, d, seed + 1) + 10.0 * np.eye(4, d)[labels], labels, recordings
+
+
+def test_sensitivity_sees_what_is_changed_and_nothing_else():
+    x, labels, recordings = classes_of_recordings()
+    moved = fad.sensitivity(
+        x, {"none": x, "shift": x + 3.0}, embedding="toy", labels=labels, groups=recordings
+    )
+    assert list(moved.columns) == fad.SENSITIVITY_COLUMNS
+    rows = moved.set_index(["metric", "change"])
+    assert rows.index.tolist() == [
+        (metric, change) for metric in ("FAD", "KAD") for change in ("none", "shift", "wrong class")
+    ]
+    for metric in ("FAD", "KAD"):
+        assert rows.loc[(metric, "none"), "value"] == rows.loc[(metric, "none"), "floor"]
+        assert rows.loc[(metric, "none"), "spreads"] == 0
+        assert rows.loc[(metric, "shift"), "seen"] == 1
+        assert rows.loc[(metric, "wrong class"), "seen"] == 1
+    # a shift of 3 in 6 dimensions adds 54, up to the mean's own change from half to half
+    rise = rows.loc[("FAD", "shift"), "value"] - rows.loc[("FAD", "shift"), "floor"]
+    assert rise == pytest.approx(54, abs=3)
+    # the centres of two classes lie √200 apart
+    assert rows.loc[("FAD", "wrong class"), "value"] == pytest.approx(200, rel=0.1)
+    assert rows.loc[("FAD", "shift"), "n"] == 80
+    assert rows.loc[("FAD", "wrong class"), "n"] == 20
+
+
+def test_sensitivity_splits_by_recording_and_by_class():
+    x, labels, recordings = classes_of_recordings()
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = fad._balanced_halves(recordings, labels, rng)
+        assert not set(recordings[a]) & set(recordings[b])
+        np.testing.assert_array_equal(np.bincount(labels[a]), np.bincount(labels[b]))
+    apart = fad.sensitivity(x, {"none": x}, embedding="toy", groups=recordings, metrics=["FAD"])
+    mixed = fad.sensitivity(x, {"none": x}, embedding="toy", metrics=["FAD"])
+    # copies on both sides flatter
+    assert mixed["floor"][0] < apart["floor"][0]
+
+
+def test_sensitivity_is_seeded_and_refuses():
+    x, labels, _ = classes_of_recordings(40)
+    first, again, other = (
+        fad.sensitivity(x, {"shift": x + 1}, embedding="toy", labels=labels, splits=3, seed=seed)
+        for seed in (0, 0, 1)
+    )
+    pd.testing.assert_frame_equal(first, again)
+    assert not first.equals(other)
+    for wrong, message in (
+        ({"changed": {"cut": x[:-1]}}, "cut 39: row i of both"),
+        ({"changed": {"other": x[:, :2]}}, "other 2: embed both"),
+        ({"splits": 1}, "at least 2 splits, got 1"),
+        ({"metrics": ["FID"]}, r"got also \['FID'\]"),
+        ({"labels": np.arange(40)}, "of each class, both halves need 2 rows"),
+        ({"groups": np.repeat([0, 1], [1, 39])}, "two halves of at least 2 rows"),
+    ):
+        options = {"changed": {"none": x}, "embedding": "toy"} | wrong
+        with pytest.raises(ValueError, match=message):
+            fad.sensitivity(x, **options)
+
+
+def test_points_know_their_clips():
+    points, clips = fad.as_points([[[1.0, 2]], [[3, 4], [5, 6]]])
+    np.testing.assert_array_equal(points, [[1, 2], [3, 4], [5, 6]])
+    np.testing.assert_array_equal(clips, [0, 1, 1])
+    for wrong in ([], [[[1.0]], [[1.0, 2]]], [np.zeros((0, 2))], [np.zeros(3)]):
+        with pytest.raises(ValueError, match="expected arrays of shape"):
+            fad.as_points(wrong)
+
+
+def test_challenge_scores_count_windows_and_draw_clips():
+    class Toy:
+        """Four windows a clip, as the challenge's VGGish."""
+
+        def embed_windows(self, clips):
+            return [np.repeat(clip, 4, axis=0) + 0.01 * gaussian(4, 3, 5) for clip in clips]
+
+    published = {"vggish": np.repeat(gaussian(20, 3, 1)[:, None], 4, axis=1)}
+    near, far = gaussian(20, 3, 2)[:, None], gaussian(20, 3, 3, 9.0)[:, None]
+    found = fad.challenge_scores(
+        published, {"near": near, "far": far}, {"vggish": Toy()}, repeats=20
+    ).set_index(["metric", "candidate"])
+    assert list(found.reset_index().columns.sort_values()) == sorted(fad.SCORE_COLUMNS)
+    assert (found["n_candidate"].drop(fad.FLOOR_NAME, level=1) == 80).all()
+    assert found.loc[("FAD", "far"), "value"] > 20 * found.loc[("FAD", "near"), "value"]
+    points, clips = fad.as_points(published["vggish"])
+    floor = fad.noise_floor(points, 38, 10, groups=clips).mean()
+    assert found.loc[("FAD", fad.FLOOR_NAME), "value"] == pytest.approx(floor, rel=0.1)
+    with pytest.raises(ValueError, match=r"no published embeddings of \['panns'\]"):
+        fad.challenge_scores(published, {"near": near}, {"panns": Toy()})
