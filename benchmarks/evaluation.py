@@ -203,8 +203,8 @@ def one_by_one(network, files):
 
 
 def batched(network, files):
-    """Embed files in batches, read by a second process."""
-    return embeddings.embed_files(network, files, workers=1, silence="allow")[0]
+    """Embed files in batches; so short a set does not repay a process that reads ahead."""
+    return embeddings.embed_files(network, files, batch_size=64, silence="allow")[0]
 
 
 def embedding(options):
