@@ -259,8 +259,9 @@ class DiffusersBackend:
             )
         rows = list(zip(prompts, seeds, negative_prompts, strict=True))
         # a pass is with negative prompts or without: to Stable Audio, "" is not the same as none
-        lengths = zip(self.token_lengths(prompts), map(bool, negative_prompts), strict=True)
-        return _in_passes(rows, list(lengths), self, lambda r: self._one_pass(r, duration_s))
+        lengths = map(self.token_lengths, (prompts, negative_prompts))
+        keys = list(zip(map(bool, negative_prompts), *lengths, strict=True))
+        return _in_passes(rows, keys, self, lambda r: self._one_pass(r, duration_s))
 
     def _one_pass(self, rows, duration_s):
         import torch
@@ -273,9 +274,11 @@ class DiffusersBackend:
             for ours, theirs in _SETTING_ARGUMENTS.items()
             if theirs in takes and self.settings[ours] is not None
         }
+        argument = next(name for name in _DURATION_ARGUMENTS if name in takes)
+        # LongCat rounds down to whole latents
+        spare = self.pipe.vae_scale_factor if argument == "audio_duration_s" else 0
         # half a sample more: the pipeline truncates where floating point falls short
-        seconds = (n_samples + 0.5) / self.sample_rate
-        arguments[next(name for name in _DURATION_ARGUMENTS if name in takes)] = seconds
+        arguments[argument] = (n_samples + spare + 0.5) / self.sample_rate
         if any(negative_prompts):
             arguments["negative_prompt"] = negative_prompts
         try:
@@ -592,8 +595,8 @@ def get_backend(name, **options):
     ----------
     name : {"audioldm", "audioldm2", "audiogen", "stable-audio", "auto"} or a key of `PRESETS`
         Which code runs it. ``"auto"`` opens any other text-to-audio pipeline of diffusers by the
-        class that the checkpoint names: those that ``AutoPipelineForText2Audio`` knows, and older
-        ones such as MusicLDM. A preset is a back-end with published settings.
+        class that the checkpoint names, such as those that ``AutoPipelineForText2Audio`` knows. A
+        preset is a back-end with published settings.
     **options
         ``checkpoint``: a folder or hub name; ``"embedded"`` for the model that comes along
         (default of ``audioldm``). ``device``: a torch device, else a GPU if there is one.
@@ -702,7 +705,10 @@ def _is_cached(checkpoint):
     from huggingface_hub import try_to_load_from_cache
 
     files = ("model_index.json", "state_dict.bin")
-    return any(isinstance(try_to_load_from_cache(str(checkpoint), name), str) for name in files)
+    try:
+        return any(isinstance(try_to_load_from_cache(str(checkpoint), n), str) for n in files)
+    except ValueError:
+        return True  # no name that a hub could have: nothing will be downloaded
 
 
 def _remedy(device, dtype):
@@ -1217,15 +1223,17 @@ def _clips_in(folder):
 
 def _make_part(part, name, options, out_dir, how, threads=None):
     """Make a part of a plan in this process; return its table, and what went wrong."""
-    if threads:
-        import torch
+    import torch
 
-        torch.set_num_threads(threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
     try:
         backend = _loaded(name, json.dumps(options or {}, sort_keys=True, default=str))
         return generate_clips(part, backend, out_dir, **how), None
-    except (GenerationError, audio.AudioError) as error:
+    except (ValueError, OSError) as error:
         return None, str(error)
+    finally:
+        torch.set_num_threads(before)
 
 
 @functools.lru_cache(maxsize=1)
@@ -1402,8 +1410,9 @@ def _fault(y):
 
 def _flat_share(y):
     """Share of the samples that stand in a row at exactly the highest or the lowest value."""
-    share = 0.0
-    for extreme in (y.max(), y.min()):
+    share, peak = 0.0, np.abs(y).max()
+    # silence is the lowest value of a sound that only goes up, and no flat top
+    for extreme in [value for value in (y.max(), y.min()) if abs(value) > peak / 2]:
         edges = np.flatnonzero(np.diff(np.concatenate([[False], y == extreme, [False]])))
         runs = edges[1::2] - edges[::2]
         share += runs[runs >= CLIPPED_RUN].sum() / y.size

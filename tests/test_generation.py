@@ -23,7 +23,7 @@ from soundscapes_utils.generation import GenerationError
 
 PROMPTS = ["a dog", "a dog barking loudly", "rain", "a dog", "rain", "a dog"]
 SEEDS = [11, 12, 13, 14, 15, 16]
-HALF_TOLERANCE = 0.1  # of full scale, between passes of one and of three clips in bfloat16
+HALF_TOLERANCE = 0.05  # of full scale, between passes of one and of three clips in float16
 
 
 def small_plan(n=3, labels=("dog", "rain")):
@@ -37,7 +37,7 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    makers = {name: name.replace("-", "_") for name in generation.BACKENDS} | {"auto": "musicldm"}
+    makers = {name: name.replace("-", "_") for name in generation.BACKENDS} | {"auto": "longcat"}
     return {name: getattr(tiny_checkpoints, own)(folder / name) for name, own in makers.items()}
 
 
@@ -131,7 +131,7 @@ def test_stable_audio_is_what_diffusers_makes_of_the_same_noise(backends, checkp
             generator=torch.Generator().manual_seed(11),
         ).audios[0]
         assert stereo.shape == (2, 22_050)
-        np.testing.assert_array_equal(ours, stereo.mean(0))
+        np.testing.assert_allclose(ours, stereo.mean(0), atol=1e-6)
 
 
 def test_stable_audio_solver_is_that_of_diffusers_given_the_noise(monkeypatch):
@@ -177,7 +177,7 @@ def test_auto_makes_what_the_named_backend_makes(backends, checkpoints, name):
 
 def test_auto_takes_the_defaults_of_the_pipeline(checkpoints):
     backend = generation.get_backend("auto", checkpoint=checkpoints["auto"], device="cpu")
-    assert (backend.settings["steps"], backend.settings["guidance_scale"]) == (200, 2.0)
+    assert (backend.settings["steps"], backend.settings["guidance_scale"]) == (16, 4.0)
 
 
 def test_auto_refuses_what_makes_no_sound(tmp_path):
@@ -202,7 +202,7 @@ def test_clips_that_are_too_long_are_refused_by_name(backends):
 
 @pytest.mark.parametrize("name", ["audioldm", "audioldm2", "stable-audio", "auto"])
 def test_half_precision_is_as_independent_of_the_batch(checkpoints, name):
-    options = {"steps": 2, "device": "cpu", "dtype": "bfloat16"}
+    options = {"steps": 2, "device": "cpu", "dtype": "float16"}
     backend = generation.get_backend(name, checkpoint=checkpoints[name], **options)
     together = backend.generate(PROMPTS[:3], SEEDS[:3], 0.3)
     for prompt, seed, y in zip(PROMPTS, SEEDS, together, strict=False):
@@ -248,16 +248,18 @@ def out_of_memory_above(limit, one_pass):
 @pytest.mark.parametrize("name", generation.BACKENDS)
 def test_out_of_memory_halves_the_pass_and_goes_on(backends, name, monkeypatch):
     backend = backends[name]
+    prompts, seeds = ["a dog", "a cat", "a cow"], [1, 2, 3]
     monkeypatch.setitem(backend.settings, "clips_per_pass", 2)
-    smaller = backend.generate(PROMPTS, SEEDS, 0.3)
+    smaller = backend.generate(prompts, seeds, 0.2)
     monkeypatch.setitem(backend.settings, "clips_per_pass", 8)
     monkeypatch.setattr(backend, "pass_limit", None)
     monkeypatch.setattr(backend, "_one_pass", out_of_memory_above(3, backend._one_pass))
     with pytest.warns(UserWarning, match=r"out of memory with 8 .*going on with 4") as notes:
-        halved = backend.generate(PROMPTS, SEEDS, 0.3)
+        halved = backend.generate(prompts, seeds, 0.2)
     assert len(notes) == 2
     np.testing.assert_array_equal(np.stack(halved), np.stack(smaller))
-    backend.generate(PROMPTS[:1], SEEDS[:1], 0.3)  # what was learnt is kept: no further warning
+    backend.generate(prompts[:1], seeds[:1], 0.2)
+    assert len(notes) == 2, "what was learnt is kept"
 
 
 def test_out_of_memory_with_one_clip_gives_the_remedies(backends, monkeypatch):
@@ -317,20 +319,18 @@ def test_offload_is_for_gpus(checkpoints, monkeypatch):
         assert generation._placed(Pipe(), "cuda:1", way, False).asked == (way, "cuda:1")
 
 
-def test_compiled_models_are_other_recipes_and_the_same_sound(checkpoints, monkeypatch):
+def test_compiled_models_are_other_recipes(checkpoints, monkeypatch):
     import torch
 
-    # eager: the graph is captured, and run without the minutes of a compiler
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda net: setattr(net, "forward", torch.compile(net.forward, backend="eager")),
-    )
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: asked.append(net))
     options = {"checkpoint": checkpoints["audioldm"], "steps": 2, "device": "cpu"}
     plain, compiled = (
         generation.get_backend("audioldm", compile=on, **options) for on in (False, True)
     )
+    assert asked == [compiled.pipe.unet]
     assert compiled.settings == plain.settings | {"compile": True}
+    # the layout alone leaves the sound as it is
     one, other = (b.generate(["rain"], [1], 0.3)[0] for b in (plain, compiled))
     np.testing.assert_allclose(one, other, atol=1e-4)
 
@@ -610,8 +610,8 @@ def test_manifest_of_several_processes_keeps_every_line_whole(tmp_path):
         writer.start()
     for writer in writers:
         writer.join()
-    lines = (tmp_path / generation.MANIFEST).read_text().split()
-    assert {json.loads(line)["clip_id"] for line in lines} == {
+    lines = (tmp_path / generation.MANIFEST).read_text().splitlines()
+    assert {json.loads(line)["clip_id"] for line in lines if line} == {
         f"{k}-{number}" for k in range(2) for number in range(200)
     }
 
@@ -626,8 +626,10 @@ def tones_by_name(monkeypatch):
 
 
 def generate_as_accelerate_does(plan, folder, options):
+    from accelerate import PartialState
+
     table = generation.generate_on_gpus(plan, "tones", folder, options=options)
-    table.to_csv(Path(folder) / f"{os.environ['RANK']}.csv", index=False)
+    table.to_csv(Path(folder) / f"{PartialState().process_index}.csv", index=False)
 
 
 def test_processes_of_accelerate_share_out_the_plan(tones_by_name, tmp_path):
@@ -642,24 +644,22 @@ def test_processes_of_accelerate_share_out_the_plan(tones_by_name, tmp_path):
     columns = [name for name in alone if name not in ("path", "score")]
     for rank in range(2):
         table = pd.read_csv(shared / f"{rank}.csv", keep_default_na=False)
-        assert table[columns].equals(alone[columns].astype(table[columns].dtypes))
+        pd.testing.assert_frame_equal(table[columns], alone[columns], check_dtype=False)
 
 
-def test_workers_make_the_same_bytes(tmp_path):
+def test_a_worker_makes_the_same_bytes_and_leaves_the_threads_alone(tmp_path):
     import torch
 
-    plan = small_plan(2)
+    plan, threads = small_plan(2), torch.get_num_threads()
     options = {"steps": 1, "device": "cpu"}
+    torch.set_num_threads(1)
     backend = generation.get_backend("audioldm", **options)
     alone = generation.generate_clips(plan, backend, tmp_path / "alone")
+    torch.set_num_threads(threads)
     shared = generation.generate_with_workers(
-        plan,
-        "audioldm",
-        tmp_path / "shared",
-        options=options,
-        workers=2,
-        threads=torch.get_num_threads(),
+        plan, "audioldm", tmp_path / "shared", options=options, workers=1
     )
+    assert torch.get_num_threads() == threads
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
     assert shared.drop(columns="path").equals(alone.drop(columns="path"))
 
@@ -795,6 +795,7 @@ def test_clipped_outputs_are_set_aside(tmp_path):
     assert generation._fault(0.999 * sine) == ""
     assert generation._fault(np.clip(2 * sine, -1, 1)) == "clipped"
     assert generation._fault(np.clip(2 * sine, -1.5, 0.9)) == "clipped"
+    assert generation._fault(np.maximum(sine, 0)) == "", "silence at one end is no flat top"
     # a peak that is met now and then is none
     assert generation._fault(np.sin(2 * np.pi * 1000 * t).astype(np.float32)) == ""
     plan = small_plan(1, ["dog"])
@@ -805,11 +806,18 @@ def test_clipped_outputs_are_set_aside(tmp_path):
 
 
 def test_what_has_no_loudness_is_set_aside(tmp_path):
+    class Clicks(Tones):
+        def generate(self, prompts, seeds, duration_s, negative_prompts=None):
+            sounds = super().generate(prompts, seeds, duration_s)
+            click = np.zeros(2000, np.float32)
+            click[1000] = 0.002
+            return [click if seed == bad else y for seed, y in zip(seeds, sounds, strict=True)]
+
     plan = small_plan(1, ["dog"])
-    faint = Tones(bad={int(plan.seed[0]): 0.0035})
-    done = generation.generate_clips(plan, faint, tmp_path, loudness=-23.0)
+    bad = plan.seed[0]
+    done = generation.generate_clips(plan, Clicks(), tmp_path, loudness=-23.0)
     assert generation.rejected_clips(tmp_path).reason.tolist() == ["below -70 LUFS"]
-    assert done.seed.tolist() == [plan.seed[0] + 1]
+    assert done.seed.tolist() == [bad + 1]
 
 
 @pytest.mark.parametrize("loudness", ["loud", 3.0, -80.0, True, None])

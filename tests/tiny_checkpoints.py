@@ -1,7 +1,7 @@
 """Tiny text-to-audio checkpoints of random weights, in the real layouts, made in a second.
 
 They make noise, but they are loaded and run by the very code that loads and runs the public
-checkpoints, without network: AudioLDM, AudioLDM 2, Stable Audio Open and MusicLDM in diffusers'
+checkpoints, without network: AudioLDM, AudioLDM 2, Stable Audio Open and LongCat in diffusers'
 folder layout, AudioGen in audiocraft's (``state_dict.bin`` and ``compression_state_dict.bin``, plus
 a T5 folder). `Tones` is the smallest back-end of all, for what has nothing to do with models.
 """
@@ -290,22 +290,42 @@ def stable_audio(folder, seed=0):
     return Path(folder)
 
 
-def musicldm(folder, seed=0):
-    """Write a tiny MusicLDM checkpoint, which no back-end of ours is named after."""
+def longcat(folder, seed=0):
+    """Write a tiny LongCat-AudioDiT checkpoint, which no back-end of ours is named after."""
     import torch
-    from diffusers import MusicLDMPipeline
-    from transformers import ClapFeatureExtractor
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        LongCatAudioDiTPipeline,
+        LongCatAudioDiTTransformer,
+        LongCatAudioDiTVae,
+    )
+    from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(seed)
-    tokenizer = _roberta_tokenizer()
-    pipe = MusicLDMPipeline(
-        vae=_vae(),
-        text_encoder=_clap(tokenizer),
+    tokenizer = _t5_tokenizer()
+    text = UMT5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    transformer = LongCatAudioDiTTransformer(
+        dit_dim=16, dit_depth=1, dit_heads=2, dit_text_dim=16, latent_dim=8
+    )
+    for weights in transformer.parameters():
+        # what starts at nought would keep the text from the sound
+        if not weights.any():
+            torch.nn.init.normal_(weights, std=0.2)
+    pipe = LongCatAudioDiTPipeline(
+        vae=LongCatAudioDiTVae(
+            channels=8,
+            c_mults=[1, 1, 1],
+            strides=[4, 8],
+            latent_dim=8,
+            encoder_latent_dim=16,
+            downsampling_ratio=32,
+        ),
+        text_encoder=UMT5EncoderModel(text),
         tokenizer=tokenizer,
-        feature_extractor=ClapFeatureExtractor(),
-        unet=_film_unet(),
-        scheduler=_scheduler(),
-        vocoder=_vocoder(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True),
     )
     pipe.save_pretrained(folder)
     return Path(folder)
