@@ -116,11 +116,11 @@ _CC_NC_SA = "CC BY-NC-SA 4.0 (not commercial)"
 _STABILITY = "Stability AI Community License (accept it on the hub; commercial use is limited)"
 # name: back-end, licence, download in GB, million parameters in use, Hz, longest clip in s
 _CHECKPOINTS = {
-    "cvssp/audioldm-s-full-v2": ("audioldm", _CC_NC_SA, 1.7, 422, 16_000, None),
-    "cvssp/audioldm-m-full": ("audioldm", _CC_NC_SA, 2.7, 653, 16_000, None),
-    "cvssp/audioldm-l-full": ("audioldm", _CC_NC_SA, 3.9, 977, 16_000, None),
-    "cvssp/audioldm2": ("audioldm2", _CC_NC_SA, 4.4, 1100, 16_000, None),
-    "cvssp/audioldm2-large": ("audioldm2", _CC_NC_SA, 6.0, 1500, 16_000, None),
+    "cvssp/audioldm-s-full-v2": ("audioldm", _CC_NC_SA, 1.7, 421, 16_000, None),
+    "cvssp/audioldm-m-full": ("audioldm", _CC_NC_SA, 2.6, 652, 16_000, None),
+    "cvssp/audioldm-l-full": ("audioldm", _CC_NC_SA, 3.9, 975, 16_000, None),
+    "cvssp/audioldm2": ("audioldm2", _CC_NC_SA, 4.3, 1078, 16_000, None),
+    "cvssp/audioldm2-large": ("audioldm2", _CC_NC_SA, 5.9, 1481, 16_000, None),
     "facebook/audiogen-medium": (
         "audiogen",
         "CC BY-NC 4.0 (not commercial)",
@@ -129,7 +129,7 @@ _CHECKPOINTS = {
         16_000,
         None,
     ),
-    "stabilityai/stable-audio-open-1.0": ("stable-audio", _STABILITY, 4.9, 1330, 44_100, 47.5),
+    "stabilityai/stable-audio-open-1.0": ("stable-audio", _STABILITY, 5.3, 1324, 44_100, 47.5),
 }
 _HALF = ("float16", "bfloat16")
 # how pipelines of diffusers call the seconds wanted
@@ -505,13 +505,13 @@ def _one_length(prompts):
 
 
 def _sample_rate(pipe):
-    parts = [getattr(pipe, "vocoder", None), pipe, getattr(pipe, "vae", None)]
-    names = ("sampling_rate", "sample_rate")
-    owners = [owner for part in parts for owner in (getattr(part, "config", None), part)]
-    rates = [getattr(owner, name, None) for owner in owners for name in names]
-    if not any(rates):
-        raise GenerationError(f"{type(pipe).__name__} does not tell the sample rate of its sounds")
-    return int(next(filter(None, rates)))
+    for part in (getattr(pipe, "vocoder", None), pipe, getattr(pipe, "vae", None)):
+        # diffusers' parts warn of what is asked of them and stands in their config
+        for owner in (getattr(part, "config", None), part):
+            for name in ("sampling_rate", "sample_rate"):
+                if getattr(owner, name, None):
+                    return int(getattr(owner, name))
+    raise GenerationError(f"{type(pipe).__name__} does not tell the sample rate of its sounds")
 
 
 def _open(cls, what, checkpoint, device, dtype, offload, compile):
