@@ -200,7 +200,7 @@ def test_clips_that_are_too_long_are_refused_by_name(backends):
         backends["stable-audio"].generate(["rain"], [1], 2.0)
 
 
-@pytest.mark.parametrize("name", ["audioldm", "audioldm2", "stable-audio", "auto"])
+@pytest.mark.parametrize("name", ["audioldm", "audioldm2"])
 def test_half_precision_is_as_independent_of_the_batch(checkpoints, name):
     options = {"steps": 2, "device": "cpu", "dtype": "float16"}
     backend = generation.get_backend(name, checkpoint=checkpoints[name], **options)
@@ -633,8 +633,10 @@ def generate_as_accelerate_does(plan, folder, options):
 
 
 def test_processes_of_accelerate_share_out_the_plan(tones_by_name, tmp_path):
-    from accelerate import debug_launcher
+    from accelerate import PartialState, debug_launcher
 
+    # what this process has found out about itself would be taken over by those that it starts
+    PartialState._reset_state()
     plan = small_plan(3)
     alone = generation.generate_clips(plan, Tones(), tmp_path / "alone")
     shared = tmp_path / "shared"
