@@ -25,6 +25,8 @@ examples
   ./run_all.sh esc10 -p esc50_root ~/ESC-50              real recordings
   ./run_all.sh quick -p seed 1 --name quick-seed1        a second run beside the first
   python -m soundscapes_utils mix plan.csv mixes --shard 1/4   a quarter of a large set of mixes
+  python -m soundscapes_utils generate plan.csv clips --backend audioldm2-A --shard 1/4
+  accelerate launch -m soundscapes_utils generate plan.csv clips   on every GPU of this machine
 """
 
 
@@ -102,6 +104,26 @@ def _parser():
     mixing.add_argument("--stems", action="store_true", help="foreground and background as well")
     mixing.add_argument("--shard", metavar="i/n", help="this part only; parts may run at once")
     mixing.set_defaults(action=_mix)
+    generating = commands.add_parser("generate", help="make the clips of a plan, or a part of it")
+    generating.add_argument("plan", help="CSV file, as written from generation.plan_clips")
+    generating.add_argument("out_dir", help="gets the clips, and generated.csv once all are there")
+    generating.add_argument("--backend", default="audioldm", help="a back-end or preset by name")
+    generating.add_argument("--checkpoint", help="folder or hub name; the back-end's by default")
+    generating.add_argument(
+        "-o",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="further options of the back-end, such as -o steps 100 -o dtype float16",
+    )
+    generating.add_argument("--batch-size", type=int, default=16, metavar="N")
+    generating.add_argument("--max-attempts", type=int, default=3, metavar="N", help="seeds tried")
+    generating.add_argument("--loudness", help="peak, none, or a level in LUFS such as -23")
+    sharing = generating.add_mutually_exclusive_group()
+    sharing.add_argument("--shard", metavar="i/n", help="this part only; parts may run at once")
+    sharing.add_argument("--workers", type=int, help="processes of this machine, a thread each")
+    generating.set_defaults(action=_generate)
     commands.add_parser(
         "train-mini", help="make the small checkpoint again (its own --help)", add_help=False
     )
@@ -166,6 +188,62 @@ def _mix(options):
         content = done.to_csv(index=False).encode()
         print(f"Table: {audio.write_whole(Path(options.out_dir) / 'mixes.csv', content)}")
     return 0
+
+
+def _generate(options):
+    import os
+
+    from . import audio, generation
+
+    try:
+        plan = _read_plan(options.plan)
+        done = _generated(options, plan, int(os.environ.get("WORLD_SIZE", 1)))
+        if os.environ.get("RANK", "0") != "0":
+            return 0
+        out_dir = Path(options.out_dir)
+        print(f"{len(done)} clips are in {out_dir}", end="")
+        print(f", {len(generation.rejected_clips(out_dir))} outputs were set aside")
+        if options.shard is None:
+            content = done.to_csv(index=False).encode()
+            print(f"Table: {audio.write_whole(out_dir / 'generated.csv', content)}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, audio.AudioError) else 2
+    return 0
+
+
+def _read_plan(path):
+    import pandas as pd
+
+    texts = dict.fromkeys(("clip_id", "label", "prompt", "prompt_family", "negative_prompt"), str)
+    return pd.read_csv(path, dtype=texts, float_precision="round_trip")
+
+
+def _generated(options, plan, n_processes):
+    import yaml
+
+    from . import generation
+
+    name = options.backend
+    chosen = {key: yaml.safe_load(value) for key, value in options.o}
+    chosen |= {"checkpoint": options.checkpoint} if options.checkpoint else {}
+    level = generation.PRESETS.get(name, {}).get("loudness", "peak")
+    if options.loudness:
+        level = yaml.safe_load(options.loudness)
+    how = {
+        "batch_size": options.batch_size,
+        "max_attempts": options.max_attempts,
+        "loudness": level,
+    }
+    if n_processes > 1:
+        if options.shard or options.workers:
+            raise ValueError("accelerate shares out the plan: leave out --shard and --workers")
+        return generation.generate_on_gpus(plan, name, options.out_dir, options=chosen, **how)
+    if options.workers:
+        how["workers"] = options.workers
+        return generation.generate_with_workers(plan, name, options.out_dir, options=chosen, **how)
+    backend = generation.get_backend(name, **chosen)
+    return generation.generate_clips(plan, backend, options.out_dir, shard=options.shard, **how)
 
 
 def _profiles(_):

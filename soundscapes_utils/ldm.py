@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, EDMDPMSolverMultistepScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -283,6 +283,79 @@ class AudioTower(ModelMixin, ConfigMixin):
         return F.normalize(self.projection(torch.cat([h.mean(-1), h.amax(-1)], dim=1)), dim=-1)
 
 
+class CosineSDESolver(EDMDPMSolverMultistepScheduler):
+    """SDE-DPM-Solver++ on the cosine schedule of Stable Audio Open, with one noise stream a clip.
+
+    Defaults are those of diffusers' ``CosineDPMSolverMultistepScheduler``, and so is every step,
+    given the same noise (Evans et al., "Stable Audio Open", arXiv 2407.14358).
+
+    Parameters
+    ----------
+    sigma_min, sigma_max, sigma_data : float
+        Noise levels and standard deviation of the data.
+    sigma_schedule : str
+        "exponential" or "karras".
+    num_train_timesteps, solver_order, prediction_type, rho, solver_type, lower_order_final
+        As in diffusers.
+    euler_at_final, final_sigmas_type
+        As in diffusers.
+
+    Examples
+    --------
+    >>> solver = CosineSDESolver()
+    >>> solver.set_timesteps(4)
+    >>> [round(t, 3) for t in solver.timesteps.tolist()]
+    [0.999, 0.985, 0.833, 0.186]
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sigma_min: float = 0.3,
+        sigma_max: float = 500,
+        sigma_data: float = 1.0,
+        sigma_schedule: str = "exponential",
+        num_train_timesteps: int = 1000,
+        solver_order: int = 2,
+        prediction_type: str = "v_prediction",
+        rho: float = 7.0,
+        solver_type: str = "midpoint",
+        lower_order_final: bool = True,
+        euler_at_final: bool = False,
+        final_sigmas_type: str = "zero",
+    ):
+        super().__init__(
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            sigma_data=sigma_data,
+            sigma_schedule=sigma_schedule,
+            num_train_timesteps=num_train_timesteps,
+            solver_order=solver_order,
+            prediction_type=prediction_type,
+            rho=rho,
+            algorithm_type="sde-dpmsolver++",
+            solver_type=solver_type,
+            lower_order_final=lower_order_final,
+            euler_at_final=euler_at_final,
+            final_sigmas_type=final_sigmas_type,
+        )
+
+    def precondition_noise(self, sigma):
+        """Map a noise level to the time that the model is told.
+
+        Parameters
+        ----------
+        sigma : torch.Tensor or float
+            Noise level.
+
+        Returns
+        -------
+        torch.Tensor
+            2 / π · arctan σ, from 0 to 1.
+        """
+        return torch.as_tensor(sigma).atan() / np.pi * 2
+
+
 def resolve(checkpoint):
     """Turn the name of a checkpoint into what diffusers opens.
 
@@ -412,6 +485,36 @@ def load_pipeline(checkpoint, device=None):
         ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextmanager
+def cosine_sampler():
+    """Let diffusers open Stable Audio's sampler as `CosineSDESolver`.
+
+    Checkpoints name ``CosineDPMSolverMultistepScheduler``, which needs torchsde and draws its noise
+    from a Brownian tree of that package. On a fixed grid of steps the tree's increments are
+    independent normal numbers; here they come from each clip's own generator.
+
+    Yields
+    ------
+    None
+
+    Examples
+    --------
+    >>> with cosine_sampler():
+    ...     from diffusers import CosineDPMSolverMultistepScheduler as sampler
+    >>> sampler.__name__
+    'CosineSDESolver'
+    """
+    import diffusers
+
+    name = "CosineDPMSolverMultistepScheduler"
+    original = getattr(diffusers, name)
+    setattr(diffusers, name, CosineSDESolver)
+    try:
+        yield
+    finally:
+        setattr(diffusers, name, original)
 
 
 def _first_line(error):

@@ -1,12 +1,13 @@
 """Tiny text-to-audio checkpoints of random weights, in the real layouts, made in a second.
 
 They make noise, but they are loaded and run by the very code that loads and runs the public
-checkpoints, without network: AudioLDM and AudioLDM 2 in diffusers' folder layout, AudioGen in
-audiocraft's (``state_dict.bin`` and ``compression_state_dict.bin``, plus a T5 folder). `Tones` is
-the smallest back-end of all, for what has nothing to do with models.
+checkpoints, without network: AudioLDM, AudioLDM 2, Stable Audio Open and LongCat in diffusers'
+folder layout, AudioGen in audiocraft's (``state_dict.bin`` and ``compression_state_dict.bin``, plus
+a T5 folder). `Tones` is the smallest back-end of all, for what has nothing to do with models.
 """
 
 import contextlib
+import json
 import time
 from pathlib import Path
 
@@ -125,16 +126,30 @@ def _vocoder():
     return vocoder
 
 
-def audioldm(folder, seed=0):
-    """Write a tiny AudioLDM checkpoint; return its folder."""
-    import torch
-    from diffusers import AudioLDMPipeline, UNet2DConditionModel
-    from transformers import ClapTextConfig, ClapTextModelWithProjection
+def _clap(tokenizer):
+    from transformers import ClapConfig, ClapModel
 
-    torch.manual_seed(seed)
-    tokenizer = _roberta_tokenizer()
-    text = ClapTextModelWithProjection(ClapTextConfig(**_clap_text_config(len(tokenizer))))
-    unet = UNet2DConditionModel(
+    audio = {
+        "spec_size": 64,
+        "window_size": 4,
+        "num_mel_bins": 64,
+        "patch_size": 4,
+        "patch_stride": [4, 4],
+        "patch_embeds_hidden_size": 16,
+        "depths": [1, 1],
+        "num_attention_heads": [2, 2],
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "projection_dim": 16,
+    }
+    text = _clap_text_config(len(tokenizer))
+    return ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=16))
+
+
+def _film_unet():
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
@@ -149,6 +164,18 @@ def audioldm(folder, seed=0):
         projection_class_embeddings_input_dim=16,
         class_embeddings_concat=True,
     )
+
+
+def audioldm(folder, seed=0):
+    """Write a tiny AudioLDM checkpoint; return its folder."""
+    import torch
+    from diffusers import AudioLDMPipeline
+    from transformers import ClapTextConfig, ClapTextModelWithProjection
+
+    torch.manual_seed(seed)
+    tokenizer = _roberta_tokenizer()
+    text = ClapTextModelWithProjection(ClapTextConfig(**_clap_text_config(len(tokenizer))))
+    unet = _film_unet()
     pipe = AudioLDMPipeline(
         vae=_vae(),
         text_encoder=text,
@@ -165,35 +192,11 @@ def audioldm2(folder, seed=0):
     """Write a tiny AudioLDM 2 checkpoint; return its folder."""
     import torch
     from diffusers import AudioLDM2Pipeline, AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
-    from transformers import (
-        ClapConfig,
-        ClapFeatureExtractor,
-        ClapModel,
-        GPT2Config,
-        GPT2LMHeadModel,
-    )
+    from transformers import ClapFeatureExtractor, GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
     tokenizer, tokenizer_2 = _roberta_tokenizer(), _t5_tokenizer()
-    clap = ClapModel(
-        ClapConfig(
-            text_config=_clap_text_config(len(tokenizer)),
-            audio_config={
-                "spec_size": 64,
-                "window_size": 4,
-                "num_mel_bins": 64,
-                "patch_size": 4,
-                "patch_stride": [4, 4],
-                "patch_embeds_hidden_size": 16,
-                "depths": [1, 1],
-                "num_attention_heads": [2, 2],
-                "num_hidden_layers": 2,
-                "hidden_size": 32,
-                "projection_dim": 16,
-            },
-            projection_dim=16,
-        )
-    )
+    clap = _clap(tokenizer)
     unet = AudioLDM2UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -222,6 +225,107 @@ def audioldm2(folder, seed=0):
         unet=unet,
         scheduler=_scheduler(),
         vocoder=_vocoder(),
+    )
+    pipe.save_pretrained(folder)
+    return Path(folder)
+
+
+def stable_audio(folder, seed=0):
+    """Write a tiny Stable Audio Open checkpoint, with the published sampler; return its folder."""
+    import torch
+    from diffusers import (
+        AutoencoderOobleck,
+        EDMDPMSolverMultistepScheduler,
+        StableAudioDiTModel,
+        StableAudioPipeline,
+        StableAudioProjectionModel,
+    )
+
+    torch.manual_seed(seed)
+    tokenizer = _t5_tokenizer()
+    vae = AutoencoderOobleck(
+        encoder_hidden_size=8,
+        downsampling_ratios=[2, 4, 4, 8],
+        channel_multiples=[1, 1, 1, 1],
+        decoder_channels=8,
+        decoder_input_channels=8,
+        audio_channels=2,
+        sampling_rate=44_100,
+    )
+    transformer = StableAudioDiTModel(
+        sample_size=256,  # 1.49 s: all of it is decoded, however short the clip
+        in_channels=8,
+        out_channels=8,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_attention_heads=2,
+        cross_attention_dim=16,
+        cross_attention_input_dim=16,
+        time_proj_dim=16,
+        global_states_input_dim=32,
+    )
+    pipe = StableAudioPipeline(
+        vae=vae,
+        text_encoder=_t5_encoder(len(tokenizer), 16),
+        projection_model=StableAudioProjectionModel(
+            text_encoder_dim=16, conditioning_dim=16, min_value=0, max_value=512
+        ),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        scheduler=EDMDPMSolverMultistepScheduler(),
+    )
+    pipe.save_pretrained(folder)
+    # the published sampler cannot be built without torchsde, but its files can be written
+    sampler = "CosineDPMSolverMultistepScheduler"
+    index = Path(folder) / "model_index.json"
+    parts = json.loads(index.read_text()) | {"scheduler": ["diffusers", sampler]}
+    index.write_text(json.dumps(parts))
+    published = {"_class_name": sampler, "sigma_min": 0.3, "sigma_max": 500, "sigma_data": 1.0}
+    published |= {"sigma_schedule": "exponential", "prediction_type": "v_prediction"}
+    published |= {"num_train_timesteps": 1000, "solver_order": 2, "rho": 7.0}
+    published |= {"solver_type": "midpoint", "lower_order_final": True}
+    published |= {"euler_at_final": False, "final_sigmas_type": "zero"}
+    (Path(folder) / "scheduler/scheduler_config.json").write_text(json.dumps(published))
+    return Path(folder)
+
+
+def longcat(folder, seed=0):
+    """Write a tiny LongCat-AudioDiT checkpoint, which no back-end of ours is named after."""
+    import torch
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        LongCatAudioDiTPipeline,
+        LongCatAudioDiTTransformer,
+        LongCatAudioDiTVae,
+    )
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(seed)
+    tokenizer = _t5_tokenizer()
+    text = UMT5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    transformer = LongCatAudioDiTTransformer(
+        dit_dim=16, dit_depth=1, dit_heads=2, dit_text_dim=16, latent_dim=8
+    )
+    for weights in transformer.parameters():
+        # what starts at nought would keep the text from the sound
+        if not weights.any():
+            torch.nn.init.normal_(weights, std=0.2)
+    pipe = LongCatAudioDiTPipeline(
+        vae=LongCatAudioDiTVae(
+            channels=8,
+            c_mults=[1, 1, 1],
+            strides=[4, 8],
+            latent_dim=8,
+            encoder_latent_dim=16,
+            downsampling_ratio=32,
+        ),
+        text_encoder=UMT5EncoderModel(text),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True),
     )
     pipe.save_pretrained(folder)
     return Path(folder)

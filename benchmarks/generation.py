@@ -1,0 +1,432 @@
+"""Generation: clips a second, parts of the time, memory, and what does not change the bytes.
+
+    python benchmarks/generation.py invariance     back-end × batch, order, shard, resume
+    python benchmarks/generation.py cpu            the embedded model, by clips in a pass
+    python benchmarks/generation.py resume         200 clips, killed in the middle
+    python benchmarks/generation.py gpu            AudioLDM 2 and AudioLDM-S at their public sizes
+
+Without a GPU, seconds are those of the processor: with one thread, what a free core would take,
+however busy the machine is. The last part needs a GPU; `--tiny` runs the same code with tiny
+models, on a CPU as well. Public sizes have random weights: the time of a clip does not depend on
+them. The peer is the loop of work A: one clip a call, half precision, 200 steps.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from soundscapes_utils import generation, ldm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import tiny_checkpoints
+
+PROMPT = "A clear sound of a dog barking in a urban context."
+SECONDS = 4.0
+
+
+def now():
+    """Seconds on the wall where a GPU works, else of the processor."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
+def device_name():
+    """Name what the figures were measured on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = next(
+        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return f"{model.partition(':')[2].strip()}, {torch.get_num_threads()} thread(s), no GPU"
+
+
+def peak_mb():
+    """Tell the highest memory so far: of the GPU if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def show(title, rows):
+    """Print a table under a heading."""
+    table = pd.DataFrame(rows).round(2)
+    print(f"\n{title}\n{table.to_string(index=False)}", flush=True)
+
+
+# --- the same bytes ------------------------------------------------------------------------------
+
+
+def invariance():
+    """Compare every back-end's clips under all ways of sharing out the work."""
+    cases = [(name, {}) for name in generation.BACKENDS]
+    cases += [(name, {"dtype": "float16"}) for name in generation.BACKENDS if name != "audiogen"]
+    makers = {"stable-audio": "stable_audio", "auto": "longcat"}
+    tables = []
+    with tempfile.TemporaryDirectory() as folder, tiny_checkpoints.contextlib.chdir(folder):
+        for name, options in cases:
+            # audiocraft finds the tiny T5 by its name in the current folder
+            checkpoint = Path(folder) / name
+            if not checkpoint.exists():
+                getattr(tiny_checkpoints, makers.get(name, name))(checkpoint)
+            options |= {"top_k": 8} if name == "audiogen" else {"steps": 3}
+            backend = generation.get_backend(name, checkpoint=checkpoint, device="cpu", **options)
+            tables.append(generation.check_invariance(backend))
+    embedded = generation.get_backend("audioldm", steps=3, device="cpu")
+    table = generation.check_invariance(embedded, duration_s=1.28)
+    tables.append(table.assign(backend="audioldm (embedded)"))
+    table = pd.concat(tables)
+    table["same_bytes"] = table.same_bytes.map({True: "same", False: ""})
+    table["shown"] = table.same_bytes.where(
+        table.same_bytes == "same", table.max_difference.map("≤ {:.1e}".format)
+    )
+    order = list(dict.fromkeys(table.change))
+    wide = table.pivot_table("shown", ["backend", "dtype"], "change", aggfunc="first", sort=False)
+    sizes = {name: name.replace("batch of 5", "batch") for name in order}
+    show(
+        "same bytes, or greatest difference of full scale",
+        wide[order].rename(columns=sizes).reset_index(),
+    )
+
+
+# --- the embedded model ----------------------------------------------------------------------------
+
+
+def timed_parts(pipe):
+    """Make a pipeline count the seconds of its parts; return the count."""
+    seconds = defaultdict(float)
+    parts = {
+        "text": (pipe.text_encoder, "forward"),
+        "U-Net": (pipe.unet, "forward"),
+        "decoder": (pipe.vae, "decode"),
+        "vocoder": (pipe.vocoder, "forward"),
+    }
+
+    def counting(name, call):
+        def run(*arguments, **named):
+            begin = now()
+            result = call(*arguments, **named)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name] += now() - begin
+            return result
+
+        return run
+
+    for name, (part, method) in parts.items():
+        setattr(part, method, counting(name, getattr(part, method)))
+    return seconds
+
+
+def rate(backend, n, duration_s):
+    """Clips a second over n clips, after a first pass that warms up."""
+    size = backend.settings["clips_per_pass"]
+    backend.generate([PROMPT] * size, list(range(size)), duration_s)
+    begin = now()
+    backend.generate([PROMPT] * n, list(range(n)), duration_s)
+    return n / (now() - begin)
+
+
+def cpu_case(size, n, steps):
+    """Measure the embedded model with so many clips in a pass; print a row as JSON."""
+    backend = generation.get_backend("audioldm", steps=steps, device="cpu", clips_per_pass=size)
+    clip_s = 2.56
+    seconds = timed_parts(backend.pipe)
+    fast = rate(backend, n, clip_s)
+    total = sum(seconds.values())
+    shares = {f"{name} %": round(100 * s / total, 1) for name, s in seconds.items()}
+    row = {
+        "clips in a pass": size,
+        "clips/s": round(fast, 2),
+        **shares,
+        "peak MB": round(peak_mb()),
+    }
+    print(json.dumps(row))
+
+
+def cpu(n, steps, sizes):
+    """Measure each size of pass in a process of its own, for its peak memory."""
+    rows = []
+    for size in sizes:
+        call = [sys.executable, __file__, "cpu", "--size", str(size), "--n", str(n)]
+        call += ["--steps", str(steps)]
+        done = subprocess.run(call, capture_output=True, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    table = pd.DataFrame(rows)
+    table.insert(2, "× batch 1", (table["clips/s"] / table["clips/s"].iloc[0]).round(2))
+    show(f"embedded model, {steps} steps, 2.56 s, {device_name()}", table)
+
+
+# --- killed and resumed ----------------------------------------------------------------------------
+
+RUN = """
+import sys, pandas as pd
+from soundscapes_utils import generation
+plan = pd.read_csv(sys.argv[1])
+backend = generation.get_backend("audioldm", steps=int(sys.argv[3]), device="cpu")
+generation.generate_clips(plan, backend, sys.argv[2])
+"""
+
+
+def resume(n, steps):
+    """Make clips in one go, and again with a kill in the middle; compare all files."""
+    labels = ["dog", "rain", "rooster", "clock_tick"]
+    plan = generation.plan_clips(labels, n // len(labels), "varied", duration_s=1.28)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        plan.to_csv(folder / "plan.csv", index=False)
+        whole, killed = folder / "whole", folder / "killed"
+
+        def start(out):
+            call = [sys.executable, "-c", RUN, folder / "plan.csv", out, str(steps)]
+            return subprocess.Popen(list(map(str, call)), stderr=subprocess.DEVNULL)
+
+        def made(out):
+            return {path.name: path.read_bytes() for path in out.glob("*.wav")}
+
+        begin = time.perf_counter()
+        assert start(whole).wait() == 0
+        seconds = time.perf_counter() - begin
+        process = start(killed)
+        while len(made(killed)) < n // 2:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        before = len(made(killed))
+        assert start(killed).wait() == 0
+        one, other = made(whole), made(killed)
+        row = {
+            "clips": len(one),
+            "seconds in one go": round(seconds, 1),
+            "whole clips after SIGKILL": before,
+            "after resuming": len(other),
+            "same bytes": sum(one[name] == other.get(name) for name in one),
+            "left over": len(list(killed.glob(".*.part"))),
+        }
+    show(f"killed and resumed, {steps} steps, {device_name()}", [row])
+
+
+# --- public sizes ------------------------------------------------------------------------------------
+
+LATENT = {
+    "in_channels": 8,
+    "out_channels": 8,
+    "layers_per_block": 2,
+    "block_out_channels": (128, 256, 384, 640),
+    "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+    "up_block_types": (*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+    "sample_size": 128,
+}
+VOCODER = {
+    "model_in_dim": 64,
+    "sampling_rate": 16_000,
+    "upsample_initial_channel": 1024,
+    "upsample_rates": [5, 4, 2, 2, 2],
+    "upsample_kernel_sizes": [16, 16, 8, 4, 4],
+    "resblock_kernel_sizes": [3, 7, 11],
+    "resblock_dilation_sizes": [[1, 3, 5]] * 3,
+    "normalize_before": False,
+}
+FLAN_T5_LARGE = {
+    "vocab_size": 32_128,
+    "d_model": 1024,
+    "d_kv": 64,
+    "d_ff": 2816,
+    "num_layers": 24,
+    "num_heads": 16,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+def shared_parts():
+    """Autoencoder, sampler and vocoder of both, as diffusers' conversion scripts write them."""
+    from diffusers import AutoencoderKL
+    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+    vae = AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        latent_channels=8,
+        layers_per_block=2,
+        block_out_channels=(128, 256, 512),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        sample_size=512,
+    )
+    vocoder = SpeechT5HifiGan(SpeechT5HifiGanConfig(**VOCODER))
+    return {"vae": vae, "vocoder": vocoder, "scheduler": tiny_checkpoints._scheduler()}
+
+
+def audioldm_s():
+    """AudioLDM-S-full: a U-Net of 128 channels, conditioned on CLAP's text embedding."""
+    from diffusers import AudioLDMPipeline, UNet2DConditionModel
+    from transformers import ClapTextConfig, ClapTextModelWithProjection
+
+    unet = UNet2DConditionModel(
+        **LATENT,
+        cross_attention_dim=LATENT["block_out_channels"],
+        class_embed_type="simple_projection",
+        projection_class_embeddings_input_dim=512,
+        class_embeddings_concat=True,
+    )
+    return AudioLDMPipeline(
+        text_encoder=ClapTextModelWithProjection(ClapTextConfig()),
+        tokenizer=tiny_checkpoints._roberta_tokenizer(),
+        unet=unet,
+        **shared_parts(),
+    )
+
+
+def audioldm2():
+    """AudioLDM 2: CLAP and Flan-T5-large, GPT-2, a U-Net with two cross-attentions."""
+    from diffusers import AudioLDM2Pipeline, AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
+    from transformers import (
+        ClapConfig,
+        ClapFeatureExtractor,
+        ClapModel,
+        GPT2Config,
+        GPT2LMHeadModel,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    widths = [None, 768, 1024]
+    unet = AudioLDM2UNet2DConditionModel(**LATENT, cross_attention_dim=[widths] * 4)
+    return AudioLDM2Pipeline(
+        text_encoder=ClapModel(ClapConfig()),
+        text_encoder_2=T5EncoderModel(T5Config(**FLAN_T5_LARGE)),
+        projection_model=AudioLDM2ProjectionModel(512, 1024, 768),
+        language_model=GPT2LMHeadModel(GPT2Config(max_new_tokens=8)),
+        tokenizer=tiny_checkpoints._roberta_tokenizer(),
+        tokenizer_2=tiny_checkpoints._t5_tokenizer(),
+        feature_extractor=ClapFeatureExtractor(),
+        unet=unet,
+        **shared_parts(),
+    )
+
+
+def parameters_m(pipe):
+    """Millions of parameters, of the U-Net and of all parts."""
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    counts = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (pipe.unet, *parts)]
+    return round(counts[0]), round(sum(counts[1:]))
+
+
+def tiny(name):
+    """A pipeline of the same kind whose parts are tiny."""
+    from diffusers import AudioLDM2Pipeline, AudioLDMPipeline
+
+    with tempfile.TemporaryDirectory() as folder:
+        if name == "AudioLDM-S":
+            return AudioLDMPipeline.from_pretrained(tiny_checkpoints.audioldm(folder))
+        return AudioLDM2Pipeline.from_pretrained(tiny_checkpoints.audioldm2(folder))
+
+
+def gpu(n, steps, sizes, small):
+    """Clips a second of A's loop and of passes of several clips, and their peak memory."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not small:
+        print("\nno GPU: public sizes are not timed; --tiny runs the same code with tiny models")
+        return
+    half = torch.float16 if device == "cuda" else torch.float32
+    for name, build in {"AudioLDM 2": audioldm2, "AudioLDM-S": audioldm_s}.items():
+        torch.manual_seed(0)
+        with ldm.quiet():
+            pipe = (tiny(name) if small else build()).to(device, half)
+        pipe.set_progress_bar_config(disable=True)
+        unet, total = parameters_m(pipe)
+        peer = a_loop(pipe, max(2, n // 16), steps)
+        rows = [{"way": "A's loop", "clips/s": peer, "× A": 1.0, "peak MB": peak_mb()}]
+        for compiled in (False, True) if device == "cuda" else (False,):
+            pipe = generation._placed(pipe, device, None, compiled)
+            rows += [batched(pipe, size, n, steps, compiled, peer) for size in sizes]
+        title = f"{name}, U-Net {unet} M of {total} M parameters, {steps} steps, {SECONDS} s"
+        show(f"{title}, {device_name()}", rows)
+        del pipe
+
+
+def a_loop(pipe, n, steps):
+    """Clips a second of one call a clip, after a first."""
+    for number in range(n + 1):
+        if number == 1:
+            begin = now()
+        sound = pipe(PROMPT, num_inference_steps=steps, audio_length_in_s=SECONDS).audios[0]
+        assert np.isfinite(sound).all()
+    return n / (now() - begin)
+
+
+def batched(pipe, size, n, steps, compiled, peer):
+    """The same steps with so many clips in a pass, through the project's own back-end."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    settings = {"steps": steps, "guidance_scale": 3.5, "eta": 0.0, "clips_per_pass": size}
+    settings["dtype"] = str(pipe.dtype).removeprefix("torch.")
+    backend = generation.DiffusersBackend(
+        "random", "random weights", 16_000, settings, pipe, lambda prompts: [0] * len(prompts)
+    )
+    fast = rate(backend, max(n, size), SECONDS)
+    way = f"{size} in a pass" + (", compiled, channels last" if compiled else "")
+    way += f" (memory: {backend.pass_limit})" if backend.pass_limit else ""
+    return {"way": way, "clips/s": fast, "× A": fast / peer, "peak MB": peak_mb()}
+
+
+def sizes_of_public_models():
+    """Count parameters without making any: the sizes that `known_checkpoints` states."""
+    with torch.device("meta"), ldm.quiet():
+        rows = {"cvssp/audioldm2": audioldm2(), "cvssp/audioldm-s-full-v2": audioldm_s()}
+    known = generation.known_checkpoints().set_index("checkpoint").parameters_m
+    table = [
+        {"checkpoint": name, "U-Net M": parameters_m(pipe)[0], "all M": parameters_m(pipe)[1]}
+        | {"stated M": known[name]}
+        for name, pipe in rows.items()
+    ]
+    show("parameters of the configurations written out here", table)
+
+
+def main():
+    """Run the parts that were named."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ["invariance", "cpu", "resume", "gpu"]
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; all by default")
+    parser.add_argument("--n", type=int, help="clips: 16 on a CPU, 200 resumed, 128 on a GPU")
+    parser.add_argument("--steps", type=int, help="25 for the embedded model, 200 on a GPU")
+    parser.add_argument("--sizes", type=int, nargs="+", help="clips in a pass")
+    parser.add_argument("--tiny", action="store_true", help="tiny models in part gpu")
+    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)  # one case of part cpu
+    options = parser.parse_args()
+    if options.size:
+        return cpu_case(options.size, options.n, options.steps)
+    for part in options.parts or parts:
+        if part == "invariance":
+            invariance()
+        elif part == "cpu":
+            cpu(options.n or 16, options.steps or 25, options.sizes or [1, 2, 4, 8, 16])
+        elif part == "resume":
+            resume(options.n or 200, options.steps or 25)
+        elif part == "gpu":
+            sizes_of_public_models()
+            gpu(
+                options.n or 128,
+                options.steps or 200,
+                options.sizes or [1, 8, 16, 32, 64, 128],
+                options.tiny,
+            )
+        else:
+            parser.error(f"unknown part {part}: choose of {', '.join(parts)}")
+
+
+if __name__ == "__main__":
+    main()
