@@ -266,6 +266,53 @@ def joint_rank(labels, *criteria):
     return np.exp(-np.log(ranks).mean(axis=0))
 
 
+def summarise(scores, embeddings, seed=0):
+    """Put what is known about a set of clips into one row, to compare sets made in two ways.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        One row a clip: ``label``, and the columns of `clap_scores` and `agreement`.
+    embeddings : array_like, shape (clips, d)
+        Of the same clips, for their spread.
+    seed : int
+        Of the interval.
+
+    Returns
+    -------
+    dict
+        ``n``; ``judge_agrees``, the share of clips that the judge calls by their label, with its
+        95 % bootstrap interval ``ci_low, ci_high``; the means ``clap_score`` and ``clap_margin``;
+        ``spread``, the mean Euclidean distance of two clips of one class (NaN for one clip each).
+
+    Raises
+    ------
+    ValueError
+        Embeddings of another number of clips, or not finite.
+
+    Examples
+    --------
+    >>> scores = pd.DataFrame({"label": ["dog", "dog"], "judged_as": ["dog", "rain"],
+    ...                        "clap_score": [0.5, 0.1], "clap_margin": [0.2, -0.2]})
+    >>> found = summarise(scores, [[0.0], [3.0]])
+    >>> found["n"], found["judge_agrees"], round(found["clap_score"], 2), found["spread"]
+    (2, 0.5, 0.3, 3.0)
+    """
+    x = _rows(embeddings, "embeddings")
+    labels = _names(scores["label"], len(x), "embeddings")
+    right = (scores["judged_as"].astype(str) == labels).to_numpy(float)
+    low, high = stats.bootstrap_ci(right, seed=seed)
+    return {
+        "n": len(x),
+        "judge_agrees": float(right.mean()),
+        "ci_low": low,
+        "ci_high": high,
+        "clap_score": float(scores["clap_score"].mean()),
+        "clap_margin": float(scores["clap_margin"].mean()),
+        "spread": _spread(labels, x),
+    }
+
+
 # --- filters: which clips to keep, always a stated number of each class ---------------------------
 
 

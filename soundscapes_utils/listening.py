@@ -1,4 +1,4 @@
-"""Listening: what a diffusion model makes on its way, and a page of a finished set.
+"""Listening: a model's parts, what it makes on its way, and a page of a finished set.
 
 The page is one HTML file with its sounds and pictures beside it: it opens from the disk, works
 without a network and on a phone, and can be copied or put on a server as a folder.
@@ -16,6 +16,61 @@ from .generation import GENERATED_COLUMNS
 
 PAGE_RATE = 16_000
 PICTURE_FRAMES = 256  # columns of a spectrogram: more than its card is wide
+
+
+# The parts of a text-to-audio model in the order in which a prompt passes through them.
+PARTS = {
+    "text_encoder": ("CLAP text tower", "prompt to a vector"),
+    "text_encoder_2": ("T5", "prompt to a list of vectors"),
+    "projection_model": ("projection", "both to one width"),
+    "language_model": ("GPT-2", "these to a description of the sound"),
+    "unet": ("U-Net", "noise to a latent, step by step"),
+    "transformer": ("transformer", "noise to a latent, step by step"),
+    "condition_provider": ("T5", "prompt to a list of vectors"),
+    "lm": ("language model", "one token of sound after another"),
+    "compression_model": ("EnCodec", "tokens to a waveform"),
+    "vae": ("VAE decoder", "latent to what is heard or vocoded"),
+    "vocoder": ("vocoder", "log-mel to a waveform"),
+}
+
+
+def model_parts(backend):
+    """List the networks that a text-to-audio model is made of, with their sizes.
+
+    Parameters
+    ----------
+    backend : generation.TextToAudio
+        From `generation.get_backend`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        In the order in which a prompt passes: ``part, does, millions`` (of parameters). Empty for
+        a back-end of one's own, whose parts nobody here can know.
+
+    Examples
+    --------
+    >>> from soundscapes_utils import generation
+    >>> model_parts(generation.get_backend("audioldm", device="cpu")).part.tolist()
+    ['CLAP text tower', 'U-Net', 'VAE decoder', 'vocoder']
+    """
+    whole = getattr(backend, "pipe", getattr(backend, "model", None))
+    rows = []
+    for name, (part, does) in PARTS.items():
+        holder = getattr(whole, "lm", None) if name == "condition_provider" else whole
+        found = getattr(holder, name, None)
+        if found is not None:
+            inner = getattr(found, "condition_provider", None)
+            size = _size(found) - (_size(inner) if inner is not None else 0)
+            rows.append((part, does, size / 1e6))
+    return pd.DataFrame(rows, columns=["part", "does", "millions"])
+
+
+def _size(module):
+    # audiocraft keeps a frozen T5 where torch does not see it
+    hidden = [part.__dict__.get("t5") for part in module.modules()]
+    whole = [module, *(part for part in hidden if hasattr(part, "parameters"))]
+    return sum(values.numel() for part in whole for values in part.parameters())
 
 
 def denoising_steps(backend, prompt, seed, duration_s, at):

@@ -94,6 +94,18 @@ def test_joint_rank_is_blind_to_scale_and_order(values, random):
     assert turned == pytest.approx(joint[order])
 
 
+def test_summary_of_a_set_is_counted_and_averaged_by_class():
+    scores = pd.DataFrame({"label": ["a", "a", "b", "b"], "judged_as": ["a", "a", "b", "a"]})
+    scores = scores.assign(clap_score=[1, 2, 3, 4], clap_margin=[0, 0, 0, 1])
+    found = choosing.summarise(scores, [[0.0], [1.0], [5.0], [8.0]])
+    assert (found["n"], found["judge_agrees"], found["clap_score"]) == (4, 0.75, 2.5)
+    # pairs across classes do not count
+    assert found["spread"] == (1 + 3) / 2 and found["clap_margin"] == 0.25
+    assert found["ci_low"] <= 0.75 <= found["ci_high"]
+    with pytest.raises(ValueError, match="embeddings has 1 rows"):
+        choosing.summarise(scores, [[0.0]])
+
+
 # --- filters ---------------------------------------------------------------------------------------
 
 

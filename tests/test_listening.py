@@ -298,7 +298,7 @@ def test_page_fits_a_phone(tmp_path, browse):
     assert small == 0
 
 
-# --- from noise to sound ---------------------------------------------------------------------------
+# --- a model and what it makes on its way ----------------------------------------------------
 
 
 def test_last_step_of_denoising_is_the_clip_and_the_first_is_noise():
@@ -330,3 +330,23 @@ def test_a_model_without_such_steps_gives_its_clip():
 
     found = listening.denoising_steps(Model(), "rain", 0, 0.5, [1])
     assert list(found) == ["as made"] and found["as made"].max() == pytest.approx(10 ** (-1 / 20))
+
+
+def test_parts_of_a_model_in_the_order_of_their_work(tmp_path, monkeypatch):
+    import tiny_checkpoints
+
+    from soundscapes_utils import generation
+
+    folder = tiny_checkpoints.audiogen(tmp_path / "audiogen")
+    monkeypatch.chdir(tmp_path)
+    backend = generation.get_backend("audiogen", checkpoint=folder, device="cpu")
+    parts = listening.model_parts(backend).set_index("part").millions * 1e6
+    assert parts.index.tolist() == ["T5", "language model", "EnCodec"]
+    lm, codec = backend.model.lm, backend.model.compression_model
+    conditioner = lm.condition_provider.conditioners["description"]
+    text = sum(p.numel() for p in conditioner.t5.parameters())
+    # the text encoder hides inside the language model, and counts once
+    assert parts["T5"] == pytest.approx(text + sum(p.numel() for p in conditioner.parameters()))
+    seen = sum(p.numel() for net in (lm, codec) for p in net.parameters())
+    assert parts.sum() == pytest.approx(seen + text)
+    assert listening.model_parts(object()).empty
