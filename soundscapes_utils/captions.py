@@ -1227,7 +1227,8 @@ def _mean_distance(group, embed):
         n = len(own)
         if n > 1:
             # the sum over all pairs is the squared length of the sum, less the n pairs with itself
-            means.append(1 - (np.sum(own.sum(axis=0) ** 2) - n) / (n * (n - 1)))
+            # and repeated prompts must not end a rounding below zero
+            means.append(max(0.0, 1 - (np.sum(own.sum(axis=0) ** 2) - n) / (n * (n - 1))))
     return float(np.mean(means)) if means else float("nan")
 
 

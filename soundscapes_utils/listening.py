@@ -163,7 +163,8 @@ def write_page(out_dir, generated, real=None, *, title="Listen", per_class=24, s
         and ``pictures/``. What is there already is kept, so a second call is quick.
     generated : pandas.DataFrame
         Any `generated` table. Columns beyond the usual are shown on the cards: numbers can be sorted
-        by and cut off at (as ``score`` and ``lufs`` can), words can be searched for.
+        by and cut off at (as ``score`` and ``lufs`` can), words can be searched for, and columns of
+        true and false name the clips that they mark.
     real : pandas.DataFrame, optional
         Clip table of real recordings, of the same classes; its further columns likewise.
     title : str
@@ -230,6 +231,60 @@ def write_page(out_dir, generated, real=None, *, title="Listen", per_class=24, s
     return audio.write_whole(out_dir / "index.html", page.encode())
 
 
+def page_of_run(run_dir, table="generated", per_class=24):
+    """Make the page of a table that a run has left, with its scores and real clips if there are any.
+
+    Parameters
+    ----------
+    run_dir : str or Path
+        Folder of the run.
+    table : str or Path
+        Name of a table in the run's ``tables/``, or a CSV file of the same columns. The page goes
+        to ``listen/``, or ``listen-<name>/`` for another table than ``generated``.
+    per_class : int
+        As for `write_page`.
+
+    Returns
+    -------
+    Path
+        ``index.html``.
+
+    Raises
+    ------
+    ValueError
+        No such table, or one that `write_page` refuses.
+    audio.AudioError
+        A clip that cannot be read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> page_of_run(tempfile.mkdtemp())
+    Traceback (most recent call last):
+    ValueError: ...generated.csv: no such table...
+    """
+    tables = Path(run_dir) / "tables"
+    file = Path(table) if Path(table).suffix == ".csv" else tables / f"{table}.csv"
+    if not file.is_file():
+        raise ValueError(f"{file}: no such table; run notebook 02 first, or give a CSV file")
+    made, real, name = pd.read_csv(file), None, file.stem
+    scores = tables / f"{name}_scores.csv"
+    if scores.is_file():
+        more = pd.read_csv(scores).drop(columns="label", errors="ignore")
+        made = made.merge(more, on="clip_id", how="left")
+    if (tables / "clips.csv").is_file():
+        real = pd.read_csv(tables / "clips.csv")
+        real = real[real["label"].isin(made["label"])] if "label" in made else real
+    out_dir = Path(run_dir) / ("listen" if name == "generated" else f"listen-{name}")
+    return write_page(
+        out_dir,
+        made,
+        real if real is not None and len(real) else None,
+        title=f"{Path(run_dir).resolve().name}: {name.replace('_', ' ')}",
+        per_class=per_class,
+    )
+
+
 def _different(words):
     return [word for word in dict.fromkeys(words) if word]
 
@@ -260,7 +315,9 @@ _USUAL = {
 def _card(row, side, out_dir):
     extra = {key: value for key, value in row.items() if key not in _USUAL and not _empty(value)}
     numbers = {key: value for key, value in extra.items() if _is_number(value)}
-    words = {key: str(value) for key, value in extra.items() if key not in numbers}
+    marks = {key: value for key, value in extra.items() if isinstance(value, (bool, np.bool_))}
+    words = {k: str(v) for k, v in extra.items() if k not in numbers and k not in marks}
+    words |= {"marked": ", ".join(key for key, value in marks.items() if value)} if marks else {}
     sound, picture, seconds = _files(Path(row["path"]), out_dir)
     text = str(row.get("prompt", "")) if side == "synthetic" else ""
     return {

@@ -499,20 +499,21 @@ def model_parts(parts, steps=None):
         box = {"xy": (x - 0.36, -height / 2), "width": 0.72, "height": height}
         axes.add_patch(plt.Rectangle(**box, facecolor=colour, alpha=0.3, edgecolor=colour))
         axes.text(x, 0.06, part.part, ha="center", va="center", weight="bold", fontsize="small")
-        axes.text(x, -0.09, f"{part.millions:.3g} M", ha="center", va="center", fontsize="small")
+        size = f"{part.millions:.3g} M" if part.millions else "nothing trained"
+        axes.text(x, -0.09, size, ha="center", va="center", fontsize="small")
         says = part.does.replace(", ", ",\n").replace(" to ", "\nto ", 1)
         axes.text(x, -0.56, says, ha="center", va="top", fontsize="small")
         if "noise" in part.does and steps:
             arc = {"arrowstyle": "->", "connectionstyle": "arc3,rad=-1.4", "color": "0.3"}
             ends = {"xytext": (x - 0.15, height / 2), "xy": (x + 0.15, height / 2)}
             axes.annotate("", **ends, arrowprops=arc)
-            axes.text(x, height / 2 + 0.24, f"{steps} times", ha="center", fontsize="small")
+            axes.text(x, height / 2 + 0.33, f"{steps} times", ha="center", fontsize="small")
     for x in range(len(parts) + 1):
         arrow = {"arrowstyle": "->", "color": "0.3"}
         axes.annotate("", xy=(x + 0.63, 0), xytext=(x + 0.37, 0), arrowprops=arrow)
     axes.text(0.33, 0, "prompt", ha="right", va="center")
     axes.text(len(parts) + 0.67, 0, "sound", ha="left", va="center")
-    axes.set(xlim=(-0.15, len(parts) + 1.1), ylim=(-0.95, 0.95))
+    axes.set(xlim=(-0.15, len(parts) + 1.1), ylim=(-0.95, 1.0))
     axes.set_axis_off()
     return figure
 
@@ -532,7 +533,8 @@ def sets_compared(table, by, title=""):
     Returns
     -------
     matplotlib.figure.Figure
-        Agreement of the judge with its 95 % interval, CLAP score, and spread within a class.
+        Agreement of the judge with its 95 % interval, CLAP score, and, where there are several
+        clips of a class, the spread within it.
     """
     import matplotlib.pyplot as plt
     import numpy as np
@@ -543,8 +545,10 @@ def sets_compared(table, by, title=""):
         "clap_score": "CLAP score, cosine",
         "spread": "spread within a class",
     }
-    height = 0.36 * len(table) + 1.5
-    figure, axes = plt.subplots(1, 3, figsize=(10, height), sharey=True, layout="constrained")
+    # one clip a class has no spread
+    panels = {column: name for column, name in panels.items() if table[column].notna().any()}
+    size = (3.4 * len(panels), 0.36 * len(table) + 1.5)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
     place, colour = np.arange(len(table))[::-1], sns.color_palette("colorblind")[0]
     for panel, (column, name) in zip(axes, panels.items(), strict=True):
         panel.plot(table[column], place, "o", color=colour)
@@ -557,39 +561,38 @@ def sets_compared(table, by, title=""):
 
 
 def filters_beside_random(table, title=""):
-    """Show what filters do for a classifier, each beside a random drop of as many clips.
+    """Show what filters do for a classifier, each before the random drops of as many clips.
 
     Parameters
     ----------
     table : pandas.DataFrame
         From `soundscapes_utils.choosing.choose_filter`.
     title : str, optional
-        Above both panels.
+        Above the panel.
 
     Returns
     -------
     matplotlib.figure.Figure
-        Accuracy on the validation folds with its 95 % interval and that of the control; and their
-        difference, with a line at zero.
+        Accuracy on the validation folds; behind it, as a bar, the middle 95 % of the random drops
+        and their mean.
     """
     import matplotlib.pyplot as plt
     import numpy as np
     import seaborn as sns
 
-    height = 0.36 * len(table) + 1.7
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, height), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 0.4 * len(table) + 1.6), layout="constrained")
     place, colours = np.arange(len(table))[::-1], sns.color_palette("colorblind")
+    widths = table.control_high - table.control_low
+    bar = {"height": 0.55, "color": colours[1], "alpha": 0.35}
+    axes.barh(place, widths, left=table.control_low, **bar, label="random drops, middle 95 %")
+    axes.plot(table.control, place, "|", ms=14, color=colours[1], label="random drops, mean")
+    axes.plot(table.accuracy, place, "o", color=colours[0], label="filter")
     names = [f"{row.filter} ({row.n_kept:.0f} clips)" for row in table.itertuples()]
-    axes[0].hlines(place, table.ci_low, table.ci_high, color=colours[0])
-    axes[0].plot(table.accuracy, place, "o", color=colours[0], label="filter")
-    axes[0].plot(table.control, place, "D", color=colours[1], mfc="none", label="random drop")
-    axes[0].set(yticks=place, yticklabels=names, xlabel="accuracy on real validation folds")
-    axes[0].legend(loc="best")
-    axes[1].axvline(0, color="0.3", linewidth=1)
-    axes[1].hlines(place, table.difference_low, table.difference_high, color=colours[0])
-    axes[1].plot(table.difference, place, "o", color=colours[0])
-    axes[1].set(xlabel="filter less random drop", ylim=(-0.6, len(table) - 0.4))
-    figure.suptitle(title)
+    axes.set(yticks=place, yticklabels=names, ylim=(-0.6, len(table) - 0.4), title=title)
+    axes.set_xlabel(
+        f"accuracy on {table.n_validation.iloc[0]} real sources of the validation folds"
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     return figure
 
 

@@ -216,27 +216,45 @@ def test_the_filter_that_drops_mislabelled_clips_is_chosen(spoilt):
         "right": ~wrong,
         "judge": judge,
     }
-    table = choosing.choose_filter(real, folds, made, filters, test_fold=5, draws=3).set_index(
+    table = choosing.choose_filter(real, folds, made, filters, test_fold=5, draws=39).set_index(
         "filter"
     )
     # the judge never saw the fold that validated
     assert seen == [90] * 4
     assert table.n_kept.to_dict() == {"all": 120, "wrong": 50, "right": 70, "judge": 70}
     assert table.n_validation.unique() == 120
-    # a filter that drops nothing is its own control
-    assert table.loc["all", ["difference", "difference_low", "difference_high"]].tolist() == [0] * 3
+    # a filter that drops nothing has no control
+    assert table.loc["all", ["control", "difference", "p", "p_holm"]].isna().all()
     assert table.accuracy["wrong"] < 0.3 < 0.85 < table.accuracy["right"]
-    assert table.difference_low["right"] > 0 > table.difference_high["wrong"]
+    assert table.p["right"] == table.p["judge"] == 1 / 40 and table.p["wrong"] == 1
+    assert table.p_holm.drop("all").tolist() == pytest.approx([1, 3 / 40, 3 / 40])
+    assert table.accuracy["right"] > table.control_high["right"] > table.control["right"]
     assert table.chosen.sum() == 1 and table.accuracy[table.chosen].item() == table.accuracy.max()
     assert table.chosen["right"] or table.chosen["judge"]
-    # accuracy by hand, from what the filter kept
+    assert table.accuracy["right"] == pytest.approx(accuracy_by_hand(real, made, ~wrong))
+
+
+def accuracy_by_hand(real, made, kept):
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler().fit(made[0][~wrong])
-    model = LogisticRegression().fit(scaler.transform(made[0][~wrong]), made[1][~wrong])
-    by_hand = model.score(scaler.transform(real[0]), real[1])
-    assert table.accuracy["right"] == pytest.approx(by_hand)
+    scaler = StandardScaler().fit(made[0][kept])
+    model = LogisticRegression().fit(scaler.transform(made[0][kept]), made[1][kept])
+    return model.score(scaler.transform(real[0]), real[1])
+
+
+def test_a_filter_that_is_random_itself_is_one_of_many(spoilt):
+    real, folds, made, _ = spoilt
+    # 21 of each class, drawn as the fourth of the control's own drops
+    mask = choosing.keep_random(made[1], 21, seed=3)
+    found = choosing.choose_filter(real, folds, made, {"r": mask}, test_fold=5, draws=19).iloc[0]
+    drops = [
+        accuracy_by_hand(real, made, choosing.keep_random(made[1], 21, seed=draw))
+        for draw in range(19)
+    ]
+    assert found.accuracy == pytest.approx(drops[3])
+    assert found.control == pytest.approx(np.mean(drops))
+    assert found.p == (1 + sum(drop >= drops[3] for drop in drops)) / 20
 
 
 def test_excerpts_of_one_source_count_once(spoilt):

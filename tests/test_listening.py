@@ -133,6 +133,30 @@ def test_bad_tables_and_lost_clips_are_named(tmp_path):
     assert not (tmp_path / "listen/index.html").exists()
 
 
+def test_command_makes_the_page_of_a_run(tmp_path, capsys):
+    from soundscapes_utils.__main__ import main
+
+    made, real = tables(tmp_path)
+    (tmp_path / "run/tables").mkdir(parents=True)
+    scores = made[["clip_id", "label", "clap_score"]].iloc[::-1].assign(keep_joint=True)
+    made.drop(columns="clap_score").to_csv(tmp_path / "run/tables/generated.csv")
+    scores.to_csv(tmp_path / "run/tables/generated_scores.csv", index=False)
+    real.assign(label="dog").to_csv(tmp_path / "run/tables/clips.csv", index=False)
+    assert main(["listen", str(tmp_path / "run"), "--per-class", "2"]) == 0
+    cards = Page(tmp_path / "run/listen/index.html").named("article")
+    assert [card["data-side"] for card in cards] == ["real"] * 2 + ["synthetic"] * 4
+    assert (tmp_path / "run/listen/index.html").read_text().count("marked: keep joint") == 4
+    named = {json.loads(card["data-numbers"]).get("clap score") for card in cards[2:]}
+    assert named <= {0.1, 0.9, 0.5, -0.2, 0.3, None} and len(named) > 1
+    made.to_csv(tmp_path / "mine.csv", index=False)
+    assert main(["listen", str(tmp_path / "run"), "--table", str(tmp_path / "mine.csv")]) == 0
+    assert (tmp_path / "run/listen-mine/index.html").is_file()
+    assert main(["listen", str(tmp_path / "run"), "--table", "nothing"]) == 2
+    assert "no such table; run notebook 02" in capsys.readouterr().err
+    (tmp_path / "source/made-dog-1.wav").unlink()
+    assert main(["listen", str(tmp_path / "run"), "--table", str(tmp_path / "mine.csv")]) == 1
+
+
 # --- in a browser ----------------------------------------------------------------------------------
 
 
