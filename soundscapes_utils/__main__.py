@@ -87,6 +87,12 @@ def _parser():
     page.add_argument("run_dir", help="for example runs/quick")
     page.add_argument("--open", action="store_true", help="show it in the browser")
     page.set_defaults(action=_report)
+    page = commands.add_parser("listen", help="make a page of a generated set, to be listened to")
+    page.add_argument("run_dir", help="for example runs/quick")
+    page.add_argument("--table", default="generated", help="name of the run's table, or a CSV file")
+    page.add_argument("--per-class", type=int, default=24, metavar="N", help="clips on either side")
+    page.add_argument("--open", action="store_true", help="show it in the browser")
+    page.set_defaults(action=_listen)
     listing = commands.add_parser("profiles", help="list the profiles and what they need")
     listing.set_defaults(action=_profiles)
     publishing = commands.add_parser(
@@ -152,6 +158,20 @@ def _print_headlines(table):
 def _report(options):
     page = report.write_report(options.run_dir)
     print(f"Report: {page}")
+    if options.open:
+        webbrowser.open(page.as_uri())
+    return 0
+
+
+def _listen(options):
+    from . import audio, listening
+
+    try:
+        page = listening.page_of_run(options.run_dir, options.table, options.per_class)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, audio.AudioError) else 2
+    print(f"Page: {page}")
     if options.open:
         webbrowser.open(page.as_uri())
     return 0

@@ -3,8 +3,10 @@
 Four tables hold the language: :data:`EVENTS` says how each ESC-50 and UrbanSound8K class is
 spoken of, :data:`SCENES` does so for the acoustic scenes of TAU and for the ambient classes that
 can stand in for them; :data:`EVENT_VARIANTS` and :data:`SCENE_VARIANTS` add synonyms. A label that
-is in none is still captioned, from its tidied name. :func:`wrong_senses` keeps a second meaning of
-a word (a siren that sings, a mouse that squeaks) out of the texts, the files of others included.
+is in none is still captioned, from its tidied name. :data:`RANGES` and :data:`RANGE_OF` say how far
+off a class can be: nobody holds a microphone close to an airplane. :func:`wrong_senses` keeps a
+second meaning of a word (a siren that sings, a mouse that squeaks) out of the texts, the files of
+others included.
 """
 
 import csv
@@ -521,13 +523,55 @@ GRAMMAR_FORMS = (
     "a clear recording of {noun}{place}{distance}{microphone}{rest}",
     "a field recording of {noun}{place}{distance}{microphone}{rest}",
 )
-DISTANCES = ("close to the microphone", "a few metres away", "in the distance")
+# How far off a sound can be, from near to far; a class that RANGE_OF does not name is "near".
+RANGES = {
+    "near": ("close to the microphone", "a few metres away", "in the distance"),
+    "hand": ("close to the microphone", "within arm's reach", "on the other side of the room"),
+    "room": ("close to the microphone", "a few steps away", "behind a closed door"),
+    "hall": ("from the front row", "from the middle of the room", "from the back of the room"),
+    "passing": ("passing close by", "passing a few streets away", "far off"),
+    "far": ("not far away", "some way off", "in the distance"),
+    "air": ("low in the sky", "high in the sky", "heard from the ground"),
+    "around": ("on all sides", "heard from a doorway", "heard through an open window"),
+}
+RANGE_OF = {
+    label: name
+    for name, labels in {
+        "hand": "breathing brushing_teeth can_opening clock_tick drinking_sipping keyboard_typing "
+        "mouse_click pouring_water snoring water_drops",
+        "room": "clock_alarm door_wood_creaks door_wood_knock toilet_flush vacuum_cleaner "
+        "washing_machine",
+        "hall": "clapping",
+        "passing": "siren",
+        "far": "church_bells gun_shot thunderstorm train",
+        "air": "airplane fireworks helicopter",
+        "around": "rain wind",
+    }.items()
+    for label in labels.split()
+}
 MICROPHONES = (
     "a hand-held recorder",
     "a smartphone",
     "a studio microphone",
     "a pair of microphones",
 )
+# Where no studio microphone stands, one with a wind shield takes its place.
+OUTDOORS = (
+    "coast",
+    "farm",
+    "meadow",
+    "outdoors",
+    "playground",
+    "pond",
+    "railway",
+    "range",
+    "site",
+    "sky",
+    "street",
+    "town",
+    "woodland",
+)
+SHIELDED = tuple("a microphone with a wind shield" if "studio" in m else m for m in MICROPHONES)
 RESTS = ("with nothing else to be heard", "with a little echo", "without any echo")
 
 # AudioLDM's own advice, then what is a sound of its own class and so unwanted in most others.
@@ -535,6 +579,50 @@ NEGATIVE_PROMPT = "low quality, average quality"
 UNWANTED = {
     "music": ("street_music", "church_bells"),
     "speech": ("street_music", "children_playing", "laughing", "crying_baby"),
+}
+# What a recording of a class is easily taken for; a negative prompt may name it.
+CONFUSED_WITH = {
+    "air_conditioner": ("engine_idling", "wind"),
+    "airplane": ("helicopter", "wind"),
+    "breathing": ("wind", "snoring"),
+    "chainsaw": ("engine", "vacuum_cleaner"),
+    "clapping": ("rain", "fireworks"),
+    "clock_tick": ("mouse_click", "water_drops"),
+    "crackling_fire": ("rain", "clapping"),
+    "crickets": ("insects", "chirping_birds"),
+    "crow": ("rooster", "dog"),
+    "crying_baby": ("cat", "laughing"),
+    "cat": ("crying_baby",),
+    "dog": ("coughing",),
+    "dog_bark": ("children_playing",),
+    "door_wood_knock": ("footsteps", "jackhammer"),
+    "drilling": ("jackhammer", "chainsaw"),
+    "engine": ("train", "airplane"),
+    "engine_idling": ("air_conditioner", "jackhammer"),
+    "fireworks": ("gun_shot", "thunderstorm"),
+    "footsteps": ("door_wood_knock", "clock_tick"),
+    "gun_shot": ("fireworks", "door_wood_knock"),
+    "hand_saw": ("breathing", "brushing_teeth"),
+    "helicopter": ("engine", "airplane"),
+    "insects": ("chainsaw", "crickets"),
+    "jackhammer": ("drilling", "helicopter"),
+    "keyboard_typing": ("mouse_click", "footsteps"),
+    "laughing": ("crying_baby", "coughing"),
+    "mouse_click": ("keyboard_typing", "clock_tick"),
+    "pouring_water": ("toilet_flush", "rain"),
+    "rain": ("wind", "crackling_fire"),
+    "rooster": ("crow", "crying_baby"),
+    "sea_waves": ("wind", "rain"),
+    "sneezing": ("coughing",),
+    "snoring": ("breathing", "pig"),
+    "coughing": ("sneezing", "dog"),
+    "thunderstorm": ("wind", "fireworks"),
+    "toilet_flush": ("pouring_water", "rain"),
+    "train": ("engine", "wind"),
+    "vacuum_cleaner": ("washing_machine", "airplane"),
+    "washing_machine": ("engine", "vacuum_cleaner"),
+    "water_drops": ("clock_tick", "rain"),
+    "wind": ("sea_waves", "airplane"),
 }
 FILE_TYPES = (".csv", ".jsonl")
 # CLAP's text towers read 77 tokens; 50 words of English stay below that.
@@ -828,14 +916,57 @@ def _varied(label, n, seed):
     return [t.format(clause=event.clause, noun=event.noun, x=_doing(label)) for t in order[:n]]
 
 
+def distances(label):
+    """How far off a class can be, in words.
+
+    Parameters
+    ----------
+    label : str
+        Class name.
+
+    Returns
+    -------
+    tuple of str
+        Three, from near to far (:data:`RANGES`).
+
+    Examples
+    --------
+    >>> distances("dog")[0], distances("airplane")[0], distances("mouse_click")[2]
+    ('close to the microphone', 'low in the sky', 'on the other side of the room')
+    """
+    return RANGES[RANGE_OF.get(label, "near")]
+
+
+def microphones(label):
+    """With what a class may have been recorded, in words.
+
+    Parameters
+    ----------
+    label : str
+        Class name.
+
+    Returns
+    -------
+    tuple of str
+        Four: :data:`MICROPHONES`, or :data:`SHIELDED` where the class is at home outdoors.
+
+    Examples
+    --------
+    >>> microphones("keyboard_typing")[2], microphones("sea_waves")[2]
+    ('a studio microphone', 'a microphone with a wind shield')
+    """
+    more = EVENT_VARIANTS.get(label)
+    return SHIELDED if more and more.setting in OUTDOORS else MICROPHONES
+
+
 def _task(label, n, seed):
     more = EVENT_VARIANTS.get(label)
     clauses = (event_words(label).clause, more.several) if more else (event_words(label).clause,)
     slots = {
         "clause": [clause for clause in clauses if clause],
         "place": SETTINGS[more.setting if more else "anywhere"],
-        "distance": DISTANCES,
-        "microphone": MICROPHONES,
+        "distance": distances(label),
+        "microphone": microphones(label),
     }
     rng = np.random.default_rng([seed, _key(label), 1])
     rounds = itertools.chain.from_iterable(
@@ -851,8 +982,8 @@ def _grammar_slots(label):
         "clause": (*_clauses(label), *several),
         "noun": _nouns(label),
         "place": ("", *(f" {p}" for p in SETTINGS[more.setting if more else "anywhere"])),
-        "distance": ("", *(f", {d}" for d in DISTANCES)),
-        "microphone": ("", *(f", recorded with {m}" for m in MICROPHONES)),
+        "distance": ("", *(f", {d}" for d in distances(label))),
+        "microphone": ("", *(f", recorded with {m}" for m in microphones(label))),
         "rest": ("", *(f", {r}" for r in RESTS)),
     }
 
@@ -897,13 +1028,15 @@ def _doing(label):
     return words.removesuffix(" can be heard")
 
 
-def negative_prompt(label=None):
-    """What a class should not sound like: poor recordings, and music and speech it has not in it.
+def negative_prompt(label=None, confusions=False):
+    """What a class should not sound like: poor recordings, and what it has not in it.
 
     Parameters
     ----------
     label : str, optional
         Class name; without it only the quality is spoken of.
+    confusions : bool
+        Also name the sounds that the class is easily taken for (:data:`CONFUSED_WITH`).
 
     Returns
     -------
@@ -914,8 +1047,12 @@ def negative_prompt(label=None):
     --------
     >>> negative_prompt("siren"), negative_prompt("street_music")
     ('low quality, average quality, music, speech', 'low quality, average quality')
+    >>> negative_prompt("dog_bark", confusions=True)
+    'low quality, average quality, music, speech, children playing'
     """
     unwanted = [what for what, owners in UNWANTED.items() if label and label not in owners]
+    if confusions:
+        unwanted += [event_words(other).phrase for other in CONFUSED_WITH.get(label, ())]
     return ", ".join([NEGATIVE_PROMPT, *unwanted])
 
 
@@ -1090,7 +1227,8 @@ def _mean_distance(group, embed):
         n = len(own)
         if n > 1:
             # the sum over all pairs is the squared length of the sum, less the n pairs with itself
-            means.append(1 - (np.sum(own.sum(axis=0) ** 2) - n) / (n * (n - 1)))
+            # and repeated prompts must not end a rounding below zero
+            means.append(max(0.0, 1 - (np.sum(own.sum(axis=0) ** 2) - n) / (n * (n - 1))))
     return float(np.mean(means)) if means else float("nan")
 
 

@@ -503,6 +503,132 @@ def judged_as(labels, judged, title=""):
     return figure
 
 
+def model_parts(parts, steps=None):
+    """Draw a text-to-audio model as the chain that a prompt passes through.
+
+    Parameters
+    ----------
+    parts : pandas.DataFrame
+        From `soundscapes_utils.listening.model_parts`.
+    steps : int, optional
+        Passes through the network that removes noise, written at its loop.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One box a network, its area grown with the logarithm of its size; arrows carry the names of
+        what passes.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+    import seaborn as sns
+
+    figure, axes = plt.subplots(figsize=(1.9 * len(parts) + 2.6, 2.9), layout="constrained")
+    colours = sns.color_palette("colorblind", len(parts))
+    heights = 0.45 + 0.5 * np.log1p(parts.millions) / np.log1p(max(parts.millions, default=1))
+    for x, (part, height, colour) in enumerate(
+        zip(parts.itertuples(), heights, colours, strict=True), 1
+    ):
+        box = {"xy": (x - 0.36, -height / 2), "width": 0.72, "height": height}
+        axes.add_patch(plt.Rectangle(**box, facecolor=colour, alpha=0.3, edgecolor=colour))
+        axes.text(x, 0.06, part.part, ha="center", va="center", weight="bold", fontsize="small")
+        size = f"{part.millions:.3g} M" if part.millions else "nothing trained"
+        axes.text(x, -0.09, size, ha="center", va="center", fontsize="small")
+        says = part.does.replace(", ", ",\n").replace(" to ", "\nto ", 1)
+        axes.text(x, -0.56, says, ha="center", va="top", fontsize="small")
+        if "noise" in part.does and steps:
+            arc = {"arrowstyle": "->", "connectionstyle": "arc3,rad=-1.4", "color": "0.3"}
+            ends = {"xytext": (x - 0.15, height / 2), "xy": (x + 0.15, height / 2)}
+            axes.annotate("", **ends, arrowprops=arc)
+            axes.text(x, height / 2 + 0.33, f"{steps} times", ha="center", fontsize="small")
+    for x in range(len(parts) + 1):
+        arrow = {"arrowstyle": "->", "color": "0.3"}
+        axes.annotate("", xy=(x + 0.63, 0), xytext=(x + 0.37, 0), arrowprops=arrow)
+    axes.text(0.33, 0, "prompt", ha="right", va="center")
+    axes.text(len(parts) + 0.67, 0, "sound", ha="left", va="center")
+    axes.set(xlim=(-0.15, len(parts) + 1.1), ylim=(-0.95, 1.0))
+    axes.set_axis_off()
+    return figure
+
+
+def sets_compared(table, by, title=""):
+    """Compare sets of clips made in several ways: does the judge agree, and how alike are they?
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        One row a set: the column `by`, and those of `soundscapes_utils.choosing.summarise`.
+    by : str
+        What tells the sets apart.
+    title : str, optional
+        Above all panels.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Agreement of the judge with its 95 % interval, CLAP score, and, where there are several
+        clips of a class, the spread within it.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+    import seaborn as sns
+
+    panels = {
+        "judge_agrees": "judge agrees (95 % interval)",
+        "clap_score": "CLAP score, cosine",
+        "spread": "spread within a class",
+    }
+    # one clip a class has no spread
+    panels = {column: name for column, name in panels.items() if table[column].notna().any()}
+    size = (3.4 * len(panels), 0.36 * len(table) + 1.5)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
+    place, colour = np.arange(len(table))[::-1], sns.color_palette("colorblind")[0]
+    for panel, (column, name) in zip(axes, panels.items(), strict=True):
+        panel.plot(table[column], place, "o", color=colour)
+        panel.set(xlabel=name, yticks=place, yticklabels=table[by].astype(str))
+        panel.set_ylim(-0.6, len(table) - 0.4)
+    axes[0].hlines(place, table.ci_low, table.ci_high, color=colour)
+    axes[0].set(ylabel=by, xlim=(-0.03, 1.03))
+    figure.suptitle(f"{title} (n = {', '.join(map(str, sorted(set(table.n))))} a set)")
+    return figure
+
+
+def filters_beside_random(table, title=""):
+    """Show what filters do for a classifier, each before the random drops of as many clips.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        From `soundscapes_utils.choosing.choose_filter`.
+    title : str, optional
+        Above the panel.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Accuracy on the validation folds; behind it, as a bar, the middle 95 % of the random drops
+        and their mean.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+    import seaborn as sns
+
+    figure, axes = plt.subplots(figsize=(8, 0.4 * len(table) + 1.6), layout="constrained")
+    place, colours = np.arange(len(table))[::-1], sns.color_palette("colorblind")
+    widths = table.control_high - table.control_low
+    bar = {"height": 0.55, "color": colours[1], "alpha": 0.35}
+    axes.barh(place, widths, left=table.control_low, **bar, label="random drops, middle 95 %")
+    axes.plot(table.control, place, "|", ms=14, color=colours[1], label="random drops, mean")
+    axes.plot(table.accuracy, place, "o", color=colours[0], label="filter")
+    names = [f"{row.filter} ({row.n_kept:.0f} clips)" for row in table.itertuples()]
+    axes.set(yticks=place, yticklabels=names, ylim=(-0.6, len(table) - 0.4), title=title)
+    axes.set_xlabel(
+        f"accuracy on {table.n_validation.iloc[0]} real sources of the validation folds"
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    return figure
+
+
 def noise_schedule(alphas_cumprod):
     """Draw how much of a latent is signal and how much is noise at every step of diffusion.
 

@@ -19,6 +19,8 @@ SOUNDS = {
     "02": ("generated", "prompt", "label", 10),
     "03": ("scene_samples", "prompt", "mix_id", 4),
 }
+# what notebook 02 leaves beside its few sounds here
+LISTENING = "listen/index.html"
 
 
 def headlines(run_dir):
@@ -197,6 +199,7 @@ def _stage(folder, stem, stage):
         "page": _notebook_page(folder, executed),
         "figures": [_figure(folder, path) for path in _figures(folder, stem[:2])],
         "sounds": _sounds(folder, stem[:2]),
+        "listen": stem.startswith("02") and (folder / LISTENING).is_file() and LISTENING,
     }
 
 

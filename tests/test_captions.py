@@ -301,8 +301,45 @@ def test_task_prompts_name_number_place_distance_and_microphone():
     for text in table.prompt:
         assert re.search("a dog is|several dogs are", text)
         assert any(place in text for place in captions.SETTINGS["street"])
-        assert any(distance in text for distance in captions.DISTANCES)
-        assert any(f"recorded with {m}" in text for m in captions.MICROPHONES)
+        assert any(distance in text for distance in captions.RANGES["near"])
+        assert any(f"recorded with {m}" in text for m in captions.SHIELDED)
+
+
+def test_prompts_place_a_class_where_it_can_be():
+    for family in ("task", "grammar"):
+        for label in ("airplane", "helicopter", "thunderstorm", "rain", "train"):
+            texts = captions.prompts([label], family, n=200).prompt
+            assert not texts.str.contains("microphone,|close to the microphone|metres away").any()
+            assert not texts.str.contains("studio").any()
+        small = captions.prompts(["mouse_click", "breathing"], family, n=200).prompt
+        assert not small.str.contains("in the distance|metres away|wind shield").any()
+
+
+def test_tables_of_distances_speak_of_known_names_only():
+    assert set(captions.RANGE_OF) <= set(captions.EVENTS)
+    assert set(captions.RANGE_OF.values()) | {"near"} == set(captions.RANGES)
+    assert set(captions.OUTDOORS) < set(captions.SETTINGS)
+    # as many words for every class, so that no class has fewer prompts than another on account of it
+    assert {len(words) for words in captions.RANGES.values()} == {3}
+    assert len(captions.SHIELDED) == len(captions.MICROPHONES)
+    assert {len(set(words)) for words in captions.RANGES.values()} == {3}
+
+
+def test_no_clause_of_a_class_contradicts_its_distances():
+    # "passing overhead, far off" would be one
+    for label, more in captions.EVENT_VARIANTS.items():
+        for clause in (captions.event_words(label).clause, *more.clauses):
+            if "overhead" in clause:
+                assert captions.RANGE_OF[label] == "air", clause
+
+
+@pytest.mark.parametrize("labels", [ESC50, URBANSOUND8K, ESC50[:10]], ids=["50", "US8K", "10"])
+@pytest.mark.parametrize("family", captions.ALL_FAMILIES)
+def test_every_family_serves_every_data_set(labels, family):
+    table = captions.prompts(labels, family, n=3)
+    assert len(table) == 3 * len(labels) and table.prompt.str.len().gt(2).all()
+    # a class is told from every other by its prompts
+    assert table.drop_duplicates(["label", "prompt"]).prompt.is_unique
 
 
 def test_negative_prompts_spare_what_a_class_has():
@@ -313,6 +350,18 @@ def test_negative_prompts_spare_what_a_class_has():
         assert label not in ("street_music", "church_bells") or "music" not in text
         assert label not in ("laughing", "children_playing") or "speech" not in text
     assert set().union(*captions.UNWANTED.values()) <= set(captions.EVENTS)
+
+
+def test_negative_prompts_can_name_what_a_class_is_taken_for():
+    for label, others in captions.CONFUSED_WITH.items():
+        assert label in captions.EVENTS and label not in others
+        text = captions.negative_prompt(label, confusions=True)
+        assert text.startswith(captions.negative_prompt(label))
+        for other in others:
+            assert captions.EVENTS[other].phrase in text
+        # it must not forbid the class itself
+        assert captions.event_words(label).phrase not in text
+    assert captions.negative_prompt("hen", confusions=True) == captions.negative_prompt("hen")
 
 
 # --- variety --------------------------------------------------------------------------------------

@@ -1,0 +1,422 @@
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from soundscapes_utils import choosing, generation
+
+SETTINGS = settings(deadline=None, max_examples=30)
+
+
+def directions(degrees):
+    radians = np.deg2rad(degrees)
+    return np.stack([np.cos(radians), np.sin(radians)], axis=1)
+
+
+# --- criteria --------------------------------------------------------------------------------------
+
+
+def test_clap_scores_are_cosines_of_angles():
+    # classes at 0 and 90 degrees; lengths must not matter
+    audio = directions([10, 30, 80]) * [[1], [5], [0.1]]
+    table = choosing.clap_scores(audio, ["a", "a", "a"], directions([0, 90]) * 3, ["a", "b"])
+    own, other = np.cos(np.deg2rad([10, 30, 80])), np.cos(np.deg2rad([80, 60, 10]))
+    assert table.clap_score.tolist() == pytest.approx(own)
+    assert table.clap_margin.tolist() == pytest.approx(own - other)
+    assert table.heard_as.tolist() == ["a", "a", "b"]
+
+
+def test_several_texts_of_a_class_are_averaged_and_prompts_only_move_the_score():
+    audio = directions([20.0])
+    text = directions([-10, 30, 90])
+    table = choosing.clap_scores(audio, ["a"], text, ["a", "a", "b"], directions([20.0]))
+    # the mean of −10 and 30 degrees points to 10
+    assert table.clap_score[0] == pytest.approx(1)
+    assert table.clap_margin[0] == pytest.approx(np.cos(np.deg2rad(10)) - np.cos(np.deg2rad(70)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": ["c", "a"]}, "not c"),
+        ({"labels": ["a", "a"], "classes": ["a", "a"]}, "they name a, not a second one"),
+        ({"labels": ["a"]}, "audio has 2 rows, but 1 names"),
+        ({"audio": np.zeros((2, 2))}, "row 0 of audio is zero"),
+        ({"audio": np.full((2, 2), np.nan)}, "2 rows of audio are not finite, the first is row 0"),
+        ({"text": np.eye(3)[:2]}, "audio is 2 wide, text 3"),
+        ({"prompts": np.eye(3)}, "one row a clip"),
+    ],
+)
+def test_clap_scores_name_what_does_not_fit(change, message):
+    arguments = {"audio": np.eye(2), "labels": ["a", "b"], "text": np.eye(2), "classes": ["a", "b"]}
+    with pytest.raises(ValueError, match=message):
+        choosing.clap_scores(**(arguments | change))
+
+
+def test_the_judge_is_the_one_of_class_consistency():
+    from soundscapes_utils import esc
+
+    rng = np.random.default_rng(3)
+    labels = np.array(["a", "b", "c"] * 20)
+    shift = np.array([["a", "b", "c"].index(label) for label in labels])[:, None]
+    real, made = (rng.normal(size=(60, 4)) + 0.8 * shift for _ in range(2))
+    found = choosing.agreement((real, labels), made, labels)
+    judged = esc.class_consistency((real, labels), (made, labels), (real, labels))
+    assert (found.judged_as == labels).mean() == judged.generated.iloc[-1]
+    # where the label is the most probable one, its probability is above one in three
+    assert (found.agreement[found.judged_as == labels] > 1 / 3).all()
+    with pytest.raises(ValueError, match="no real recording of d to learn from"):
+        choosing.agreement((real, labels), made[:1], ["d"])
+
+
+def test_joint_rank_is_the_product_of_ranks():
+    labels = ["a", "a", "a", "b", "b"]
+    joint = choosing.joint_rank(labels, [9, 5, 5, 1, 2], [0.1, 0.9, 0.5, 0.2, 0.1])
+    ranks = np.array([[1, 3], [2.5, 1], [2.5, 2], [2, 1], [1, 2]])
+    assert joint == pytest.approx(1 / np.sqrt(ranks.prod(axis=1)))
+    with pytest.raises(ValueError, match="at least one"):
+        choosing.joint_rank(labels)
+
+
+@SETTINGS
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=12), st.randoms())
+def test_joint_rank_is_blind_to_scale_and_order(values, random):
+    labels = [random.choice("ab") for _ in values]
+    x = np.array(values, dtype=float)
+    joint = choosing.joint_rank(labels, x, -x)
+    assert joint == pytest.approx(choosing.joint_rank(labels, np.exp(x), -3 * x + 7))
+    order = np.random.default_rng(random.randrange(99)).permutation(len(x))
+    turned = choosing.joint_rank(np.array(labels)[order], x[order], -x[order])
+    assert turned == pytest.approx(joint[order])
+
+
+def test_summary_of_a_set_is_counted_and_averaged_by_class():
+    scores = pd.DataFrame({"label": ["a", "a", "b", "b"], "judged_as": ["a", "a", "b", "a"]})
+    scores = scores.assign(clap_score=[1, 2, 3, 4], clap_margin=[0, 0, 0, 1])
+    found = choosing.summarise(scores, [[0.0], [1.0], [5.0], [8.0]])
+    assert (found["n"], found["judge_agrees"], found["clap_score"]) == (4, 0.75, 2.5)
+    # pairs across classes do not count
+    assert found["spread"] == (1 + 3) / 2 and found["clap_margin"] == 0.25
+    assert found["ci_low"] <= 0.75 <= found["ci_high"]
+    with pytest.raises(ValueError, match="embeddings has 1 rows"):
+        choosing.summarise(scores, [[0.0]])
+
+
+# --- filters ---------------------------------------------------------------------------------------
+
+
+def test_best_of_a_class_and_the_earlier_of_equals():
+    kept = choosing.keep_best(["a", "b", "a", "b", "a"], [1, 0, 3, 0, 3], {"a": 2, "b": 1})
+    assert kept.tolist() == [False, True, True, False, True]
+
+
+@SETTINGS
+@given(st.integers(0, 5), st.integers(0, 99))
+def test_every_filter_keeps_the_stated_number(n, seed):
+    labels = ["a"] * 5 + ["b"] * 9
+    rng = np.random.default_rng(seed)
+    criteria = {"score": rng.normal(size=14), "margin": rng.normal(size=14)}
+    filters = choosing.make_filters(labels, criteria, n, rng.normal(size=(14, 3)), seed)
+    assert list(filters) == ["random", "score", "margin", "joint", "diverse"]
+    for kept in filters.values():
+        assert kept[:5].sum() == kept[5:].sum() == n
+
+
+def test_random_drop_follows_seed_and_class_alone_and_takes_everyone_in_turn():
+    labels = ["a"] * 8 + ["b"] * 8
+    kept = choosing.keep_random(labels, 3, seed=1)
+    assert choosing.keep_random(labels[:8], 3, seed=1).tolist() == kept[:8].tolist()
+    share = np.mean([choosing.keep_random(labels, 3, seed=s) for s in range(400)], axis=0)
+    # a binomial share of 400 draws: five standard deviations are 0.12
+    assert np.abs(share - 3 / 8).max() < 0.12
+
+
+@SETTINGS
+@given(st.integers(0, 10_000), st.integers(1, 4))
+def test_k_centre_covers_within_twice_the_best_possible(seed, k):
+    x = np.random.default_rng(seed).normal(size=(7, 2))
+    labels = ["a"] * 7
+    found = choosing.covering_radius(labels, x, choosing.keep_diverse(labels, x, k))
+    best = min(
+        choosing.covering_radius(labels, x, np.isin(np.arange(7), chosen))
+        for chosen in itertools.combinations(range(7), k)
+    )
+    assert best <= found <= 2 * best + 1e-12
+
+
+def test_k_centre_takes_no_clip_twice():
+    kept = choosing.keep_diverse(["a"] * 4, np.ones((4, 2)), 3)
+    assert kept.sum() == 3
+
+
+def test_too_few_clips_and_bad_values_are_named():
+    with pytest.raises(ValueError, match="3 clips of b are to be kept, there are 1"):
+        choosing.keep_random(["a", "a", "a", "b"], 3)
+    with pytest.raises(ValueError, match="1 of them not finite"):
+        choosing.keep_best(["a", "a"], [1, np.nan], 1)
+    with pytest.raises(ValueError, match="no clip of b was kept"):
+        choosing.covering_radius(["a", "b"], np.eye(2), [True, False])
+    with pytest.raises(ValueError, match="one True or False a clip"):
+        choosing.describe_filters(["a", "b"], {"f": [0, 1]}, {})
+
+
+def test_description_counts_and_averages():
+    labels = ["a", "a", "b", "b", "b"]
+    kept = np.array([True, False, True, True, False])
+    x = np.array([[0.0], [1.0], [0.0], [3.0], [6.0]])
+    table = choosing.describe_filters(labels, {"f": kept}, {"score": [1, 2, 3, 4, 5]}, x)
+    whole, left = table.to_dict("records")
+    assert whole == {
+        "filter": "all",
+        "n": 5,
+        "per_class": 2,
+        "score": 3.0,
+        "spread": (1 + 3 + 3 + 6) / 4,
+    }
+    assert left == {
+        "filter": "f",
+        "n": 3,
+        "per_class": 1,
+        "score": pytest.approx(8 / 3),
+        "spread": 3,
+    }
+
+
+# --- choosing a filter -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spoilt():
+    """Real recordings of two classes, and generated ones of which the first third is mislabelled."""
+    rng = np.random.default_rng(0)
+    labels = np.array(["a", "b"] * 60)
+    clean = np.where(labels == "a", 1.0, -1.0)[:, None] + 0.8 * rng.normal(size=(120, 3))
+    made = np.where(labels == "a", 1.0, -1.0)[:, None] + 0.8 * rng.normal(size=(120, 3))
+    wrong = np.arange(120) < 50
+    made[wrong] *= -1
+    return (clean, labels), np.repeat([1, 2, 3, 4], 30), (made, labels), wrong
+
+
+def test_the_filter_that_drops_mislabelled_clips_is_chosen(spoilt):
+    real, folds, made, wrong = spoilt
+    seen = []
+
+    def judge(x, y):
+        seen.append(len(x))
+        agreed = choosing.agreement((x, y), made[0], made[1]).agreement
+        return choosing.keep_best(made[1], agreed, 35)
+
+    filters = {
+        "all": np.ones(120, bool),
+        "wrong": wrong,
+        "right": ~wrong,
+        "judge": judge,
+    }
+    table = choosing.choose_filter(real, folds, made, filters, test_fold=5, draws=39).set_index(
+        "filter"
+    )
+    # the judge never saw the fold that validated
+    assert seen == [90] * 4
+    assert table.n_kept.to_dict() == {"all": 120, "wrong": 50, "right": 70, "judge": 70}
+    assert table.n_validation.unique() == 120
+    # a filter that drops nothing has no control
+    assert table.loc["all", ["control", "difference", "p", "p_holm"]].isna().all()
+    assert table.accuracy["wrong"] < 0.3 < 0.85 < table.accuracy["right"]
+    assert table.p["right"] == table.p["judge"] == 1 / 40 and table.p["wrong"] == 1
+    assert table.p_holm.drop("all").tolist() == pytest.approx([1, 3 / 40, 3 / 40])
+    assert table.accuracy["right"] > table.control_high["right"] > table.control["right"]
+    assert table.chosen.sum() == 1 and table.accuracy[table.chosen].item() == table.accuracy.max()
+    assert table.chosen["right"] or table.chosen["judge"]
+    assert table.accuracy["right"] == pytest.approx(accuracy_by_hand(real, made, ~wrong))
+
+
+def accuracy_by_hand(real, made, kept):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(made[0][kept])
+    model = LogisticRegression().fit(scaler.transform(made[0][kept]), made[1][kept])
+    return model.score(scaler.transform(real[0]), real[1])
+
+
+def test_a_filter_that_is_random_itself_is_one_of_many(spoilt):
+    real, folds, made, _ = spoilt
+    # 21 of each class, drawn as the fourth of the control's own drops
+    mask = choosing.keep_random(made[1], 21, seed=3)
+    found = choosing.choose_filter(real, folds, made, {"r": mask}, test_fold=5, draws=19).iloc[0]
+    drops = [
+        accuracy_by_hand(real, made, choosing.keep_random(made[1], 21, seed=draw))
+        for draw in range(19)
+    ]
+    assert found.accuracy == pytest.approx(drops[3])
+    assert found.control == pytest.approx(np.mean(drops))
+    assert found.p == (1 + sum(drop >= drops[3] for drop in drops)) / 20
+
+
+def test_excerpts_of_one_source_count_once(spoilt):
+    real, folds, made, wrong = spoilt
+    table = choosing.choose_filter(
+        real, folds, made, {"right": ~wrong}, test_fold=5, sources=np.arange(120) // 3, draws=1
+    )
+    assert table.n_validation[0] == 40
+
+
+def test_real_recordings_of_other_folds_may_be_learned_from(spoilt):
+    real, folds, made, wrong = spoilt
+    alone, both = (
+        choosing.choose_filter(
+            real, folds, made, {"wrong": wrong}, test_fold=5, with_real=with_real, draws=1
+        ).accuracy[0]
+        for with_real in (False, True)
+    )
+    assert both > alone + 0.3
+
+
+def test_the_test_fold_is_refused(spoilt):
+    real, folds, made, wrong = spoilt
+    with pytest.raises(ValueError, match="30 recordings of test fold 4"):
+        choosing.choose_filter(real, folds, made, {"right": ~wrong}, test_fold=4)
+    with pytest.raises(ValueError, match="two folds"):
+        choosing.choose_filter(real, np.ones(120), made, {"right": ~wrong}, test_fold=5)
+    with pytest.raises(ValueError, match="filter none keeps fewer than two classes"):
+        choosing.choose_filter(real, folds, made, {"none": np.zeros(120, bool)}, test_fold=5)
+    with pytest.raises(ValueError, match="give one of each"):
+        choosing.choose_filter(real, folds[1:], made, {"right": ~wrong}, test_fold=5)
+
+
+# --- probe -----------------------------------------------------------------------------------------
+
+
+@SETTINGS
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=9),
+    st.lists(st.integers(0, 5), min_size=1, max_size=9),
+)
+def test_area_is_that_of_scikit_learn(real, fake):
+    truth = [0] * len(real) + [1] * len(fake)
+    assert choosing._auc(real, fake) == pytest.approx(roc_auc_score(truth, real + fake))
+
+
+def test_probe_finds_a_shift_and_nothing_where_there_is_none():
+    rng = np.random.default_rng(1)
+    x, same = rng.normal(size=(150, 3)), rng.normal(size=(150, 3))
+    names = [f"r{i}" for i in range(150)], [f"s{i}" for i in range(150)]
+    none = choosing.real_or_synthetic(x, same, *names, repeats=200, floors=6)
+    shifted = choosing.real_or_synthetic(
+        x, same + np.array([1.5, 0, 0]), *names, repeats=200, floors=6
+    )
+    assert none.comparison.tolist() == ["synthetic", "real against real"]
+    assert none.ci_low[0] < 0.5 < none.ci_high[0]
+    # two normal distributions 1.5 standard deviations apart: Φ(1.5 / √2) = 0.856
+    assert shifted.auc[0] == pytest.approx(0.856, abs=0.04)
+    assert shifted.ci_low[0] < 0.856 < shifted.ci_high[0]
+    assert shifted.ci_low[0] > shifted.ci_high[1]
+    assert abs(shifted.auc[1] - 0.5) < 0.1
+    assert shifted.loc[0, ["n_reference", "n_candidate", "sources"]].tolist() == [150, 150, 300]
+    assert shifted.loc[1, ["n_reference", "n_candidate", "sources"]].tolist() == [75, 75, 150]
+
+
+def test_probe_does_not_recognise_a_source_by_its_twin():
+    # every source is a random point, heard five times: with twins on both sides of the cut, a
+    # flexible probe would know them; within one kind there is nothing else to know
+    rng = np.random.default_rng(2)
+    sources = np.repeat(np.arange(40), 5)
+    x = rng.normal(size=(40, 60))[sources] + 0.01 * rng.normal(size=(200, 60))
+    real, fake = sources < 20, sources >= 20
+    table = choosing.real_or_synthetic(
+        x[real], x[fake], sources[real], sources[fake], folds=5, floors=2, repeats=200
+    )
+    # with leaking twins the area is 1
+    assert table.ci_low[0] < 0.6 and table.auc[0] < 0.8
+    parts = choosing._probed(x[real], x[fake], sources[real], sources[fake], 5, 0)
+    held = [set(side[1]) for sides in parts for side in sides]
+    assert sum(map(len, held)) == len(set().union(*held)) == 40
+
+
+def test_probe_needs_sources():
+    x = np.random.default_rng(0).normal(size=(20, 2))
+    with pytest.raises(ValueError, match="4 real and 20 synthetic sources are too few"):
+        choosing.real_or_synthetic(x, x, np.arange(20) // 5, np.arange(20))
+    with pytest.raises(ValueError, match="real is 2 wide, synthetic 1"):
+        choosing.real_or_synthetic(x, x[:, :1], np.arange(20), np.arange(20))
+
+
+# --- candidates ------------------------------------------------------------------------------------
+
+
+def test_more_candidates_only_add_and_one_changes_nothing():
+    plan = generation.plan_clips(["dog", "rain"], 2, duration_s=1)
+    one, two, four = (choosing.plan_candidates(plan, n) for n in (1, 2, 4))
+    assert one[plan.columns].equals(plan)
+    assert two[~two.clip_id.isin(plan.clip_id)].clip_id.str.endswith("-c2").all()
+    both = four.merge(two, on=["clip_id", "seed", "candidate_of"])
+    assert len(both) == len(two) == 8 and four.seed.nunique() == 16
+    other = choosing.plan_candidates(generation.plan_clips(["dog"], 1, duration_s=1, seed=1), 2)
+    assert not set(other.seed) & set(four.seed)
+    with pytest.raises(ValueError, match="at least 1"):
+        choosing.plan_candidates(plan, 0)
+
+
+def test_the_best_candidate_takes_its_clips_place():
+    plan = generation.plan_clips(["dog", "rain"], 2, duration_s=1)
+    candidates = choosing.plan_candidates(plan, 3)
+    # all of the third clip failed, and one of the first
+    made = candidates[
+        ~candidates.candidate_of.eq("rain-simple-0000") & candidates.clip_id.ne("dog-simple-0000")
+    ]
+    made = made.assign(score=np.nan)[["clip_id", "label", "seed", "score"]]
+    scores = [0.2, 0.7, 0.5, 0.9, 0.9, -0.1, -0.2, -0.3]
+    best = choosing.best_candidates(candidates, made, scores)
+    assert best.clip_id.tolist() == ["dog-simple-0000", "dog-simple-0001", "rain-simple-0001"]
+    assert best.score.tolist() == [0.7, 0.9, -0.1]
+    assert best.seed.tolist() == [made.seed.iloc[1], made.seed.iloc[3], made.seed.iloc[5]]
+    assert best.columns.tolist() == made.columns.tolist()
+    with pytest.raises(ValueError, match="is no candidate"):
+        choosing.best_candidates(candidates.iloc[1:], candidates.iloc[:1].assign(score=0), [0])
+
+
+def test_a_clip_without_rivals_keeps_its_row():
+    candidates = choosing.plan_candidates(generation.plan_clips(["dog"], 3, duration_s=1), 1)
+    made = pd.DataFrame({"clip_id": candidates.clip_id, "score": np.nan, "path": ["a", "b", "c"]})
+    assert choosing.best_candidates(candidates, made, [3, 2, 1]).equals(made)
+
+
+# --- text towers -----------------------------------------------------------------------------------
+
+
+def test_text_tower_of_a_checkpoint_is_the_pipelines():
+    from soundscapes_utils import ldm
+
+    texts = ["a dog barking", "the sound of rain and nothing else"]
+    pipe = ldm.load_pipeline("embedded", device="cpu")
+    expected = ldm.embed_text(pipe, texts).numpy()
+    assert choosing.text_embedder()(texts) == pytest.approx(expected, abs=1e-6)
+
+
+def test_text_tower_of_a_whole_clap_is_that_of_transformers(tmp_path):
+    import torch
+    from tiny_checkpoints import _clap_text_config, _roberta_tokenizer
+    from transformers import ClapTextConfig, ClapTextModelWithProjection
+
+    tokenizer = _roberta_tokenizer()
+    torch.manual_seed(0)
+    model = ClapTextModelWithProjection(ClapTextConfig(**_clap_text_config(len(tokenizer)))).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rows = choosing.text_embedder("laion-clap", tmp_path)(["a dog barking"])
+    with torch.no_grad():
+        expected = model(**tokenizer(["a dog barking"], return_tensors="pt")).text_embeds[0]
+    assert rows[0] == pytest.approx((expected / expected.norm()).numpy(), abs=1e-5)
+
+
+def test_unknown_and_absent_towers_are_named(tmp_path):
+    from soundscapes_utils import ldm
+
+    with pytest.raises(ValueError, match="yamnet has no text tower here"):
+        choosing.text_embedder("yamnet")
+    with pytest.raises(ldm.CheckpointError, match="no CLAP text tower"):
+        choosing.text_embedder("laion-clap", tmp_path)
