@@ -105,14 +105,14 @@ def test_loss_falls_on_something_learnable(config):
 
 
 def test_divergence_stops_and_names_the_last_good_step(config, monkeypatch):
-    broken = lambda *_: torch.tensor(float("nan"), requires_grad=True)  # noqa: E731
-    result = finetuning.diffusion_loss
+    good = finetuning.denoising
     calls = iter(range(100))
-    monkeypatch.setattr(
-        finetuning,
-        "diffusion_loss",
-        lambda *a: broken() if next(calls) > 6 else result(*a),
-    )
+
+    def breaks_in_the_end(*args):
+        found = good(*args)
+        return found._replace(error=found.error * float("nan")) if next(calls) > 6 else found
+
+    monkeypatch.setattr(finetuning, "denoising", breaks_in_the_end)
     with pytest.raises(finetuning.TrainingError, match=r"not finite at step \d.*learning_rate"):
         finetuning.finetune(config)
 
