@@ -272,8 +272,7 @@ def finetune(config):
         pipe = ldm.load_pipeline(config.checkpoint, str(team.device))
         if config.vae != "keep":
             _train_vae(pipe, clips, config, team)
-        cache_dir = Path(config.cache_dir) if config.cache_dir else _beside(out_dir, "cache")
-        cache = prepare(pipe, clips, config, cache_dir, team)
+        cache = prepare(pipe, clips, config, _cache_dir(config), team)
         run = _Run(pipe, cache, clips, config, team, states)
         run.restore(key)
         run.train(key)
@@ -630,6 +629,33 @@ def _caption_columns(clips):
     return [name for name in clips.columns if name.startswith("caption")]
 
 
+def load_data(pipe, config):
+    """Read the data of a configuration as the loop sees it, from the cache if it is there.
+
+    Parameters
+    ----------
+    pipe : AudioLDMPipeline
+        Of the configuration's checkpoint.
+    config : FinetuneConfig
+        Gives set, segments and cache.
+
+    Returns
+    -------
+    dict of str to dict of torch.Tensor
+        As `prepare`.
+
+    Raises
+    ------
+    TrainingError
+        If the set has no training or validation clips.
+    """
+    return prepare(pipe, _read_clips(config), config, _cache_dir(config))
+
+
+def _cache_dir(config):
+    return Path(config.cache_dir) if config.cache_dir else _beside(config.out_dir, "cache")
+
+
 def prepare(pipe, clips, config, cache_dir, team=None):
     """Compute, or read from the cache, all that the loop needs: latents and embeddings.
 
@@ -837,6 +863,59 @@ def draw(data, config, step):
     }
 
 
+def fixed_batch(data, n, seed, condition="right"):
+    """Lay out the segments of a validation: the same timesteps and noise each time.
+
+    Parameters
+    ----------
+    data : dict of str to torch.Tensor
+        One split of what `prepare` returns.
+    n : int
+        At most so many segments, evenly spread over the split.
+    seed : int
+        Of the noise.
+    condition : str
+        ``"right"``: the embedding of the clip's own first caption; ``"wrong"``: that of the clip
+        whose caption is least like it; ``"none"``: of the empty text; ``"audio"``: of the sound.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        As `draw`.
+
+    Raises
+    ------
+    ValueError
+        Another word for `condition`.
+    """
+    n = min(n, len(data["latents"]))
+    index = torch.linspace(0, len(data["latents"]) - 1, n).long()
+    noise = torch.randn(
+        (n, *data["latents"].shape[1:]), generator=torch.Generator().manual_seed(seed)
+    )
+    return {
+        "latents": data["latents"][index],
+        "noise": noise,
+        # a stride coprime to n: neighbouring clips get distant timesteps
+        "t": (torch.arange(n) * 37 % n + 0.5) / n if n % 37 else (torch.arange(n) + 0.5) / n,
+        "condition": _condition(data, index, condition),
+    }
+
+
+def _condition(data, index, condition):
+    captions = data["text"][:, 0]
+    own = captions[data["clip"][index]]
+    if condition == "right":
+        return own
+    if condition == "wrong":
+        return captions[(own @ captions.T).argmin(dim=1)]
+    if condition == "none":
+        return data["empty"].expand(len(index), -1)
+    if condition == "audio":
+        return data["audio"][index]
+    raise ValueError(f"condition must be one of right, wrong, none, audio; got {condition!r}")
+
+
 def _part(batch, number, count):
     """Take every `count`-th sample of a batch, so that each part has timesteps of all kinds."""
     return {name: value[number::count] for name, value in batch.items()}
@@ -889,6 +968,37 @@ def diffusion_loss(unet, scheduler, batch, snr_gamma=0.0):
     """
     found = denoising(unet, scheduler, batch, snr_gamma)
     return (found.weight * found.error).mean()
+
+
+@torch.no_grad()
+def fixed_losses(unet, scheduler, data, *, n=64, seed=0, condition="right", batch_size=16):
+    """Measure how well a U-Net denoises fixed segments under fixed noise: comparable numbers.
+
+    Parameters
+    ----------
+    unet, scheduler
+        As for `diffusion_loss`.
+    data, n, seed, condition
+        As for `fixed_batch`.
+    batch_size : int
+        Segments at once.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a segment: ``t`` in [0, 1), ``error`` (mean squared) and ``loss`` (weighted).
+    """
+    batch = fixed_batch(data, n, seed, condition)
+    training = unet.training
+    unet.eval()
+    errors, losses = [], []
+    for start in range(0, len(batch["t"]), batch_size):
+        part = {k: v[start : start + batch_size] for k, v in batch.items()}
+        found = denoising(unet, scheduler, part)
+        errors += found.error.tolist()
+        losses += (found.weight * found.error).tolist()
+    unet.train(training)
+    return pd.DataFrame({"t": batch["t"].tolist(), "error": errors, "loss": losses})
 
 
 def denoising(unet, scheduler, batch, snr_gamma=0.0):
@@ -1226,24 +1336,13 @@ class _Run:
         """Loss at fixed clips, timesteps and noise: comparable from step to step."""
         if split not in self.cache:
             return {}
-        data, config = self.cache[split], self.config
+        config = self.config
         wanted = {"val": config.val_segments, "test": config.test_segments}[split]
-        n = min(wanted, len(data["latents"]))
-        index = torch.linspace(0, len(data["latents"]) - 1, n).long()
-        noise = torch.randn(
-            (n, *data["latents"].shape[1:]), generator=torch.Generator().manual_seed(config.seed)
-        )
-        batch = {
-            "latents": data["latents"][index],
-            "noise": noise,
-            # a stride coprime to n: neighbouring clips get distant timesteps
-            "t": (torch.arange(n) * 37 % n + 0.5) / n if n % 37 else (torch.arange(n) + 0.5) / n,
-            "condition": data["text"][data["clip"][index], 0],
-        }
+        batch = fixed_batch(self.cache[split], wanted, config.seed)
         self.unet.eval()
         means, losses, bounds = [], [], []
         size = max(1, config.batch_size // config.accumulate)
-        for start in range(0, n, size):
+        for start in range(0, len(batch["t"]), size):
             part = {k: v[start : start + size] for k, v in batch.items()}
             with self._autocast():
                 found = denoising(self.unet, self.scheduler, part, config.snr_gamma)

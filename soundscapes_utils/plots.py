@@ -533,7 +533,8 @@ def training_curves(log, best_step):
     Parameters
     ----------
     log : pandas.DataFrame
-        ``step, train_loss, val_loss, val_loss_ema, learning_rate``.
+        ``step, train_loss, val_loss, val_loss_ema, learning_rate``; ``test_loss_ema`` if there is
+        a test split.
     best_step : int
         Marked by a line.
 
@@ -551,7 +552,9 @@ def training_curves(log, best_step):
         "val_loss": "validation",
         "val_loss_ema": "validation, averaged weights",
     }
-    for (column, name), style in zip(names.items(), (":", "--", "-"), strict=True):
+    if "test_loss_ema" in log:
+        names["test_loss_ema"] = "test, averaged weights"
+    for (column, name), style in zip(names.items(), (":", "--", "-", "-."), strict=False):
         left.plot(log["step"], log[column], style, marker="o", markersize=4, label=name)
     left.axvline(best_step, color="0.5", linewidth=1, label="best")
     left.set(xlabel="step", ylabel="loss")
@@ -559,6 +562,68 @@ def training_curves(log, best_step):
     right.plot(log["step"], log["learning_rate"], marker="o", markersize=4)
     right.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     figure.suptitle("Fine-tuning")
+    return figure
+
+
+def loss_by_time(losses):
+    """Draw the error of denoising against the strength of the noise, one line a condition.
+
+    Parameters
+    ----------
+    losses : pandas.DataFrame
+        ``t`` in [0, 1), ``error`` and ``condition``; from `finetuning.fixed_losses`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    figure, axes = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
+    table = losses.assign(t=(losses["t"] * 4).astype(int) * 0.25 + 0.125)
+    sns.lineplot(
+        table, x="t", y="error", hue="condition", style="condition", markers=True, ax=axes,
+        err_style="bars", seed=0,
+    )  # fmt: skip
+    axes.set(
+        xlabel="timestep / 1000 (clean to noisy)", ylabel="mean squared error", ylim=(0, None),
+        title="What the condition is worth, with 95 % intervals",
+    )  # fmt: skip
+    return figure
+
+
+def scores_over_steps(scores, floor_name):
+    """Draw distances of samples over the steps of training, each seed a line, beside the floor.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        ``seed, step, metric, embedding, candidate, value``; from `finetuning.FinetuneResult`.
+    floor_name : str
+        `fad.FLOOR_NAME`: its rows become a dashed line, their mean.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    panels = scores.groupby(["metric", "embedding"], sort=False)
+    figure, all_axes = plt.subplots(
+        1, len(panels), figsize=(4.6 * len(panels), 3.2), squeeze=False, layout="constrained"
+    )
+    for axes, ((metric, embedding), rows) in zip(all_axes[0], panels, strict=True):
+        is_floor = rows["candidate"] == floor_name
+        sns.lineplot(
+            rows[~is_floor], x="step", y="value", hue="seed", style="seed", markers=True,
+            palette="colorblind", ax=axes,
+        )  # fmt: skip
+        floor = rows.loc[is_floor, "value"].astype(float).mean()
+        axes.axhline(floor, color="0.4", linestyle="--", label="real against real")
+        axes.set(xlabel="step", ylabel=metric, title=f"{metric} in {embedding}", ylim=(0, None))
+        axes.legend(title="seed")
     return figure
 
 
