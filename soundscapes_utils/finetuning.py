@@ -1127,8 +1127,21 @@ def learning_rate(config, step):
 # --- the run ----------------------------------------------------------------------------------
 
 
-def _choose_weights(unet, config):
-    """Freeze what is not to be trained; add the adapters."""
+def choose_weights(unet, config):
+    """Freeze what is not to be trained; add the adapters.
+
+    Parameters
+    ----------
+    unet : UNet2DConditionModel
+        Changed in place.
+    config : FinetuneConfig
+        Its ``train`` and ``lora_rank`` say which.
+
+    Raises
+    ------
+    TrainingError
+        If the U-Net has no attention layers to train.
+    """
     if config.train == "full":
         return
     layers = [name for name, _ in unet.named_parameters() if ".attn" in name]
@@ -1164,7 +1177,7 @@ class _Run:
         self.unet, self.scheduler = pipe.unet.train(), pipe.scheduler
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        _choose_weights(self.unet, config)
+        choose_weights(self.unet, config)
         self.trained = {k: v for k, v in self.unet.named_parameters() if v.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=config.learning_rate)
         half = team.device.type if config.precision == "fp16" else None

@@ -593,6 +593,30 @@ def loss_by_time(losses):
     return figure
 
 
+def losses_over_steps(log):
+    """Draw training, validation and test loss over the steps, each seed a line.
+
+    Parameters
+    ----------
+    log : pandas.DataFrame
+        ``seed, step, train_loss, val_loss_ema, test_loss_ema``; from `finetuning.FinetuneResult`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    import seaborn as sns
+
+    names = {"train_loss": "training", "val_loss_ema": "validation", "test_loss_ema": "test"}
+    table = log.rename(columns=names).melt(["seed", "step"], list(names.values()), "split", "loss")
+    grid = sns.relplot(
+        table, x="step", y="loss", col="split", hue="seed", style="seed", kind="line",
+        markers=True, palette="colorblind", height=3.0, aspect=1.1,
+    )  # fmt: skip
+    grid.set_titles("{col_name}")
+    return grid.figure
+
+
 def scores_over_steps(scores, floor_name):
     """Draw distances of samples over the steps of training, each seed a line, beside the floor.
 
