@@ -565,13 +565,16 @@ def training_curves(log, best_step):
     return figure
 
 
-def loss_by_time(losses):
-    """Draw the error of denoising against the strength of the noise, one line a condition.
+def loss_by_time(losses, reference="right"):
+    """Draw what conditions cost in denoising, against the strength of the noise.
 
     Parameters
     ----------
     losses : pandas.DataFrame
-        ``t`` in [0, 1), ``error`` and ``condition``; from `finetuning.fixed_losses`.
+        ``t`` in [0, 1), ``error`` and ``condition``, the same segments in the same order under
+        each; from `finetuning.fixed_losses`.
+    reference : str
+        Condition whose error is subtracted, segment by segment.
 
     Returns
     -------
@@ -580,15 +583,20 @@ def loss_by_time(losses):
     import matplotlib.pyplot as plt
     import seaborn as sns
 
+    segment = losses.groupby("condition", sort=False).cumcount()
+    table = losses.assign(segment=segment).pivot(index="segment", columns="condition")
+    extra = table["error"].sub(table["error"][reference], axis=0).drop(columns=reference)
+    quarter = (table["t"][reference] * 4).astype(int) * 0.25 + 0.125
+    extra = extra.assign(t=quarter).melt("t", var_name="condition", value_name="error")
     figure, axes = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
-    table = losses.assign(t=(losses["t"] * 4).astype(int) * 0.25 + 0.125)
     sns.lineplot(
-        table, x="t", y="error", hue="condition", style="condition", markers=True, ax=axes,
+        extra, x="t", y="error", hue="condition", style="condition", markers=True, ax=axes,
         err_style="bars", seed=0,
     )  # fmt: skip
+    axes.axhline(0, color="0.5", linewidth=1)
     axes.set(
-        xlabel="timestep / 1000 (clean to noisy)", ylabel="mean squared error", ylim=(0, None),
-        title="What the condition is worth, with 95 % intervals",
+        xlabel="timestep / 1000 (clean to noisy)", ylabel=f"error above the {reference} one's",
+        title="What a condition costs, with 95 % intervals",
     )  # fmt: skip
     return figure
 
