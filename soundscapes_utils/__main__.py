@@ -53,6 +53,10 @@ def main(argv=None):
         from . import minimodel
 
         return minimodel.main(arguments[1:])
+    if arguments[:1] == ["finetune"]:
+        from . import finetuning
+
+        return finetuning.main(arguments[1:])
     if arguments[:1] == ["esc"]:
         from . import esc
 
@@ -132,6 +136,9 @@ def _parser():
     generating.set_defaults(action=_generate)
     commands.add_parser(
         "train-mini", help="make the small checkpoint again (its own --help)", add_help=False
+    )
+    commands.add_parser(
+        "finetune", help="fine-tune AudioLDM on captioned sounds (its own --help)", add_help=False
     )
     commands.add_parser(
         "esc", help="a study of classifiers and arms (its own --help)", add_help=False

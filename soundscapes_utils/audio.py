@@ -301,7 +301,9 @@ def write_whole(path, content):
     try:
         try:
             part.write_bytes(content)
-        except FileNotFoundError:  # asking for the folder before each file costs as much as some files
+        except (
+            FileNotFoundError
+        ):  # asking for the folder before each file costs as much as some files
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(content)
         part.replace(path)

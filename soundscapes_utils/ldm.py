@@ -9,6 +9,7 @@ vocoder that needs no training.
 import copy
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import shutil
@@ -42,6 +43,60 @@ HUB_INFO = {
     "eta": 0.0,
     "audio_encoder": HUB_CLAP,
 }
+# The published cvssp/audioldm-s-full-v2, as diffusers' convert_original_audioldm_to_diffusers.py
+# derives it from audioldm_original.yaml of AudioLDM-training-finetuning.
+AUDIOLDM_S = {
+    "unet": {
+        "sample_size": 128,
+        "in_channels": 8,
+        "out_channels": 8,
+        "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+        "up_block_types": (*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+        "block_out_channels": (128, 256, 384, 640),
+        "layers_per_block": 2,
+        "cross_attention_dim": (128, 256, 384, 640),
+        "class_embed_type": "simple_projection",
+        "projection_class_embeddings_input_dim": 512,
+        "class_embeddings_concat": True,
+    },
+    "vae": {
+        "sample_size": 512,
+        "in_channels": 1,
+        "out_channels": 1,
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (128, 256, 512),
+        "latent_channels": 8,
+        "layers_per_block": 2,
+        "scaling_factor": 0.9227914214134216,
+    },
+    "scheduler": {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.0015,
+        "beta_end": 0.0195,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "prediction_type": "epsilon",
+    },
+    "vocoder": {
+        "model_in_dim": N_MELS,
+        "sampling_rate": SAMPLE_RATE,
+        "upsample_initial_channel": 1024,
+        "upsample_rates": [5, 4, 2, 2, 2],
+        "upsample_kernel_sizes": [16, 16, 8, 4, 4],
+        "resblock_kernel_sizes": [3, 7, 11],
+        "resblock_dilation_sizes": [[1, 3, 5]] * 3,
+        "normalize_before": False,
+    },
+}
+# the libraries whose classes a checkpoint's model_index.json may name
+_LIBRARIES = ("diffusers", "transformers", "soundscapes_utils.ldm")
+# tensors that hold no knowledge, which some releases of transformers save and others do not
+_COUNTERS = ("position_ids", "token_type_ids", "num_batches_tracked")
+# tokens of captions that one pass of the text tower takes
+_TOKENS_A_PASS = 2**17
 
 
 class CheckpointError(ValueError):
@@ -462,7 +517,8 @@ def load_pipeline(checkpoint, device=None):
     Raises
     ------
     CheckpointError
-        If the folder is not a checkpoint, or the hub cannot be reached.
+        If the folder is not a checkpoint, or the hub cannot be reached; or if the weights do not fit
+        the configuration: the message lists missing, unexpected and mis-shaped keys.
 
     Examples
     --------
@@ -472,12 +528,14 @@ def load_pipeline(checkpoint, device=None):
     """
     from diffusers import AudioLDMPipeline
 
+    source = resolve(checkpoint)
     try:
         with quiet():
-            pipe = AudioLDMPipeline.from_pretrained(resolve(checkpoint), dtype=torch.float32)
+            parts = _load_parts(source, AudioLDMPipeline.load_config(source))
+            pipe = AudioLDMPipeline.from_pretrained(source, dtype=torch.float32, **parts)
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"{checkpoint}: cannot be opened as an AudioLDM checkpoint ({_first_line(error)}). "
             "Check the name, and that the hub can be reached (HF_HUB_OFFLINE unset) or its files are "
@@ -515,6 +573,35 @@ def cosine_sampler():
         yield
     finally:
         setattr(diffusers, name, original)
+
+
+def _load_parts(source, index):
+    """Load the networks one by one: the pipeline would only warn of keys that do not fit."""
+    parts, faults = {}, []
+    for part in ("unet", "vae", "text_encoder", "vocoder"):
+        library, name = index[part]
+        if library not in _LIBRARIES:
+            continue
+        network = getattr(importlib.import_module(library), name)
+        parts[part], told = network.from_pretrained(
+            source, subfolder=part, dtype=torch.float32, output_loading_info=True
+        )
+        for kind in ("missing", "unexpected", "mismatched"):
+            keys = [key for key in told[f"{kind}_keys"] if not str(key).endswith(_COUNTERS)]
+            if keys:
+                faults.append(f"{part}: {kind} {_some(keys)}")
+    if faults:
+        raise CheckpointError(
+            f"{source}: the weights do not fit the configuration ({'; '.join(faults)}). Give a "
+            "checkpoint whose parts were saved together, or save it again with save_pretrained."
+        )
+    return parts
+
+
+def _some(keys):
+    names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{len(names)} ({', '.join(names[:5])}{more})"
 
 
 def _first_line(error):
@@ -555,7 +642,7 @@ def quiet():
 def waveform_to_mel(y, n_frames):
     """Condition a 16 kHz waveform as AudioLDM's trainer does, and take its log-mel.
 
-    Mean removed, peak to 0.5, zero-padded or cut to the length of ``n_frames``.
+    Cut to the length of ``n_frames``, mean removed, peak to 0.5, zero-padded.
 
     Parameters
     ----------
@@ -574,10 +661,11 @@ def waveform_to_mel(y, n_frames):
     >>> waveform_to_mel(np.zeros(16_000, np.float32), 128).shape
     torch.Size([128, 64])
     """
-    y = audio.fit_length(np.asarray(y, np.float32), n_frames * HOP, mode="pad")
+    y = np.asarray(y, np.float32)[: n_frames * HOP]
     y = y - y.mean()
     y = 0.5 * y / max(float(np.abs(y).max()), 1e-8)
-    return torch.from_numpy(audio.log_mel(y.astype(np.float32)))
+    y = audio.fit_length(y.astype(np.float32), n_frames * HOP, mode="pad")
+    return torch.from_numpy(audio.log_mel(y))
 
 
 def encode_mel(pipe, mel):
@@ -641,6 +729,8 @@ def vocode(pipe, mel):
 def embed_text(pipe, texts):
     """Embed texts by the CLAP text tower, as the pipeline does at sampling.
 
+    Long lists go through the tower in passes that fit into memory.
+
     Parameters
     ----------
     pipe : AudioLDMPipeline
@@ -652,9 +742,21 @@ def embed_text(pipe, texts):
     -------
     torch.Tensor, float32 [len(texts), dim]
         Unit-length embeddings.
+
+    Examples
+    --------
+    >>> embed_text(load_pipeline("embedded", device="cpu"), ["a dog", ""]).shape
+    torch.Size([2, 128])
     """
+    texts = list(texts)
+    size = max(1, _TOKENS_A_PASS // pipe.tokenizer.model_max_length)
+    passes = [texts[start : start + size] for start in range(0, len(texts), size)]
+    return torch.cat([_embed_pass(pipe, part) for part in passes])
+
+
+def _embed_pass(pipe, texts):
     tokens = pipe.tokenizer(
-        list(texts),
+        texts,
         padding="max_length",
         max_length=pipe.tokenizer.model_max_length,
         truncation=True,
@@ -747,16 +849,65 @@ def embed_with(tower, y, sample_rate):
     """
     model, rate = tower
     y = audio.resample(np.asarray(y, np.float32), sample_rate, rate)
+    device = next(model.parameters()).device
     with torch.no_grad():
         if isinstance(model, AudioTower):
-            return model(waveform_to_mel(y, max(16, len(y) // HOP))[None])[0]
+            return model(waveform_to_mel(y, max(16, len(y) // HOP))[None].to(device))[0].cpu()
         from transformers import ClapFeatureExtractor
 
         # un-fused CLAP checkpoints accept no other truncation
         features = ClapFeatureExtractor()(
             y, sampling_rate=rate, truncation="rand_trunc", return_tensors="pt"
-        )
-        return F.normalize(model(**features).audio_embeds[0].float(), dim=-1)
+        ).to(device)
+        return F.normalize(model(**features).audio_embeds[0].float(), dim=-1).cpu()
+
+
+def build_audioldm_s(device="cpu"):
+    """Build the networks of AudioLDM-S in full size, untrained: what the published weights fill.
+
+    Parameters
+    ----------
+    device : str
+        Where; ``"meta"`` builds names and shapes alone, without memory.
+
+    Returns
+    -------
+    dict of str to object
+        ``unet`` (185 million parameters), ``vae`` (55), ``text_encoder`` (125), ``vocoder`` (55) and
+        ``audio_encoder`` (28, `HUB_CLAP`'s): networks in the classes that ``AudioLDMPipeline``
+        loads; and the ``scheduler``. There is no tokenizer: RoBERTa's comes with a checkpoint.
+
+    Notes
+    -----
+    Configurations: `AUDIOLDM_S`; transformers' defaults are those of ``laion/clap-htsat-unfused``.
+
+    Examples
+    --------
+    >>> parts = build_audioldm_s("meta")
+    >>> sum(p.numel() for p in parts["unet"].parameters())
+    185036552
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import (
+        ClapAudioConfig,
+        ClapAudioModelWithProjection,
+        ClapTextConfig,
+        ClapTextModelWithProjection,
+        SpeechT5HifiGan,
+        SpeechT5HifiGanConfig,
+    )
+
+    with torch.device(device):
+        parts = {
+            "unet": UNet2DConditionModel(**AUDIOLDM_S["unet"]),
+            "vae": AutoencoderKL(**AUDIOLDM_S["vae"]),
+            "text_encoder": ClapTextModelWithProjection(ClapTextConfig()),
+            "vocoder": SpeechT5HifiGan(SpeechT5HifiGanConfig(**AUDIOLDM_S["vocoder"])),
+            "audio_encoder": ClapAudioModelWithProjection(ClapAudioConfig()),
+        }
+    for network in parts.values():
+        network.eval()  # as from_pretrained leaves them
+    return {**parts, "scheduler": DDIMScheduler(**AUDIOLDM_S["scheduler"])}
 
 
 def build_small(texts, seed=0, projection_dim=128, channels=(64, 128, 192)):

@@ -799,7 +799,12 @@ def _folder_problems(audio_root, clips):
     """Hold what AudioFolder reads against the split files."""
     known = {Path(clip["path"]).resolve(): clip for clip in clips}
     rows = []
-    for file in sorted(Path(audio_root).rglob(FOLDER_FILE)):
+    root = Path(audio_root).resolve()
+    # beside the clips or above them: the folder may be one of many in somebody's collection
+    folders = {folder for path in known for folder in path.parents if folder.is_relative_to(root)}
+    for file in sorted(folder / FOLDER_FILE for folder in folders):
+        if not file.is_file():
+            continue
         named = set()
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
             try:

@@ -692,7 +692,8 @@ def training_curves(log, best_step):
     Parameters
     ----------
     log : pandas.DataFrame
-        ``step, train_loss, val_loss, val_loss_ema, learning_rate``.
+        ``step, train_loss, val_loss, val_loss_ema, learning_rate``; ``test_loss_ema`` if there is
+        a test split.
     best_step : int
         Marked by a line.
 
@@ -710,7 +711,9 @@ def training_curves(log, best_step):
         "val_loss": "validation",
         "val_loss_ema": "validation, averaged weights",
     }
-    for (column, name), style in zip(names.items(), (":", "--", "-"), strict=True):
+    if "test_loss_ema" in log:
+        names["test_loss_ema"] = "test, averaged weights"
+    for (column, name), style in zip(names.items(), (":", "--", "-", "-."), strict=False):
         left.plot(log["step"], log[column], style, marker="o", markersize=4, label=name)
     left.axvline(best_step, color="0.5", linewidth=1, label="best")
     left.set(xlabel="step", ylabel="loss")
@@ -718,6 +721,100 @@ def training_curves(log, best_step):
     right.plot(log["step"], log["learning_rate"], marker="o", markersize=4)
     right.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     figure.suptitle("Fine-tuning")
+    return figure
+
+
+def loss_by_time(losses, reference="right"):
+    """Draw what conditions cost in denoising, against the strength of the noise.
+
+    Parameters
+    ----------
+    losses : pandas.DataFrame
+        ``t`` in [0, 1), ``error`` and ``condition``, the same segments in the same order under
+        each; from `finetuning.fixed_losses`.
+    reference : str
+        Condition whose error is subtracted, segment by segment.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    segment = losses.groupby("condition", sort=False).cumcount()
+    table = losses.assign(segment=segment).pivot(index="segment", columns="condition")
+    extra = table["error"].sub(table["error"][reference], axis=0).drop(columns=reference)
+    quarter = (table["t"][reference] * 4).astype(int) * 0.25 + 0.125
+    extra = extra.assign(t=quarter).melt("t", var_name="condition", value_name="error")
+    figure, axes = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
+    sns.lineplot(
+        extra, x="t", y="error", hue="condition", style="condition", markers=True, ax=axes,
+        err_style="bars", seed=0,
+    )  # fmt: skip
+    axes.axhline(0, color="0.5", linewidth=1)
+    axes.set(
+        xlabel="timestep / 1000 (clean to noisy)", ylabel=f"error above the {reference} one's",
+        title="What a condition costs, with 95 % intervals",
+    )  # fmt: skip
+    return figure
+
+
+def losses_over_steps(log):
+    """Draw training, validation and test loss over the steps, each seed a line.
+
+    Parameters
+    ----------
+    log : pandas.DataFrame
+        ``seed, step, train_loss, val_loss_ema, test_loss_ema``; from `finetuning.FinetuneResult`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    import seaborn as sns
+
+    names = {"train_loss": "training", "val_loss_ema": "validation", "test_loss_ema": "test"}
+    table = log.rename(columns=names).melt(["seed", "step"], list(names.values()), "split", "loss")
+    grid = sns.relplot(
+        table, x="step", y="loss", col="split", hue="seed", style="seed", kind="line",
+        markers=True, palette="colorblind", height=3.0, aspect=1.1,
+    )  # fmt: skip
+    grid.set_titles("{col_name}")
+    return grid.figure
+
+
+def scores_over_steps(scores, floor_name):
+    """Draw distances of samples over the steps of training, each seed a line, beside the floor.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        ``seed, step, metric, embedding, candidate, value``; from `finetuning.FinetuneResult`.
+    floor_name : str
+        `fad.FLOOR_NAME`: its rows become a dashed line, their mean.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    panels = scores.groupby(["metric", "embedding"], sort=False)
+    figure, all_axes = plt.subplots(
+        1, len(panels), figsize=(4.6 * len(panels), 3.2), squeeze=False, layout="constrained"
+    )
+    for axes, ((metric, embedding), rows) in zip(all_axes[0], panels, strict=True):
+        is_floor = rows["candidate"] == floor_name
+        sns.lineplot(
+            rows[~is_floor], x="step", y="value", hue="seed", style="seed", markers=True,
+            palette="colorblind", ax=axes,
+        )  # fmt: skip
+        floor = rows.loc[is_floor, "value"].astype(float).mean()
+        axes.axhline(floor, color="0.4", linestyle="--", label="real against real")
+        axes.set(xlabel="step", ylabel=metric, title=f"{metric} in {embedding}", ylim=(0, None))
+        axes.legend(title="seed")
     return figure
 
 

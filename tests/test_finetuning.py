@@ -1,12 +1,17 @@
 """The trainer: what it draws, what it minimises, how it resumes."""
 
-from dataclasses import replace
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from diffusers import DDIMScheduler
+import yaml
+from diffusers import AutoencoderKL, DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +27,8 @@ def checkpoint(tmp_path_factory):
     mels = [ldm.waveform_to_mel(rng.normal(size=10_240), 64) for _ in range(4)]
     pipe.vae.fit(torch.stack(mels))
     folder = tmp_path_factory.mktemp("start") / "small"
-    return ldm.save_checkpoint(pipe, folder, {"training_folds": []}, tower.eval())
+    info = {"training_folds": [], "steps": 2}
+    return ldm.save_checkpoint(pipe, folder, info, tower.eval())
 
 
 @pytest.fixture(scope="module")
@@ -30,34 +36,47 @@ def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("set")
     rng = np.random.default_rng(0)
     rows = []
-    for i in range(6):
+    splits = ["train"] * 4 + ["val"] * 4 + ["test"] * 2
+    for i, split in enumerate(splits):
         path = folder / "audio" / f"{i}.wav"
         path.parent.mkdir(exist_ok=True)
         audio.save_audio(path, 0.2 * rng.normal(size=16_000).clip(-3, 3), 16_000)
-        rows.append((str(i), "train" if i < 4 else "val", str(path), "dog", "park", *TEXTS[:3]))
+        rows.append((str(i), split, str(path), "dog", "park", *TEXTS[:3]))
     names = ["mix_id", "split", "path", "foreground_label", "scene"]
     table = pd.DataFrame(rows, columns=[*names, "caption", "caption_2", "caption_3"])
     return metadata.write_audiocaps(table, folder / "metadata", "noise")
 
 
-@pytest.fixture
-def config(checkpoint, dataset, tmp_path):
+def make_config(checkpoint, dataset, folder):
     return finetuning.FinetuneConfig(
         checkpoint=str(checkpoint),
         dataset_root=str(dataset),
-        out_dir=str(tmp_path / "out"),
+        out_dir=str(folder / "out"),
         steps=6,
         batch_size=4,
         learning_rate=1e-3,
         warmup_steps=2,
         segment_s=0.64,
         val_every=2,
+        test_segments=0,
         info={"training_dataset": "noise"},
     )
 
 
-def test_result_opens_and_carries_its_note(config):
-    result = finetuning.finetune(config)
+@pytest.fixture
+def config(checkpoint, dataset, tmp_path):
+    return make_config(checkpoint, dataset, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint, dataset, tmp_path_factory):
+    """The unbroken run of `config`, to compare with."""
+    folder = tmp_path_factory.mktemp("plain")
+    return finetuning.finetune(make_config(checkpoint, dataset, folder))
+
+
+def test_result_opens_and_carries_its_note(plain):
+    result = plain
     assert list(result.log["step"]) == [0, 2, 4, 6]
     assert np.isfinite(result.log[["val_loss", "val_loss_ema"]]).all().all()
     best = result.log.loc[result.log["val_loss_ema"].idxmin(), "step"]
@@ -66,8 +85,8 @@ def test_result_opens_and_carries_its_note(config):
     assert ldm.load_pipeline(result.checkpoint, device="cpu").unet.config.in_channels == 32
 
 
-def test_killed_run_ends_with_the_same_weights_and_losses(config, tmp_path, monkeypatch):
-    whole = finetuning.finetune(config)
+def test_killed_run_ends_with_the_same_weights_and_losses(config, plain, tmp_path, monkeypatch):
+    whole = plain
     parted = replace(config, out_dir=str(tmp_path / "parted"))
     draw, calls = finetuning.draw, []
 
@@ -105,14 +124,14 @@ def test_loss_falls_on_something_learnable(config):
 
 
 def test_divergence_stops_and_names_the_last_good_step(config, monkeypatch):
-    broken = lambda *_: torch.tensor(float("nan"), requires_grad=True)  # noqa: E731
-    result = finetuning.diffusion_loss
+    good = finetuning.denoising
     calls = iter(range(100))
-    monkeypatch.setattr(
-        finetuning,
-        "diffusion_loss",
-        lambda *a: broken() if next(calls) > 6 else result(*a),
-    )
+
+    def breaks_in_the_end(*args):
+        found = good(*args)
+        return found._replace(error=found.error * float("nan")) if next(calls) > 10 else found
+
+    monkeypatch.setattr(finetuning, "denoising", breaks_in_the_end)
     with pytest.raises(finetuning.TrainingError, match=r"not finite at step \d.*learning_rate"):
         finetuning.finetune(config)
 
@@ -204,3 +223,534 @@ def test_segments_are_the_loudest_of_the_tries():
     rng = np.random.default_rng(0)
     assert finetuning.loudest(y, 2000, 200, rng).sum() == 100
     assert len(finetuning.loudest(y[:500], 2000, 4, rng)) == 500
+
+
+# --- options of the loop ------------------------------------------------------------------------
+
+NUMBERS = ["step", "train_loss", "train_vlb", "val_loss", "val_loss_ema", "val_vlb_ema"]
+
+
+def unet_of(result):
+    return ldm.load_pipeline(result.checkpoint, device="cpu").unet.state_dict()
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 2}, {"gradient_checkpointing": True}])
+def test_saving_memory_changes_no_number(config, plain, options):
+    saving = finetuning.finetune(replace(config, **options))
+    columns = [*NUMBERS, "grad_norm"]
+    pd.testing.assert_frame_equal(saving.log[columns], plain.log[columns], rtol=1e-4)
+
+
+@pytest.mark.parametrize("train", ["attention", "lora"])
+def test_part_of_the_weights_is_trained_and_saved_whole(config, checkpoint, train):
+    result = finetuning.finetune(replace(config, train=train, lora_rank=2, keep_best=False))
+    before, after = ldm.load_pipeline(checkpoint, device="cpu").unet.state_dict(), unet_of(result)
+    assert before.keys() == after.keys(), "adapters are merged"
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".attn" in name for name in changed)
+    assert result.log["val_loss_ema"].iloc[-1] != result.log["val_loss_ema"].iloc[0]
+
+
+def test_merged_adapters_sound_as_they_did_in_training(config, tmp_path):
+    tuned = finetuning.finetune(replace(config, train="lora", keep_best=False))
+    # nothing is trained here: the first row is the loss of what was loaded
+    again = replace(config, checkpoint=str(tuned.checkpoint), out_dir=str(tmp_path / "again"))
+    loaded = finetuning.finetune(replace(again, steps=1, learning_rate=0.0))
+    assert loaded.log["val_loss"].iloc[0] == pytest.approx(
+        tuned.log["val_loss_ema"].iloc[-1], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_stays_near_full_precision(config, plain, precision):
+    full = plain.log["val_loss"]
+    half = finetuning.finetune(replace(config, precision=precision)).log["val_loss"]
+    assert not half.equals(full)
+    np.testing.assert_allclose(half, full, rtol=0.02)
+
+
+def test_killed_run_in_half_precision_resumes_with_its_scale(config, tmp_path, monkeypatch):
+    config = replace(config, precision="fp16")
+    whole = finetuning.finetune(config)
+    parted = replace(config, out_dir=str(tmp_path / "parted"))
+    die_at(5, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        finetuning.finetune(parted)
+    monkeypatch.undo()
+    resumed = finetuning.finetune(parted)
+    pd.testing.assert_frame_equal(resumed.log[NUMBERS], whole.log[NUMBERS], atol=1e-6)
+
+
+def test_another_prediction_type_is_trained_and_noted(config):
+    result = finetuning.finetune(replace(config, prediction_type="v_prediction", val_every=6))
+    pipe = ldm.load_pipeline(result.checkpoint, device="cpu")
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_min_snr_gives_every_prediction_the_weights_of_its_paper(kind):
+    snr = torch.tensor([0.01, 1.0, 5.0, 100.0])
+    expected = torch.minimum(snr, torch.tensor(5.0))
+    expected /= {"epsilon": snr, "sample": torch.ones(4), "v_prediction": snr + 1}[kind]
+    torch.testing.assert_close(finetuning._loss_weight(kind, snr, 5.0), expected)
+
+
+def test_bound_is_the_divergence_of_the_posteriors():
+    scheduler = DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear")
+    alpha_bar = scheduler.alphas_cumprod.double()
+    t = 300
+    previous, now = alpha_bar[t - 1], alpha_bar[t]
+    beta, alpha = 1 - now / previous, now / previous
+    generator = torch.Generator().manual_seed(0)
+    x, guess, noise = torch.randn(3, 1000, generator=generator).double()
+
+    def posterior(latent):
+        noisy = now.sqrt() * x + (1 - now).sqrt() * noise
+        mean = previous.sqrt() * beta / (1 - now) * latent
+        mean += alpha.sqrt() * (1 - previous) / (1 - now) * noisy
+        return torch.distributions.Normal(mean, (beta * (1 - previous) / (1 - now)).sqrt())
+
+    divergence = torch.distributions.kl_divergence(posterior(x), posterior(guess)).mean()
+    errors = {
+        "sample": guess - x,
+        "epsilon": (now / (1 - now)).sqrt() * (guess - x),
+        "v_prediction": (guess - x) / (1 - now).sqrt(),
+    }
+    for kind, error in errors.items():
+        bound = finetuning.bound_weights(scheduler.alphas_cumprod, kind)[t] * (error**2).mean()
+        assert float(bound) == pytest.approx(float(divergence), rel=1e-3), kind
+
+
+def test_bound_weights_of_noise_are_those_of_the_baseline_trainer():
+    betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = torch.cumprod(1 - betas, 0)
+    variance = betas[1:] * (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:])
+    expected = betas[1:] ** 2 / (2 * variance * (1 - betas[1:]) * (1 - alpha_bar[1:]))
+    found = finetuning.bound_weights(alpha_bar, "epsilon")
+    torch.testing.assert_close(found[1:].double(), expected, rtol=1e-4, atol=0)
+    assert found[0] == found[1]
+
+
+# --- what is watched ----------------------------------------------------------------------------
+
+
+def test_test_loss_is_written_down_and_decides_nothing(config, plain):
+    watched, blind = finetuning.finetune(replace(config, test_segments=8)), plain
+    assert watched.log["test_loss_ema"].notna().all()
+    assert "test_loss" not in blind.log
+    a, b = unet_of(watched), unet_of(blind)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_quarters_of_the_timesteps_make_up_the_loss(plain):
+    log = plain.log
+    quarters = log[[f"val_loss_t{i}" for i in range(1, 5)]]
+    np.testing.assert_allclose(quarters.mean(axis=1), log["val_loss_ema"], rtol=1e-5)
+    assert (log["val_vlb_ema"] > 0).all()
+
+
+def test_training_stops_when_validation_no_longer_improves(config):
+    result = finetuning.finetune(replace(config, learning_rate=0.0, patience=2))
+    assert result.log["step"].tolist() == [0, 2, 4]
+    assert result.best_step == 0
+
+
+def test_curves_are_kept_in_csv_and_tensorboard(plain):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = plain
+    logs = Path(f"{plain.checkpoint}.logs")
+    pd.testing.assert_frame_equal(pd.read_csv(logs / "training_log.csv"), result.log)
+    events = EventAccumulator(str(logs)).Reload()
+    losses = [(e.step, e.value) for e in events.Scalars("val_loss_ema")]
+    expected = list(zip(result.log["step"], result.log["val_loss_ema"], strict=True))
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+
+
+def test_weights_and_biases_work_offline(config, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    finetuning.finetune(replace(config, wandb_project="soundscapes", steps=2))
+    assert list(Path(config.out_dir + ".logs").rglob("offline-run-*/*.wandb"))
+
+
+def test_samples_are_the_same_captions_and_scored_beside_a_floor(config):
+    from soundscapes_utils import fad
+
+    result = finetuning.finetune(replace(config, sample_epochs=1, n_samples=3))
+    scores = result.scores
+    assert set(scores["step"]) == {0, 2, 4, 6}
+    assert set(scores["metric"]) == {"FAD", "KAD"}
+    assert (scores["candidate"] == fad.FLOOR_NAME).sum() == len(scores) // 2
+    assert set(scores.loc[scores["candidate"] != fad.FLOOR_NAME, "n_candidate"]) == {3}
+    files = sorted(Path(config.out_dir + ".logs", "samples").rglob("*.wav"))
+    assert len(files) == 4 * 3
+    card = (result.checkpoint / "README.md").read_text()
+    assert "floor, real against real" in card and "FAD in logmel-stats" in card
+
+
+def test_card_tells_data_licence_and_steps(config):
+    result = finetuning.finetune(replace(config, data_licence="CC BY 3.0", val_every=6))
+    card = (result.checkpoint / "README.md").read_text()
+    for told in ("noise; licence: CC BY 3.0", "6 steps of 4 segments", "- train: 4 clips"):
+        assert told in card
+    assert str(result.checkpoint.parent) not in card
+
+
+def test_right_wrong_and_no_condition_are_shown_the_same_noise(checkpoint, config):
+    pipe = ldm.load_pipeline(checkpoint, device="cpu")
+    data = finetuning.load_data(pipe, config)["train"]
+    batches = {
+        name: finetuning.fixed_batch(data, 8, 0, name)
+        for name in ("right", "wrong", "none", "audio")
+    }
+    for batch in batches.values():
+        assert torch.equal(batch["noise"], batches["right"]["noise"])
+        assert torch.equal(batch["latents"], data["latents"])
+    assert (batches["none"]["condition"] == data["empty"]).all()
+    assert torch.equal(batches["audio"]["condition"], data["audio"])
+    assert torch.equal(batches["right"]["condition"], data["text"][data["clip"], 0])
+    table = finetuning.fixed_losses(pipe.unet, pipe.scheduler, data, n=8)
+    assert len(table) == 8 and sorted(table["t"]) == [(i + 0.5) / 8 for i in range(8)]
+
+
+def test_wrong_condition_is_the_caption_least_alike():
+    texts = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [0.9, 0.1], [-1, 0.2]]), dim=-1)
+    data = {
+        "latents": torch.zeros(3, 1, 1, 1),
+        "clip": torch.arange(3),
+        "text": texts[:, None],
+        "audio": texts,
+        "empty": torch.zeros(1, 2),
+    }
+    wrong = finetuning.fixed_batch(data, 3, 0, "wrong")["condition"]
+    assert torch.equal(wrong, texts[[2, 2, 0]])
+    with pytest.raises(ValueError, match="condition must be one of"):
+        finetuning.fixed_batch(data, 3, 0, "left")
+
+
+# --- robustness ---------------------------------------------------------------------------------
+
+
+def die_at(step, monkeypatch):
+    draw = finetuning.draw
+
+    def dies(data, settings, number):
+        if number == step:
+            raise KeyboardInterrupt
+        return draw(data, settings, number)
+
+    monkeypatch.setattr(finetuning, "draw", dies)
+
+
+def test_damaged_state_is_passed_over_for_the_one_before(config, plain, tmp_path, monkeypatch):
+    whole = plain
+    parted = replace(config, out_dir=str(tmp_path / "parted"))
+    die_at(5, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        finetuning.finetune(parted)
+    monkeypatch.undo()
+    states = sorted(Path(parted.out_dir + ".states").rglob("*.safetensors"))
+    assert [file.name for file in states] == [
+        "step-00000002.safetensors",
+        "step-00000004.safetensors",
+    ]
+    states[-1].write_bytes(states[-1].read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="step-00000004.*damaged"):
+        resumed = finetuning.finetune(parted)
+    a, b = unet_of(whole), unet_of(resumed)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not Path(parted.out_dir + ".states").exists()
+
+
+def test_old_states_go(config, monkeypatch):
+    die_at(6, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        finetuning.finetune(replace(config, steps=8, keep_states=1))
+    states = list(Path(config.out_dir + ".states").rglob("*.safetensors"))
+    assert [file.name for file in states] == ["step-00000004.safetensors"]
+
+
+def test_divergence_stops_and_names_the_last_good_state(config):
+    wild = replace(config, learning_rate=30.0, warmup_steps=5, max_grad_norm=1e9, steps=40)
+    with pytest.raises(finetuning.TrainingError, match=r"diverged|not finite") as told:
+        finetuning.finetune(wild)
+    assert "lower learning_rate" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+    ],
+)
+def test_full_memory_says_what_to_lower(config, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(finetuning, "denoising", full)
+    with pytest.raises(finetuning.TrainingError, match=r"parts of 4 segments.*Raise accumulate"):
+        finetuning.finetune(config)
+
+
+def test_other_errors_pass_as_they_are(config, monkeypatch):
+    def wrong(*_):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(finetuning, "denoising", wrong)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        finetuning.finetune(config)
+
+
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ({"precision": "fp8"}, "precision must be one of 'fp32'"),
+        ({"train": "half"}, "train must be one of"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"accumulate": 3}, "make it a multiple of 3"),
+        ({"vae": "decoder"}, "PatchVAE has no decoder"),
+        ({"sample_epochs": 1, "n_samples": 1}, "two samples"),
+    ],
+)
+def test_wrong_settings_are_one_clear_error(config, wrong, told):
+    with pytest.raises(finetuning.TrainingError, match=told):
+        finetuning.finetune(replace(config, **wrong))
+
+
+def test_killed_preparation_keeps_what_is_done_and_others_share_it(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "_SHARD", 1)
+    encode, calls = ldm.encode_mel, []
+
+    def dies_at_the_fourth(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    monkeypatch.setattr(ldm, "encode_mel", dies_at_the_fourth)
+    config = replace(config, cache_dir=str(tmp_path / "cache"), segments_per_clip=1)
+    with pytest.raises(KeyboardInterrupt):
+        finetuning.finetune(config)
+    finetuning.finetune(config)
+    assert len(calls) == 8 + 1, "each of eight clips once, and the one that was interrupted"
+    finetuning.finetune(replace(config, learning_rate=1e-4, out_dir=str(tmp_path / "other")))
+    assert len(calls) == 9
+
+
+# --- the autoencoder ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def convolutional(tmp_path_factory):
+    """A checkpoint whose autoencoder is of the published kind, small."""
+    torch.manual_seed(0)
+    pipe, tower = ldm.build_small(TEXTS, channels=(16, 32, 48))
+    pipe.register_modules(
+        vae=AutoencoderKL(
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=32,
+            layers_per_block=1,
+        )
+    )
+    folder = tmp_path_factory.mktemp("vae") / "small"
+    return ldm.save_checkpoint(pipe, folder, {"training_folds": []}, tower.eval())
+
+
+def vae_config(config, convolutional, **options):
+    return replace(
+        config,
+        checkpoint=str(convolutional),
+        **{"vae_steps": 12, "vae_learning_rate": 3e-3, "steps": 2, "val_every": 4} | options,
+    )
+
+
+@pytest.mark.parametrize("vae", ["decoder", "all"])
+def test_autoencoder_learns_and_its_decoder_alone_leaves_the_latent(config, convolutional, vae):
+    result = finetuning.finetune(vae_config(config, convolutional, vae=vae))
+    log = pd.read_csv(Path(config.out_dir + ".logs") / "vae_log.csv")
+    assert log["step"].tolist() == [4, 8, 12]
+    assert log["val_error"].iloc[-1] < 0.9 * log["val_error"].iloc[0]
+    before = ldm.load_pipeline(convolutional, device="cpu").vae
+    after = ldm.load_pipeline(result.checkpoint, device="cpu").vae
+    changed = {
+        name.split(".")[0]
+        for name, value in after.state_dict().items()
+        if not torch.equal(value, before.state_dict()[name])
+    }
+    both = {"decoder", "post_quant_conv"}
+    assert changed == (both if vae == "decoder" else both | {"encoder", "quant_conv"})
+    kept = before.config.scaling_factor == after.config.scaling_factor
+    assert kept == (vae == "decoder")
+
+
+def test_killed_autoencoder_resumes_to_the_same_weights(
+    config, convolutional, tmp_path, monkeypatch
+):
+    config = vae_config(config, convolutional, vae="all")
+    whole = finetuning.finetune(config)
+    parted = replace(config, out_dir=str(tmp_path / "parted"))
+    loss, calls = finetuning.vae_loss, []
+
+    def dies_at_the_seventh(*arguments):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(finetuning, "vae_loss", dies_at_the_seventh)
+    with pytest.raises(KeyboardInterrupt):
+        finetuning.finetune(parted)
+    finetuning.finetune(parted)
+    assert len(calls) == 7 + 12 - 4, "from the state of step 4"
+    one, two = (
+        Path(c.out_dir, "vae/diffusion_pytorch_model.safetensors") for c in (config, parted)
+    )
+    assert one.read_bytes() == two.read_bytes()
+    assert whole.checkpoint.is_dir()
+
+
+def test_autoencoder_loss_is_absolute_error_and_divergence(convolutional):
+    vae = ldm.load_pipeline(convolutional, device="cpu").vae
+    generator = torch.Generator().manual_seed(0)
+    mel = torch.randn(2, 64, 64, generator=generator)
+    noise = torch.randn(2, 32, 32, 32, generator=generator)
+    with torch.no_grad():
+        loss, error = finetuning.vae_loss(vae, mel, noise)
+        dist = vae.encode(mel[:, None]).latent_dist
+        normal = torch.distributions.Normal(dist.mean, dist.std)
+        prior = torch.distributions.Normal(torch.zeros(()), torch.ones(()))
+        divergence = torch.distributions.kl_divergence(normal, prior).sum(dim=(1, 2, 3)).mean()
+        again = vae.decode(dist.mean + dist.std * noise).sample[:, 0]
+    assert float(error) == pytest.approx(float((again - mel).abs().mean()), rel=1e-5)
+    assert float(loss - error) == pytest.approx(1e-3 * float(divergence) / 4096, rel=1e-3)
+
+
+def test_linear_latent_is_fitted_anew_in_closed_form(config, checkpoint):
+    result = finetuning.finetune(replace(config, vae="all"))
+    before, after = (
+        ldm.load_pipeline(c, device="cpu").vae for c in (checkpoint, result.checkpoint)
+    )
+    assert not torch.equal(before.components, after.components)
+
+
+# --- tables, files and processes ----------------------------------------------------------------
+
+
+@pytest.fixture
+def sounds(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        audio.save_audio(tmp_path / f"{i}.wav", 0.1 * rng.normal(size=8_000).clip(-3, 3), 16_000)
+    table = pd.DataFrame({"file": [f"{i}.wav" for i in range(12)], "caption": "a hiss"})
+    return tmp_path, table.assign(source=[f"s{i // 2}" for i in range(12)])
+
+
+def written(folder, table):
+    table.to_csv(folder / "sounds.csv", index=False)
+    return folder / "sounds.csv"
+
+
+def test_table_becomes_a_set_whose_splits_share_no_source(sounds):
+    folder, table = sounds
+    root = finetuning.captioned_set(written(folder, table), folder / "set", shares=(0.5, 0.3, 0.2))
+    assert metadata.validate(root).empty
+    clips = metadata.read_audiocaps(root)
+    assert len(clips) == 12 and {"train", "val"} <= set(clips["split"])
+    source = [int(Path(path).stem) // 2 for path in clips["path"]]
+    assert clips.groupby(source)["split"].nunique().max() == 1
+
+
+def test_rows_that_cannot_be_used_are_set_aside_and_told(sounds):
+    folder, table = sounds
+    table["split"] = ["train"] * 8 + ["val"] * 4
+    table.loc[0, "file"] = "missing.wav"
+    table.loc[1, "caption"] = " "
+    table.loc[3, "file"] = "2.wav"
+    audio.save_audio(folder / "4.wav", np.zeros(8_000), 16_000)
+    (folder / "5.wav").write_bytes(b"RIFF nonsense")
+    with pytest.warns(UserWarning, match="5 of 12 rows set aside.*missing.wav"):
+        root = finetuning.captioned_set(written(folder, table), folder / "set")
+    aside = pd.read_csv(folder / "set" / "set_aside.csv")
+    assert [Path(path).name for path in aside["path"]] == [
+        "missing.wav", "1.wav", "2.wav", "4.wav", "5.wav",
+    ]  # fmt: skip
+    assert len(metadata.read_audiocaps(root)) == 7
+
+
+def test_wrong_tables_name_the_fault(sounds):
+    folder, table = sounds
+    halves = ["train", "val"] * 6
+    for wrong, told in [
+        (table.rename(columns={"caption": "text"}), "path and caption are needed"),
+        (table.assign(split="training"), r"unknown: \['training'\]"),
+        (table.assign(split="train"), r"without clips: \['val'\]"),
+        (table.assign(split=halves), "sources in more than one split: s0"),
+    ]:
+        with pytest.raises(finetuning.TrainingError, match=told):
+            finetuning.captioned_set(written(folder, wrong), folder / "set")
+    with pytest.raises(finetuning.TrainingError, match="cannot be read as a CSV"):
+        finetuning.captioned_set(folder / "none.csv", folder / "set")
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("checkpoint: embedded\nstep: 3", "unknown name 'step'; did you mean steps"),
+        ("checkpoint: embedded", "dataset_root, out_dir must be given"),
+        ("checkpoint: a\ndataset_root: b\nout_dir: c\nsteps: many", "steps must be int"),
+        ("checkpoint: a\ndataset_root: b\nout_dir: c\nsteps: 2.5", "steps must be int"),
+        ("- a list", "not a YAML file of names"),
+    ],
+)
+def test_wrong_configurations_name_the_remedy(tmp_path, capsys, text, told):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert finetuning.main([str(file)]) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_configuration_reads_numbers_as_people_write_them(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("checkpoint: a\ndataset_root: b\nout_dir: c\nlearning_rate: 1e-4\nsteps: 2e3")
+    config = finetuning.read_config(file, [("sample_prompts", "[rain, wind]")])
+    assert (config.learning_rate, config.steps) == (1e-4, 2000)
+    assert config.sample_prompts == ("rain", "wind")
+
+
+def test_command_without_configuration_is_a_wrong_call(capsys):
+    assert finetuning.main([]) == 2
+    assert finetuning.main(["--csv", "sounds.csv"]) == 2
+    assert "give a configuration" in capsys.readouterr().err
+
+
+def test_two_processes_have_the_loss_of_one(config, plain, tmp_path):
+    alone = plain
+    told = asdict(replace(config, out_dir=str(tmp_path / "two")))
+    told |= {name: list(value) for name, value in told.items() if isinstance(value, tuple)}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(told))
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "-m", "soundscapes_utils.finetuning", str(file)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Checkpoint:") == 1, "one process speaks"
+    both = finetuning._finished(
+        tmp_path / "two", finetuning._run_key(config, finetuning._read_clips(config))
+    )
+    columns = [*NUMBERS, "grad_norm"]
+    pd.testing.assert_frame_equal(both.log[columns], alone.log[columns], rtol=1e-5)
+    a, b = unet_of(alone), unet_of(both)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0)

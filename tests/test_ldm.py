@@ -1,15 +1,19 @@
 """The pieces of AudioLDM against independent computations and through diffusers' own loading."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AudioLDMPipeline
+from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA
 
 from soundscapes_utils import audio, ldm
 
+ESC10 = Path(__file__).parents[2] / "shared/data/ESC-10/audio"
+needs_esc10 = pytest.mark.skipif(not ESC10.is_dir(), reason="../shared/data/ESC-10 is not there")
 TEXTS = ["a dog is barking", "the sound of rain", "a rooster crowing in a park"] * 3
 
 
@@ -68,8 +72,222 @@ def test_waveform_is_conditioned_as_the_trainer_does():
     y = np.random.default_rng(1).normal(2.0, 0.1, 10 * ldm.HOP).astype(np.float32)
     centred = y - y.mean()
     padded = np.pad(centred * 0.5 / np.abs(centred).max(), (0, 6 * ldm.HOP))
-    mel = ldm.waveform_to_mel(np.pad(y - y.mean(), (0, 6 * ldm.HOP)), 16).numpy()
+    mel = ldm.waveform_to_mel(y, 16).numpy()
     np.testing.assert_allclose(mel, audio.log_mel(padded.astype(np.float32)), atol=1e-3)
+
+
+def torchaudio_mel(y, n_frames):
+    """The baseline trainer's front end, from its description, in torch's float64 and torchaudio."""
+    from torchaudio.functional import melscale_fbanks
+
+    y = torch.from_numpy(y[: n_frames * 160]).double()
+    y = y - y.mean()
+    y = 0.5 * y / (y.abs().max() + 1e-8)
+    y = torch.nn.functional.pad(y, (0, n_frames * 160 - len(y)))
+    y = torch.nn.functional.pad(y[None], (432, 432), mode="reflect")[0]
+    window = torch.hann_window(1024, dtype=torch.float64)
+    stft = torch.stft(y, 1024, 160, 1024, window, center=False, return_complex=True)
+    filters = melscale_fbanks(513, 0.0, 8000.0, 64, 16_000, norm="slaney", mel_scale="slaney")
+    return torch.log((stft.abs().T @ filters.double()).clamp(min=1e-5))
+
+
+@needs_esc10
+@pytest.mark.parametrize("number", [0, 57, 123, 211, 399])
+def test_front_end_is_the_trainers_value_for_value_on_real_clips(number):
+    path = sorted(ESC10.glob("*.ogg"))[number]
+    y, _ = audio.load_audio(path, 16_000)
+    ours = ldm.waveform_to_mel(y, 1024).double()  # 10.24 s: the clip of 5 s and zeros
+    exact = torchaudio_mel(y, 1024)
+    assert ours.shape == exact.shape == (1024, 64)
+    error = (ours - exact).abs()
+    # float32 rounds a quiet band away beneath one that is 60 dB louder in the same frame
+    heard = exact > exact.amax(dim=1, keepdim=True) - np.log(1000)
+    assert float(error[heard].max()) < 1e-4
+    assert float((error > 1e-4).double().mean()) < 1e-3 and float(error.max()) < 1e-3
+
+
+def pair(name, *shape):
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def resnet(name, entry, exit_, time=0):
+    found = pair(f"{name}.norm1", entry) | pair(f"{name}.conv1", exit_, entry, 3, 3)
+    found |= pair(f"{name}.norm2", exit_) | pair(f"{name}.conv2", exit_, exit_, 3, 3)
+    found |= pair(f"{name}.time_emb_proj", exit_, time) if time else {}
+    return found | (pair(f"{name}.conv_shortcut", exit_, entry, 1, 1) if entry != exit_ else {})
+
+
+def transformer(name, width):
+    found = pair(f"{name}.norm", width)
+    found |= pair(f"{name}.proj_in", width, width, 1, 1)
+    found |= pair(f"{name}.proj_out", width, width, 1, 1)
+    block = f"{name}.transformer_blocks.0"
+    for i in (1, 2, 3):
+        found |= pair(f"{block}.norm{i}", width)
+    for attention in ("attn1", "attn2"):
+        found |= {f"{block}.{attention}.to_{x}.weight": (width, width) for x in "qkv"}
+        found |= pair(f"{block}.{attention}.to_out.0", width, width)
+    found |= pair(f"{block}.ff.net.0.proj", 8 * width, width)
+    return found | pair(f"{block}.ff.net.2", width, 4 * width)
+
+
+def published_unet():
+    """128 channels times 1 2 3 5, two blocks a level, attention below the first; time and CLAP 512."""
+    widths, time = [128, 256, 384, 640], 512 + 512
+    found = pair("conv_in", 128, 8, 3, 3) | pair("class_embedding", 512, 512)
+    found |= pair("time_embedding.linear_1", 512, 128) | pair("time_embedding.linear_2", 512, 512)
+    skips, width = [128], 128
+    for i, out in enumerate(widths):
+        for j in range(2):
+            found |= resnet(f"down_blocks.{i}.resnets.{j}", width, out, time)
+            found |= transformer(f"down_blocks.{i}.attentions.{j}", out) if i else {}
+            width = out
+            skips.append(out)
+        if i < 3:
+            found |= pair(f"down_blocks.{i}.downsamplers.0.conv", out, out, 3, 3)
+            skips.append(out)
+    found |= resnet("mid_block.resnets.0", 640, 640, time)
+    found |= resnet("mid_block.resnets.1", 640, 640, time)
+    found |= transformer("mid_block.attentions.0", 640)
+    for i, out in enumerate(reversed(widths)):
+        for j in range(3):
+            found |= resnet(f"up_blocks.{i}.resnets.{j}", width + skips.pop(), out, time)
+            found |= transformer(f"up_blocks.{i}.attentions.{j}", out) if i < 3 else {}
+            width = out
+        found |= pair(f"up_blocks.{i}.upsamplers.0.conv", out, out, 3, 3) if i < 3 else {}
+    return found | pair("conv_norm_out", 128) | pair("conv_out", 8, 128, 3, 3)
+
+
+def published_vae():
+    """128 channels times 1 2 4, two blocks a level (three going up), one attention in the middle."""
+    found = pair("quant_conv", 16, 16, 1, 1) | pair("post_quant_conv", 8, 8, 1, 1)
+    for half, entry, exit_ in (("encoder", 1, 16), ("decoder", 8, 1)):
+        levels, blocks = ([128, 256, 512], 2) if half == "encoder" else ([512, 256, 128], 3)
+        side, scale = ("down", "downsamplers") if half == "encoder" else ("up", "upsamplers")
+        width = levels[0]
+        found |= pair(f"{half}.conv_in", width, entry, 3, 3)
+        for i, out in enumerate(levels):
+            for j in range(blocks):
+                found |= resnet(f"{half}.{side}_blocks.{i}.resnets.{j}", width, out)
+                width = out
+            if i < 2:
+                found |= pair(f"{half}.{side}_blocks.{i}.{scale}.0.conv", out, out, 3, 3)
+        for j in range(2):
+            found |= resnet(f"{half}.mid_block.resnets.{j}", 512, 512)
+        attention = f"{half}.mid_block.attentions.0"
+        found |= pair(f"{attention}.group_norm", 512)
+        for name in ("to_q", "to_k", "to_v", "to_out.0"):
+            found |= pair(f"{attention}.{name}", 512, 512)
+        found |= pair(f"{half}.conv_norm_out", width) | pair(f"{half}.conv_out", exit_, width, 3, 3)
+    return found
+
+
+def published_text_encoder():
+    """RoBERTa base (12 layers of 768) and CLAP's two projection layers to 512."""
+    head = "text_model.embeddings"
+    found = {f"{head}.word_embeddings.weight": (50_265, 768)} | pair(f"{head}.LayerNorm", 768)
+    found |= {f"{head}.position_embeddings.weight": (514, 768)}
+    found |= {f"{head}.token_type_embeddings.weight": (1, 768)}
+    for i in range(12):
+        layer = f"text_model.encoder.layer.{i}"
+        for name in ("query", "key", "value"):
+            found |= pair(f"{layer}.attention.self.{name}", 768, 768)
+        found |= pair(f"{layer}.attention.output.dense", 768, 768)
+        found |= pair(f"{layer}.attention.output.LayerNorm", 768)
+        found |= pair(f"{layer}.intermediate.dense", 3072, 768)
+        found |= pair(f"{layer}.output.dense", 768, 3072) | pair(f"{layer}.output.LayerNorm", 768)
+    found |= pair("text_model.pooler.dense", 768, 768)
+    return (
+        found
+        | pair("text_projection.linear1", 512, 768)
+        | pair("text_projection.linear2", 512, 512)
+    )
+
+
+def published_vocoder():
+    """HiFi-GAN: from 64 mel bands, hops of 5 4 2 2 2, three residual stacks after each."""
+    found = pair("conv_pre", 1024, 64, 7) | pair("conv_post", 1, 32, 7)
+    for i, kernel in enumerate([16, 16, 8, 4, 4]):
+        out = 512 // 2**i
+        # transposed convolutions name their input first
+        found |= {f"upsampler.{i}.weight": (2 * out, out, kernel), f"upsampler.{i}.bias": (out,)}
+        for j, size in enumerate([3, 7, 11]):
+            for layer in ("convs1", "convs2"):
+                for k in range(3):
+                    found |= pair(f"resblocks.{3 * i + j}.{layer}.{k}", out, out, size)
+    return found
+
+
+@pytest.mark.parametrize(
+    "part, expected, millions",
+    [
+        ("unet", published_unet(), 185.04),
+        ("vae", published_vae(), 55.38),
+        ("text_encoder", published_text_encoder(), 125.30),
+        ("vocoder", published_vocoder(), 55.26),
+    ],
+)
+def test_full_size_networks_have_the_published_names_and_shapes(part, expected, millions):
+    network = ldm.build_audioldm_s("meta")[part]
+    found = {name: tuple(value.shape) for name, value in network.named_parameters()}
+    assert found == expected
+    assert sum(np.prod(shape) for shape in found.values()) / 1e6 == pytest.approx(
+        millions, abs=0.01
+    )
+
+
+def test_full_size_latent_schedule_and_rates_are_the_published_ones():
+    parts = ldm.build_audioldm_s("meta")
+    mel = torch.empty(1, 1, 1024, 64, device="meta")
+    latent = parts["vae"].encode(mel).latent_dist.mean
+    assert latent.shape == (1, 8, 256, 16)
+    t, clap = torch.empty(1, device="meta"), torch.empty(1, 512, device="meta")
+    out = parts["unet"](latent, t, encoder_hidden_states=None, class_labels=clap).sample
+    assert out.shape == latent.shape
+    # "linear" is linear in the square root of beta
+    betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
+    np.testing.assert_allclose(parts["scheduler"].betas, betas, rtol=1e-5)
+    assert parts["scheduler"].config.prediction_type == "epsilon"
+    assert np.prod(parts["vocoder"].config.upsample_rates) == ldm.HOP
+    assert parts["audio_encoder"].config.projection_dim == 512
+
+
+def test_long_lists_of_texts_are_embedded_in_passes_to_the_same_numbers(small, monkeypatch):
+    texts = [f"a dog number {i}" for i in range(9)]
+    whole = ldm.embed_text(small[0], texts)
+    monkeypatch.setattr(ldm, "_TOKENS_A_PASS", 4 * 64)
+    torch.testing.assert_close(ldm.embed_text(small[0], texts), whole, atol=1e-6, rtol=0)
+
+
+def damaged(saved, folder, change):
+    import shutil
+
+    shutil.copytree(saved, folder)
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_partly_matching_checkpoint_lists_missing_and_unexpected_keys(saved, tmp_path):
+    def rename(tensors):
+        tensors["conv_inn.weight"] = tensors.pop("conv_in.weight")
+
+    folder = damaged(saved, tmp_path / "renamed", rename)
+    with pytest.raises(
+        ldm.CheckpointError, match=r"unet: missing 1 \(conv_in\.weight.*unexpected 1 \(conv_inn"
+    ):
+        ldm.load_pipeline(folder)
+
+
+def test_weights_of_another_shape_are_refused_by_name(saved, tmp_path):
+    def widen(tensors):
+        tensors["conv_in.bias"] = torch.zeros(7)
+
+    folder = damaged(saved, tmp_path / "wide", widen)
+    with pytest.raises(ldm.CheckpointError, match=r"conv_in\.bias"):
+        ldm.load_pipeline(folder)
 
 
 def test_text_embedding_is_the_one_the_pipeline_samples_with(small):

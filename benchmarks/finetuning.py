@@ -1,0 +1,376 @@
+"""Fine-tuning: what the caches are worth, what a GPU holds, and what three seeds come to.
+
+The baseline trainer runs decoding, spectrogram, autoencoder and CLAP in every step. Here they run
+once a clip. Both ways train the same U-Net on the same sounds, in one process and one thread; what
+is printed are ratios of this one run.
+
+    python benchmarks/finetuning.py                    on the CPU; and on a GPU, if there is one
+    python benchmarks/finetuning.py --small            the GPU's part in small, on the CPU
+    python benchmarks/finetuning.py --study ESC-50 --checkpoint FOLDER --out runs/finetuning-study
+
+The third fine-tunes a mini-AudioLDM on ESC-10 scenes from several seeds: loss curves, FAD and KAD
+over the steps, and both against held-out test mixes, beside their floors.
+"""
+
+import argparse
+import contextlib
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from soundscapes_utils import audio, finetuning, ldm, metadata, procedural
+
+GIB = 2**30
+CARDS_GIB = (16, 24, 48)
+
+
+def seconds(action, repeats, device="cpu"):
+    """Mean wall time of a call, after one that warms up."""
+    action(0)
+    wait(device)
+    started = time.perf_counter()
+    for i in range(1, repeats + 1):
+        action(i)
+    wait(device)
+    return (time.perf_counter() - started) / repeats
+
+
+def wait(device):
+    """Let a GPU finish what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def stepper(unet, scheduler, precision="fp32"):
+    """Make the optimiser step that both ways share: loss, gradients, clipping, AdamW."""
+    trained = [value for value in unet.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    device = next(unet.parameters()).device.type
+    half = precision == "bf16"
+
+    def step(batch):
+        with torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext():
+            found = finetuning.denoising(unet, scheduler, batch)
+        loss = (found.weight * found.error).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+# --- on the CPU: what the caches are worth ------------------------------------------------------
+
+
+def make_set(folder, n):
+    """Write `n` captioned clips of 5 s as an AudioCaps-format set."""
+    rows = []
+    for i in range(n):
+        label = procedural.EVENTS[i % len(procedural.EVENTS)]
+        y = procedural.synthesize(label, i, 44_100, 5.0)
+        path = audio.save_audio(Path(folder) / "clips" / f"{i}.wav", y, 44_100)
+        split = "val" if i % 8 == 0 else "train"
+        rows.append((split, str(path), label, "", f"the sound of {label.replace('_', ' ')}"))
+    table = pd.DataFrame(rows, columns=["split", "path", "foreground_label", "scene", "caption"])
+    return metadata.write_audiocaps(table, Path(folder) / "metadata", "speed")
+
+
+def uncached_batch(pipe, tower, clips, config, step):
+    """Compute a batch as the baseline trainer does: all of it, in every step."""
+    rng = np.random.default_rng([config.seed, step])
+    frames = round(config.segment_s * 100 / 32) * 32
+    chosen = clips.iloc[rng.integers(len(clips), size=config.batch_size)]
+    latents, sounds = [], []
+    for path in chosen["path"]:
+        y, _ = audio.load_audio(path, ldm.SAMPLE_RATE)
+        segment = finetuning.loudest(y, frames * ldm.HOP, 1, rng)
+        mel = ldm.waveform_to_mel(segment, frames)
+        latents.append(ldm.encode_mel(pipe, mel[None])[0])
+        sounds.append(ldm.embed_with(tower, segment, ldm.SAMPLE_RATE))
+    texts = ldm.embed_text(pipe, chosen["caption"].tolist())
+    as_text = torch.from_numpy(rng.random(len(chosen)) < config.text_condition_probability)
+    latents = torch.stack(latents)
+    return {
+        "latents": latents,
+        "noise": torch.randn(latents.shape),
+        "t": torch.from_numpy(rng.random(len(chosen)).astype(np.float32)),
+        "condition": torch.where(as_text[:, None], texts, torch.stack(sounds)),
+    }
+
+
+def cpu_table(folder, n_clips, repeats):
+    """Print samples a second of the mini model with and without the caches."""
+    root = make_set(folder, n_clips)
+    config = finetuning.FinetuneConfig("embedded", str(root), str(Path(folder) / "out"))
+    pipe, tower = ldm.load_pipeline("embedded", "cpu"), ldm.load_audio_tower("embedded")
+    clips = metadata.read_audiocaps(root)
+    started = time.perf_counter()
+    data = finetuning.load_data(pipe, config)["train"]
+    first = time.perf_counter() - started
+    started = time.perf_counter()
+    finetuning.load_data(pipe, config)
+    again = time.perf_counter() - started
+    step = stepper(pipe.unet.train(), pipe.scheduler)
+    n = config.batch_size
+    batch = finetuning.draw(data, config, 0)
+    drawing = seconds(lambda i: finetuning.draw(data, config, i), 20)
+    bare = seconds(lambda _: step(batch), repeats)
+    cached = seconds(lambda i: step(finetuning.draw(data, config, i)), repeats)
+    computing = seconds(lambda i: uncached_batch(pipe, tower, clips, config, i), repeats)
+    whole = seconds(lambda i: step(uncached_batch(pipe, tower, clips, config, i)), repeats)
+    print(
+        f"mini model, {n_clips} clips, batches of {n} segments of {config.segment_s} s, one thread"
+    )
+    print(f"  all in the loop (baseline trainer's way): {n / whole:8.2f} samples/s")
+    print(f"  latents and embeddings cached:            {n / cached:8.2f} samples/s")
+    print(f"  ratio: {whole / cached:.2f}; the U-Net's steps alone: {n / bare:.2f} samples/s")
+    print(f"  share of the loader in a step: cached {drawing / cached:.2%}, ", end="")
+    print(f"in the loop {computing / whole:.1%}")
+    print(f"  loader alone: cached {n / drawing:,.0f} samples/s, in the loop {n / computing:.1f}")
+    per_clip = first / n_clips * 1e3
+    print(
+        f"  computing the caches, once: {per_clip:.0f} ms a clip; found there: {again:.2f} s in all"
+    )
+    # the caches hold segments_per_clip segments of each clip
+    saved = (whole - cached) / n * config.segments_per_clip
+    print(f"  they have paid after {first / n_clips / saved:.1f} passes over the segments")
+
+
+# --- on a GPU: AudioLDM-S in full size ------------------------------------------------------------
+
+
+def build(device, small):
+    """Build AudioLDM-S of random weights; in small for a trial on the CPU."""
+    if not small:
+        return ldm.build_audioldm_s(device), 1024
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import ClapAudioConfig, ClapAudioModelWithProjection
+
+    widths = (32, 64, 96, 160)
+    unet = {**ldm.AUDIOLDM_S["unet"], "block_out_channels": widths, "cross_attention_dim": widths}
+    vae = {**ldm.AUDIOLDM_S["vae"], "block_out_channels": (32, 32, 64)}
+    tiny = {"hidden_size": 64, "patch_embeds_hidden_size": 8, "projection_dim": 512}
+    tiny |= {"depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
+    return {
+        "unet": UNet2DConditionModel(**unet),
+        "vae": AutoencoderKL(**vae),
+        "audio_encoder": ClapAudioModelWithProjection(ClapAudioConfig(**tiny)),
+        "scheduler": DDIMScheduler(**ldm.AUDIOLDM_S["scheduler"]),
+    }, 64
+
+
+def latent_batch(n, frames, device):
+    """Draw a batch of latents and conditions, as the caches hold them."""
+    shape = (n, 8, frames // 4, 16)
+    return {
+        "latents": torch.randn(shape, device=device),
+        "noise": torch.randn(shape, device=device),
+        "t": (torch.arange(n) + 0.5) / n,
+        "condition": torch.randn(n, 512, device=device),
+    }
+
+
+def original_step(device, small):
+    """Make a step of the original setting: autoencoder and CLAP in the loop, float32, batch 2."""
+    parts, frames = build(device, small)
+    step = stepper(parts["unet"].train(), parts["scheduler"])
+    mel = torch.randn(2, 1, frames, 64, device=device)
+    heard = torch.randn(2, 1, 1001, 64, device=device)
+    longer = torch.zeros(2, 1, dtype=torch.bool, device=device)
+
+    def run(_):
+        batch = latent_batch(2, frames, device)
+        with torch.no_grad():
+            batch["latents"] = parts["vae"].encode(mel).latent_dist.sample()
+            found = parts["audio_encoder"](input_features=heard, is_longer=longer)
+            batch["condition"] = found.audio_embeds
+        step(batch)
+
+    return run
+
+
+def measured(make_run, device, n, repeats):
+    """Samples a second and peak memory in GiB of a way to train; (0, nan) if it does not fit."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        rate = n / seconds(make_run(), repeats, device)
+    except torch.OutOfMemoryError:
+        return 0.0, float("nan")
+    return rate, torch.cuda.max_memory_allocated() / GIB if device == "cuda" else float("nan")
+
+
+def our_run(device, small, n, **options):
+    """Make a step of the cached trainer, from fresh weights."""
+    parts, frames = build(device, small)
+    unet = parts["unet"].train()
+    if options.get("gradient_checkpointing"):
+        unet.enable_gradient_checkpointing()
+    config = finetuning.FinetuneConfig("", "", "", train=options.get("train", "full"))
+    finetuning.choose_weights(unet, config)
+    step = stepper(unet, parts["scheduler"], options.get("precision", "bf16"))
+    batch = latent_batch(n, frames, device)
+    return lambda _: step(batch)
+
+
+def gpu_table(device, small, repeats):
+    """Print speed, memory and largest batches of AudioLDM-S."""
+    base, peak = measured(lambda: original_step(device, small), device, 2, repeats)
+    rows = [("original: batch 2, fp32, VAE and CLAP in the loop", 2, base, peak)]
+    sizes = (1, 2) if small else (2, 8, 16, 32, 64)
+    ways = {
+        "cached, fp32": {"precision": "fp32"},
+        "cached, bf16": {},
+        "cached, bf16, checkpointing": {"gradient_checkpointing": True},
+        "cached, bf16, attention only": {"train": "attention"},
+        "cached, bf16, LoRA": {"train": "lora"},
+        "cached, bf16, LoRA, checkpointing": {"train": "lora", "gradient_checkpointing": True},
+    }
+    for name, options in ways.items():
+        for n in sizes:
+            found = measured(
+                lambda n=n, o=options: our_run(device, small, n, **o), device, n, repeats
+            )
+            rows.append((name, n, *found))
+    table = pd.DataFrame(rows, columns=["way", "batch", "samples_per_s", "peak_gib"])
+    table["ratio"] = table["samples_per_s"] / base
+    print(table.round(2).to_string(index=False))
+    if device == "cuda":
+        print(largest_batches(table).to_string(index=False))
+
+
+def largest_batches(table):
+    """Tell the largest batch for each card, from a line through the measured peaks of each way."""
+    rows = []
+    for way, part in table.dropna(subset="peak_gib").groupby("way", sort=False):
+        if len(part) < 2:
+            continue
+        slope, start = np.polyfit(part["batch"], part["peak_gib"], 1)
+        # a tenth is left to the driver and to fragments
+        fits = {f"{gib} GB": max(0, int((0.9 * gib - start) // slope)) for gib in CARDS_GIB}
+        rows.append(
+            {"way": way, "fixed_gib": round(start, 2), "gib_a_sample": round(slope, 3), **fits}
+        )
+    return pd.DataFrame(rows)
+
+
+# --- several seeds --------------------------------------------------------------------------------
+
+
+def study_set(esc50_root, folder, n_mixes, seed):
+    """Mix ESC-10 events over embedded scenes; test fold 5 is held out."""
+    from soundscapes_utils import datasets, mixing
+
+    clips = datasets.load_esc50(esc50_root, esc10=True)
+    events, scenes = datasets.load_scenes(
+        "esc10", clips, tau_root="", data_dir=folder / "scenes", scenes_per_class=20, seed=seed
+    )
+    plan = mixing.plan_mixes(events, scenes, n_mixes, seed, test_fold=5, duration_s=5.0)
+    mixes = mixing.render_mixes(plan, folder / "mixes", ldm.SAMPLE_RATE)
+    folds = clips["fold"][datasets.assign_splits(clips, 5) == "train"]
+    info = {"training_dataset": "mixes of ESC-10", "training_folds": sorted(set(folds.tolist()))}
+    return mixes, metadata.write_audiocaps(mixes, folder / "metadata", "esc10-scenes"), info
+
+
+def held_out(mixes, checkpoint, name, folder, rulers, n):
+    """Ask a checkpoint for the captions of test mixes; score the samples against these mixes."""
+    from soundscapes_utils import embeddings, fad, generation
+
+    test = mixes[mixes["split"] == "test"]
+    plan = generation.plan_captions(test.head(n), duration_s=2.56, seed=0)
+    model = generation.get_backend("audioldm", checkpoint=checkpoint)
+    made = generation.generate_clips(plan, model, folder)
+    rows = []
+    for ruler in rulers:
+        real, ours = (
+            ruler.embed(embeddings.excerpts(paths, 2.56), ldm.SAMPLE_RATE, silence="allow")
+            for paths in (test["path"], made["path"])
+        )
+        options = {"embedding": ruler.name, "reference_name": "test mixes"}
+        rows.append(fad.score_table(real, {name: ours}, **options))
+    return pd.concat(rows)
+
+
+def study(wanted):
+    """Fine-tune from several seeds; write tables and figures, print the scores."""
+    from soundscapes_utils import embeddings, fad, plots
+
+    out = Path(wanted.out)
+    mixes, root, info = study_set(wanted.study, out, wanted.mixes, seed=0)
+    names = {"logmel-stats": ""} | ({"yamnet": wanted.yamnet} if wanted.yamnet else {})
+    rulers = [embeddings.get_embedding(name, path) for name, path in names.items()]
+    base = finetuning.FinetuneConfig(
+        wanted.checkpoint, str(root), "", steps=wanted.steps, learning_rate=1e-3, warmup_steps=20,
+        ema_decay=0.97, val_every=wanted.steps // 8, sample_epochs=2.0, n_samples=24,
+        info=info,
+        data_licence="CC BY 3.0 (ESC-10), MIT (scenes)",
+    )  # fmt: skip
+    logs, scores = [], []
+    samples = out / "samples"
+    final = [held_out(mixes, wanted.checkpoint, "before", samples, rulers, wanted.samples)]
+    for seed in wanted.seeds:
+        folder = out / f"seed-{seed}"
+        result = finetuning.finetune(replace(base, seed=seed, out_dir=str(folder)))
+        logs.append(result.log.assign(seed=seed, best_step=result.best_step))
+        scores.append(result.scores.assign(seed=seed))
+        name = f"after, seed {seed}"
+        final.append(held_out(mixes, folder, name, samples, rulers, wanted.samples))
+    tables = {"log": logs, "scores": scores, "held_out": final}
+    tables = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+    for name, table in tables.items():
+        audio.write_whole(out / f"{name}.csv", table.to_csv(index=False).encode())
+    plots.use_style()
+    figure = plots.scores_over_steps(tables["scores"], fad.FLOOR_NAME)
+    figure.savefig(out / "scores.png", dpi=110)
+    figure = plots.losses_over_steps(tables["log"])
+    figure.savefig(out / "losses.png", dpi=110)
+    shown = ["seed", "step", "train_loss", "val_loss_ema", "test_loss_ema", "samples_per_s"]
+    print(tables["log"][shown].round(4).to_string(index=False))
+    kept = tables["scores"]["candidate"] != fad.FLOOR_NAME
+    index = ["metric", "embedding", "step"]
+    print(tables["scores"][kept].pivot_table("value", index, "seed", aggfunc="first").to_string())
+    print(fad.beside_floor(tables["held_out"].drop_duplicates()).to_string(index=False))
+
+
+def main():
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--small", action="store_true", help="the GPU's part in small, on the CPU")
+    parser.add_argument(
+        "--study", metavar="ESC-50", help="folder of ESC-50 or ESC-10: several seeds"
+    )
+    parser.add_argument("--checkpoint", default="embedded", help="where the study starts")
+    parser.add_argument("--out", default="runs/finetuning-study")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--mixes", type=int, default=400)
+    parser.add_argument("--samples", type=int, default=40, help="captions of test mixes")
+    parser.add_argument("--yamnet", default="", help="YAMNet's TFLite file, as a second ruler")
+    wanted = parser.parse_args()
+    if wanted.study:
+        study(wanted)
+        return
+    torch.set_num_threads(1)
+    if wanted.small:
+        gpu_table("cpu", True, wanted.repeats)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        cpu_table(folder, wanted.clips, wanted.repeats)
+    if torch.cuda.is_available():
+        gpu_table("cuda", False, 4 * wanted.repeats)
+    else:
+        print("no GPU here: speed and memory of AudioLDM-S in full size are not measured")
+
+
+if __name__ == "__main__":
+    main()
