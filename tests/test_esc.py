@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from soundscapes_utils import audio, esc
+from soundscapes_utils import audio, esc, networks
 
 ESC10 = Path(__file__).parents[2] / "shared/data/ESC-10/audio"
 RATE = 16_000
@@ -317,13 +317,13 @@ def test_training_stops_when_validation_no_longer_improves():
 
 
 def test_faithful_and_corrected_see_the_same_batches(monkeypatch):
-    seen, loss = [], esc._loss
+    seen, loss = [], networks._loss
 
     def recorded(network, batch, y, augment):
         seen[-1].append(y.tolist())
         return loss(network, batch, y, augment)
 
-    monkeypatch.setattr(esc, "_loss", recorded)
+    monkeypatch.setattr(networks, "_loss", recorded)
     raw = np.random.default_rng(0).normal(size=(12, 126, 64))
     # every clip is a class of its own, so that the classes tell which clips were drawn
     y = np.arange(12)
@@ -352,7 +352,7 @@ def test_one_random_patch_follows_its_seed():
 def test_masks_cover_no_more_than_they_may():
     torch.manual_seed(0)
     batch = torch.rand(50, 1, 94, 64) + 1
-    masked = esc._masked(batch, 2)
+    masked = networks._masked(batch, 2)
     empty = masked == 0
     assert torch.equal(masked[~empty], batch[~empty])
     frames = empty.all(dim=3).sum(dim=2).flatten()
@@ -372,7 +372,7 @@ def test_mixup_is_the_loss_of_soft_labels():
 
     # clip i is the i-th unit vector: what the network hears are the soft labels themselves
     y = torch.arange(6)
-    loss = esc._loss(Network(), torch.eye(6).reshape(6, 1, 1, 6), y, ("mixup", 1.0))
+    loss = networks._loss(Network(), torch.eye(6).reshape(6, 1, 1, 6), y, ("mixup", 1.0))
     soft = heard[0].flatten(1)
     torch.testing.assert_close(soft.sum(dim=1), torch.ones(6))
     assert ((soft > 0).sum(dim=1) == 2).any()
@@ -406,12 +406,12 @@ def test_baselines_tell_clouds_apart():
 
 def test_an_epoch_can_hold_any_number_of_patches():
     chance = torch.Generator().manual_seed(0)
-    once = esc._draw_order(5, None, chance)
+    once = networks._draw_order(5, None, chance)
     assert sorted(once.tolist()) == list(range(5))
     # as even as possible: nothing a third time before all were drawn twice
-    counts = torch.bincount(esc._draw_order(5, 13, chance), minlength=5)
+    counts = torch.bincount(networks._draw_order(5, 13, chance), minlength=5)
     assert counts.sum() == 13 and set(counts.tolist()) == {2, 3}
-    assert len(set(esc._draw_order(5, 3, chance).tolist())) == 3
+    assert len(set(networks._draw_order(5, 3, chance).tolist())) == 3
 
 
 def test_a_clip_is_scored_by_the_mean_over_patches_that_cover_it():
@@ -780,7 +780,7 @@ def test_the_transformer_hears_what_its_own_extractor_gives(tiny_transformer, cl
     whole = extractor(y, sampling_rate=RATE, return_tensors="pt")["input_values"]
     torch.manual_seed(0)
     network = esc.PretrainedTransformer(3, str(tiny_transformer)).eval()
-    kept = esc._transformer_input_of(extractor, path)
+    kept = networks._transformer_input_of(extractor, path)
     assert kept.shape == (398, 128)
     with torch.no_grad():
         found = network(torch.from_numpy(kept).float()[None, None])
@@ -853,7 +853,7 @@ def test_a_lost_worker_is_reported_and_the_rest_goes_on(clips, generated, tmp_pa
                 return super().submit(os.stat, tmp_path / "no-such-node")
             return super().submit(function, unit, *args)
 
-    with Flaky(1) as pool, pytest.raises(esc.UnitsFailed, match=r"1 of 2.*its worker was lost"):
+    with Flaky(1) as pool, pytest.raises(esc.UnitsFailed, match=r"(?s)1 of 2.*its worker was lost"):
         quick_run(clips, generated, tmp_path / "out", executor=pool)
     assert pd.read_csv(tmp_path / "out/results.csv")["arm"].tolist() == ["real"]
 
