@@ -10,6 +10,11 @@ import pandas as pd
 from soundscapes_utils import stats
 from soundscapes_utils.networks import MODELS
 
+RESULT_COLUMNS = [
+    *("arm", "model", "backend", "prompt_family", "ratio", "fold", "run", "seed", "n_real"),
+    *("n_synthetic", "accuracy", "macro_f1", "epochs", "seconds"),
+]
+
 
 def summarise(results):
     """Mean accuracy of each arm and model with two intervals.
@@ -367,6 +372,115 @@ def confusion_difference(predictions, arm, ratio, model, against=("real", 0.0)):
         counts = confusion(predictions, name, amount, model)
         shares.append(counts.div(counts.sum(axis=1).clip(lower=1), axis=0))
     return shares[0] - shares[1]
+
+
+def choice_on_test(predictions, n=2000, seed=0):
+    """What it adds to an accuracy to have chosen the best classifier on the same test clips.
+
+    The clips are halved at random, again and again. The classifier that is best on one half is scored
+    there, as somebody does who chooses on the test clips, and on the other half, as is right.
+
+    Parameters
+    ----------
+    predictions : pandas.DataFrame
+        ``predictions.csv`` of :func:`run_arms`. Candidates are all that it holds: every arm, ratio,
+        model and run that was tested on all clips.
+    n : int, default 2000
+        Halvings.
+    seed : int, default 0
+        Of the halvings.
+
+    Returns
+    -------
+    pandas.Series
+        `candidates`, `clips`; mean accuracies `chosen_here` (on the half of the choice),
+        `elsewhere` (on the other) and their difference `bias`.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two candidates or clips: there is nothing to choose, or nothing to halve.
+
+    Notes
+    -----
+    Cawley and Talbot, "On over-fitting in model selection and subsequent selection bias in
+    performance evaluation", Journal of Machine Learning Research 11 (2010).
+
+    Examples
+    --------
+    >>> one = pd.DataFrame({"clip_id": list("abcd"), "fold": 5, "run": 0, "model": "sbcnn"})
+    >>> one = one.assign(label="dog", predicted="dog", ratio=0.0)
+    >>> choice_on_test(pd.concat([one.assign(arm="real"), one.assign(arm="both")]))["bias"]
+    np.float64(0.0)
+    """
+    table = _recognised(predictions, None)
+    right = table.pivot_table(
+        index=["fold", "clip_id"], columns=["arm", "ratio", "model", "run"], values="right"
+    ).dropna(axis=1)
+    clips, candidates = right.shape
+    if min(clips, candidates) < 2:
+        raise ValueError(f"{candidates} classifiers on {clips} clips: a choice needs two of each")
+    rng, scores = np.random.default_rng(seed), right.to_numpy()
+    first = rng.permuted(np.tile(np.arange(clips) < clips // 2, (n, 1)), axis=1)
+    here, there = first @ scores / (clips // 2), ~first @ scores / (clips - clips // 2)
+    best = here.argmax(axis=1)
+    chosen, elsewhere = (part[np.arange(n), best].mean() for part in (here, there))
+    return pd.Series(
+        {"candidates": candidates, "clips": clips, "chosen_here": chosen}
+        | {"elsewhere": elsewhere, "bias": chosen - elsewhere}
+    )
+
+
+def class_distances(real, generated, embedding="", candidate=""):
+    """Distance of the synthetic clips of each class from its real clips.
+
+    Parameters
+    ----------
+    real, generated : tuple of (np.ndarray (clips, dims), sequence of str (clips,))
+        Any embedding, and labels. Take real *training* clips: a distance to the test clips would
+        know the answer.
+    embedding, candidate : str
+        Names for the table.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Rows of a table *scores*, one a class that both hold: `metric` ("KAD"), `embedding`,
+        `reference` (the class), `candidate`, `value`, `n_reference, n_candidate`. For
+        :func:`class_correlation`.
+
+    Raises
+    ------
+    ValueError
+        A class with fewer than two clips on a side.
+
+    Notes
+    -----
+    KAD (:func:`fad.kernel_distance`), as its expectation does not depend on the number of clips,
+    which is small for a class.
+
+    Examples
+    --------
+    >>> x, y = np.random.default_rng(0).normal(size=(8, 3)), ["dog"] * 8
+    >>> class_distances((x, y), (x + 9, y))["value"].item() > 50
+    True
+    """
+    from soundscapes_utils import fad
+
+    sides = [(np.asarray(x), np.asarray(labels, dtype=str)) for x, labels in (real, generated)]
+    rows = []
+    for label in sorted(set(sides[0][1]) & set(sides[1][1])):
+        pair = [x[labels == label] for x, labels in sides]
+        if min(map(len, pair)) < 2:
+            raise ValueError(
+                f"{str(label)!r} has {len(pair[0])} real and {len(pair[1])} synthetic clips"
+            )
+        rows.append(
+            {"metric": "KAD", "embedding": embedding, "reference": label, "candidate": candidate}
+            | {"value": float(fad.kernel_distance(*pair))}
+            | {"n_reference": len(pair[0]), "n_candidate": len(pair[1])}
+        )
+    return pd.DataFrame(rows)
 
 
 def class_correlation(scores, deltas, method="spearman", n=10_000, seed=0):

@@ -58,9 +58,12 @@ import torch
 
 from soundscapes_utils import audio, datasets
 from soundscapes_utils.comparison import (
+    RESULT_COLUMNS,
+    choice_on_test,
     class_consistency,
     class_correlation,
     class_deltas,
+    class_distances,
     compare,
     compare_all,
     confusion,
@@ -146,9 +149,11 @@ __all__ = [
     "PretrainedTransformer",
     "UnitsFailed",
     "arm_parts",
+    "choice_on_test",
     "class_consistency",
     "class_correlation",
     "class_deltas",
+    "class_distances",
     "class_probabilities",
     "compare",
     "compare_all",
@@ -195,10 +200,6 @@ PROTOCOLS = pd.DataFrame(
 ).set_index("dataset")
 """Folds and classes of each data set; the fold after the test fold validates, see `protocol`."""
 
-RESULT_COLUMNS = [
-    *("arm", "model", "backend", "prompt_family", "ratio", "fold", "run", "seed", "n_real"),
-    *("n_synthetic", "accuracy", "macro_f1", "epochs", "seconds"),
-]
 # part of every unit's key: raise it when training changes in a way that its inputs do not show
 _RECIPE = 1
 

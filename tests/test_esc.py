@@ -910,7 +910,7 @@ def study(n_sources=20, runs=2, seed=0):
     for arm, ratio in (("real", 0.0), ("both", 1.0)):
         for run in range(runs):
             one = clips.drop(columns="source_id").assign(arm=arm, ratio=ratio, run=run)
-            wrong = rng.random(len(one)) < (0.1 if arm == "real" else 0.5 * (one["label"] == "b"))
+            wrong = rng.random(len(one)) < (0.1 if arm == "real" else 0.8 * (one["label"] == "b"))
             one["predicted"] = np.where(
                 wrong, np.where(one["label"] == "a", "b", "a"), one["label"]
             )
@@ -949,7 +949,7 @@ def test_sources_need_the_clips():
 
 
 def test_all_arms_are_corrected_together():
-    predictions, _ = study()
+    predictions, _ = study(n_sources=40, runs=3)
     other = predictions[predictions["arm"] == "both"].assign(arm="mixed", ratio=2.0)
     table = esc.compare_all(pd.concat([predictions, other]))
     assert table["arm"].tolist() == ["both", "mixed"]
@@ -993,6 +993,36 @@ def test_distances_are_held_against_gains():
     assert table["r"].tolist() == [-1.0, -1.0] and (table["p_holm"] < 0.05).all()
     with pytest.raises(ValueError, match="no class in common"):
         esc.class_correlation(scores, deltas.assign(label="z"))
+
+
+def test_choosing_among_equals_adds_what_the_largest_of_them_has_by_luck():
+    rng = np.random.default_rng(0)
+    clips = pd.DataFrame({"clip_id": [f"c{i}" for i in range(200)], "fold": 5, "label": "a"})
+    parts = []
+    for run in range(10):
+        predicted = rng.permutation(np.repeat(["a", "b"], 100))
+        parts.append(clips.assign(predicted=predicted, arm="real", ratio=0.0, run=run))
+    found = esc.choice_on_test(pd.concat(parts).assign(model="sbcnn"), n=4000)
+    assert (found["candidates"], found["clips"]) == (10, 200)
+    # all are right on half of the clips; a drawn half of them deviates by √(0.25 / 199), the other
+    # half by as much the other way, and the largest of 10 normals lies 1.54 SD above their mean
+    assert found["bias"] == pytest.approx(2 * 1.54 * np.sqrt(0.25 / 199), rel=0.05)
+    assert found["bias"] == pytest.approx(found["chosen_here"] - found["elsewhere"])
+    with pytest.raises(ValueError, match="1 classifiers on 200 clips"):
+        esc.choice_on_test(parts[0].assign(model="sbcnn"))
+
+
+def test_distances_of_classes_are_kad():
+    from soundscapes_utils import fad
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 4)), np.repeat(["a", "b"], 20)
+    made = x + np.where(y == "b", 3.0, 0.0)[:, None]
+    table = esc.class_distances((x, y), (made[::2], y[::2]), "toy", "mini").set_index("reference")
+    assert table.loc["b", "value"] == fad.kernel_distance(x[20:], made[20::2])
+    assert table["value"].idxmax() == "b" and table["n_candidate"].tolist() == [10, 10]
+    with pytest.raises(ValueError, match="'a' has 20 real and 1 synthetic"):
+        esc.class_distances((x, y), (made[19:], y[19:]))
 
 
 # --- command line ------------------------------------------------------------------------------------
