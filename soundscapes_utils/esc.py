@@ -893,8 +893,8 @@ def _unit_file(out_dir, unit, ending):
 
 
 def _is_done(out_dir, unit):
-    # the JSON is written last, so its presence means that the pair is complete
-    return _unit_file(out_dir, unit, "json").is_file()
+    # the JSON is written last; what an older version left has no learning curve
+    return all(_unit_file(out_dir, unit, ending).is_file() for ending in ("log.csv", "json"))
 
 
 def _print_plan(plan, missing, where):
@@ -1099,9 +1099,8 @@ def _collect(out_dir, units):
         # a class may be called "None" or "NA"
         one = pd.read_csv(_unit_file(out_dir, unit, "csv"), dtype=str, keep_default_na=False)
         predictions.append(one.assign(**where))
-        log = _unit_file(out_dir, unit, "log.csv")
-        if log.is_file() and result["epochs"]:
-            curves.append(pd.read_csv(log).assign(**where))
+        if result["epochs"]:
+            curves.append(pd.read_csv(_unit_file(out_dir, unit, "log.csv")).assign(**where))
     where = ["arm", "ratio", "model", "fold", "run"]
     return {
         "results": pd.DataFrame(results, columns=RESULT_COLUMNS),

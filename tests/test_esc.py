@@ -694,6 +694,15 @@ def test_stopping_anywhere_and_resuming_gives_the_same_table(
     assert len(calls) == 4
 
 
+def test_a_unit_without_its_learning_curve_is_trained_again(clips, tmp_path):
+    quick_run(clips, None, tmp_path, ["real"])
+    (log,) = (tmp_path / "units").glob("*.log.csv")
+    whole = log.read_bytes()
+    log.unlink()
+    quick_run(clips, None, tmp_path, ["real"])
+    assert log.read_bytes() == whole
+
+
 def test_changed_input_is_trained_again_and_only_that(clips, generated, tmp_path):
     quick_run(clips, generated, tmp_path / "out")
     changed = generated.copy()
@@ -839,7 +848,9 @@ def test_a_dask_cluster_gives_the_same_results(clips, generated, tmp_path):
     distributed = pytest.importorskip("distributed", reason="Dask is not installed")
     here = quick_run(clips, generated, tmp_path / "here")
     with (
-        distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.LocalCluster(
+            2, threads_per_worker=1, processes=False, dashboard_address=None
+        ) as cluster,
         distributed.Client(cluster) as client,
     ):
         there = quick_run(clips, generated, tmp_path / "there", executor=client.get_executor())
