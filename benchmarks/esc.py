@@ -221,13 +221,7 @@ def more_tests(predictions, clips, distances):
         (("both@mini", 1), ("both@embedded", 1)),
         (("both@mini", 4), ("both@ps1", 4)),
     ]
-    rows = [
-        esc.compare(predictions, *arm, against=against, by="source", clips=clips).assign(
-            against=f"{against[0]}:{against[1]:g}"
-        )
-        for arm, against in pairs
-    ]
-    table = pd.concat(rows, ignore_index=True)
+    table = esc.compare_pairs(predictions, pairs, by="source", clips=clips)
     print("\neach arm against its control")
     print(table.drop(columns=["exact"]).round(3).to_string(index=False))
     for arm in (("both@mini", 4), ("synthetic@mini", 4)):

@@ -202,6 +202,51 @@ def _paired(table, arm, against, keys):
     return pairs
 
 
+def compare_pairs(predictions, pairs, by="clip", clips=None):
+    """Test each of several arms against its own control, and correct for their number.
+
+    Parameters
+    ----------
+    predictions, by, clips
+        See :func:`compare`.
+    pairs : list of ((str, float), (str, float))
+        Arm and ratio, then arm and ratio of what it is compared with.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Rows of :func:`compare` with `against`, the name of the other arm; `p_holm`, the p-value after
+        Holm's correction over all rows (:func:`stats.holm`), and `verdict`: "better", "worse" or
+        "no difference shown" at 5 %.
+
+    Raises
+    ------
+    ValueError
+        See :func:`compare`; no pair.
+
+    Examples
+    --------
+    >>> one = pd.DataFrame({"clip_id": list("abcd"), "fold": 5, "run": 0, "model": "sbcnn"})
+    >>> one = one.assign(label="dog", predicted=["dog", "dog", "rain", "dog"])
+    >>> mixed, dropped = one.assign(arm="mixed", ratio=1.0), one.assign(arm="dropped", ratio=1.0)
+    >>> pair = (("mixed", 1.0), ("dropped", 1.0))
+    >>> compare_pairs(pd.concat([mixed, dropped]), [pair])["against"].tolist()
+    ['dropped:1']
+    """
+    if not pairs:
+        raise ValueError("no pair of arms, nothing to compare")
+    rows = []
+    for arm, (name, amount) in pairs:
+        table = compare(predictions, *arm, against=(name, amount), by=by, clips=clips)
+        table.insert(3, "against", f"{name}:{amount:g}" if amount else name)
+        rows.append(table)
+    table = pd.concat(rows, ignore_index=True)
+    table["p_holm"] = stats.holm(table["p_value"])
+    direction = np.where(table["difference"] > 0, "better", "worse")
+    table["verdict"] = np.where(table["p_holm"] < 0.05, direction, "no difference shown")
+    return table
+
+
 def compare_all(predictions, against=("real", 0.0), by="clip", clips=None):
     """Test every arm against one, and correct for their number.
 
@@ -213,9 +258,8 @@ def compare_all(predictions, against=("real", 0.0), by="clip", clips=None):
     Returns
     -------
     pandas.DataFrame
-        Rows of :func:`compare` for all other arms, with `p_holm`, the p-value after Holm's
-        correction over all rows (:func:`stats.holm`), and `verdict`: "better", "worse" or
-        "no difference shown" at 5 %.
+        Rows of :func:`compare` for all other arms, with `p_holm` and `verdict` of
+        :func:`compare_pairs`.
 
     Raises
     ------
@@ -234,12 +278,8 @@ def compare_all(predictions, against=("real", 0.0), by="clip", clips=None):
     others = [arm for arm in arms if arm != tuple(against)]
     if not others:
         raise ValueError(f"there is no arm but {against[0]}; nothing to compare")
-    table = [compare(predictions, *arm, against=against, by=by, clips=clips) for arm in others]
-    table = pd.concat(table, ignore_index=True)
-    table["p_holm"] = stats.holm(table["p_value"])
-    direction = np.where(table["difference"] > 0, "better", "worse")
-    table["verdict"] = np.where(table["p_holm"] < 0.05, direction, "no difference shown")
-    return table
+    pairs = [(arm, against) for arm in others]
+    return compare_pairs(predictions, pairs, by, clips).drop(columns="against")
 
 
 def mcnemar_runs(predictions, arm, ratio, against=("real", 0.0)):

@@ -929,6 +929,18 @@ def study(n_sources=20, runs=2, seed=0):
     return pd.concat(parts, ignore_index=True), clips
 
 
+def test_arms_meet_their_own_controls():
+    predictions, clips = study(n_sources=40, runs=3)
+    pairs = [(("both", 1.0), ("real", 0.0)), (("real", 0.0), ("both", 1.0))]
+    table = esc.compare_pairs(predictions, pairs, by="source", clips=clips)
+    assert table["against"].tolist() == ["real", "both:1"]
+    assert table["verdict"].tolist() == ["worse", "better"]
+    assert table["difference"].sum() == pytest.approx(0)
+    np.testing.assert_allclose(table["p_holm"], 2 * table["p_value"])
+    with pytest.raises(ValueError, match="nothing to compare"):
+        esc.compare_pairs(predictions, [])
+
+
 def test_intervals_by_hand():
     predictions, clips = study(runs=3)
     row = esc.intervals(predictions, clips).set_index("arm").loc["real"]
