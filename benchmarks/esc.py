@@ -1,25 +1,34 @@
-"""Augmentation study: an epoch as the paper's code runs it against one with kept features.
+"""Augmentation study: its speed against the paper's code, and its truth on real recordings.
 
-The paper's code decodes, resamples and transforms every clip in every epoch. Here that is done once
-a clip. Both ways train the same SB-CNN on the same clips, in one process and one thread; what is
+Speed. The paper's code decodes, resamples and transforms every clip in every epoch. Here that is done
+once a clip. Both ways train the same SB-CNN on the same clips, in one process and one thread; what is
 printed are ratios of this one run.
 
-    python benchmarks/esc.py --clips 100 --workers 2
+    python benchmarks/esc.py --clips 7859 --workers 2
+
+Truth. The whole study on ESC-10 with a generator that never heard the test fold (made by
+`python -m soundscapes_utils train-mini`): tables of arms, controls and tests. Units that are done are
+kept, so the same command goes on after a stop.
+
+    python benchmarks/esc.py --truth runs/truth --root FOLDER --checkpoint FOLDER --yamnet FILE
 """
 
 import argparse
 import contextlib
 import io
+import multiprocessing
 import resource
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from soundscapes_utils import audio, esc, procedural
+from soundscapes_utils import audio, datasets, embeddings, esc, generation, ldm, procedural
 
 CLIP_SECONDS = 4.0
 SOURCE_RATE = 44_100
@@ -110,14 +119,139 @@ def run_units(clips, folder, workers, runs):
         esc.run_arms(clips, None, ["real"], out_dir=folder, **options)
 
 
-def main():
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clips", type=int, default=100)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    wanted = parser.parse_args()
+TEST_FOLD = 5
+# SB-CNN's arms on ESC-10, every epoch of as many patches as there are real training clips
+ARMS = [
+    *("real", "both@mini:1", "both@mini:2", "both@mini:3", "both@mini:4"),
+    *("mixed@mini:1", "mixed@mini:2", "mixed@mini:3", "dropped:1", "dropped:2"),
+    *("synthetic@mini:1", "synthetic@mini:2", "synthetic@mini:4", "thinned@mini:1"),
+    *("both@embedded:1", "both@mini+embedded:2", "synthetic@embedded:1"),
+    *("both@kept:1", "both@random:1"),
+    *("both@ps1:4", "both@ps2:4", "both@ts:4", "specaugment:2", "mixup:0.2"),
+]
+FEW = [f"{kind}/{k}{ratio}" for k in (2, 4, 8, 16)
+       for kind, ratio in (("real", ""), ("both@mini", ":1"), ("both@mini", ":4"))]  # fmt: skip
+PAPERS = ["real", "both@mini:1", "both@mini:4", "mixed@mini:1", "mixed@mini:2", "synthetic@mini:1"]
+PRACTICE = [*PAPERS, "repeat:1", "repeat:4", "steps:1", "steps:4"]
+STUDIES = {
+    "folds": {"models": ["sbcnn", "crnn"], "arms": ["real"], "test_folds": [1, 2, 3, 4, 5]},
+    "arms": {"models": ["sbcnn"], "arms": ARMS, "patches_per_epoch": 240},
+    "crnn": {"models": ["crnn"], "arms": ARMS[:12], "patches_per_epoch": 240},
+    "few": {"models": ["sbcnn"], "arms": ["real", *FEW], "patches_per_epoch": 240},
+    "practice": {"models": ["sbcnn"], "arms": PRACTICE},
+    "released": {
+        "models": ["sbcnn:faithful", "crnn:faithful"], "arms": PAPERS, "validation": "faithful",
+    },
+}  # fmt: skip
+
+
+def generate(plan, checkpoint, folder):
+    """Make the clips of a plan that are missing, in one thread."""
     torch.set_num_threads(1)
+    backend = generation.get_backend("audioldm", checkpoint=checkpoint, device="cpu")
+    return generation.generate_clips(plan, backend, folder)
+
+
+def synthetic_tables(clips, wanted):
+    """Tables of synthetic clips by the names that the arms call for."""
+    out = Path(wanted.truth)
+    real = clips[~clips["fold"].isin([TEST_FOLD, TEST_FOLD % 5 + 1])]
+    tables = {}
+    for name, checkpoint, n in (("mini", wanted.checkpoint, 128), ("embedded", "embedded", 24)):
+        plan = generation.plan_clips(
+            sorted(clips["label"].unique()), n, duration_s=2.56, dataset="esc10"
+        )
+        make = partial(generate, checkpoint=checkpoint, folder=out / "generated" / name)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(wanted.workers, mp_context=spawn) as pool:
+            list(pool.map(make, [plan.iloc[i :: wanted.workers] for i in range(wanted.workers)]))
+        tables[name] = make(plan)
+    reader = embeddings.get_embedding("yamnet", wanted.yamnet)
+    cache = out / "features"
+    x_real = reader.embed(real["path"].tolist(), silence="allow", cache_dir=cache)
+    x_made = reader.embed(tables["mini"]["path"].tolist(), silence="allow", cache_dir=cache)
+    tables["kept"] = best_quarter(x_real, real["label"], x_made, tables["mini"])
+    tables["random"] = esc.random_drop(tables["mini"], tables["kept"])
+    for effect in esc.TRANSFORMS:
+        # only what may be trained on is needed
+        tables[effect] = esc.transform_clips(real, effect, out / "transforms" / effect)
+    return tables, esc.class_distances(
+        (x_real, real["label"]), (x_made, tables["mini"]["label"]), "yamnet", "mini"
+    )
+
+
+def best_quarter(x_real, labels, x_made, made):
+    """Of each class the quarter that a judge of real training clips is surest of."""
+    judge = esc.fit_baseline("probe", x_real, labels)
+    column = {label: i for i, label in enumerate(judge.classes_)}
+    sure = judge.predict_proba(x_made)[np.arange(len(made)), made["label"].map(column)]
+    order = made.assign(sure=sure).sort_values("sure", ascending=False, kind="stable")
+    kept = order.groupby("label").head(len(made) // len(column) // 4)
+    return kept.drop(columns="sure").sort_index()
+
+
+def run_study(name, clips, tables, wanted):
+    """Train one study's units and print its tables; gives back the predictions."""
+    print(f"\n=== {name}", flush=True)
+    study = {"test_folds": [TEST_FOLD]} | STUDIES[name]
+    heard = {"mini": [1, 2, 3, 4], "kept": [1, 2, 3, 4], "random": [1, 2, 3, 4]}
+    out, started = Path(wanted.truth), time.perf_counter()
+    esc.run_arms(
+        clips, tables, **study, runs=wanted.runs, epochs=wanted.epochs, batch_size=16,
+        generator_folds=heard, workers=wanted.workers, device=wanted.device, out_dir=out,
+    )  # fmt: skip
+    predictions = pd.read_csv(out / "predictions.csv", dtype={"clip_id": str})
+    found = {"intervals": esc.intervals(predictions, clips)}
+    if len(study["arms"]) > 1:
+        found["tests"] = esc.compare_all(predictions, by="source", clips=clips)
+    for kind, table in (found | {"predictions": predictions}).items():
+        audio.write_whole(out / f"{name}-{kind}.csv", table.to_csv(index=False).encode())
+    for table in found.values():
+        print(table.drop(columns=["exact"], errors="ignore").round(3).to_string(index=False))
+    print(f"{name}: {(time.perf_counter() - started) / 60:.1f} min")
+    return predictions
+
+
+def more_tests(predictions, clips, distances):
+    """Comparisons beside `real`: each arm against its own control, and classes against distances."""
+    pairs = [
+        (("thinned@mini", 1), ("real", 0)),
+        *[(("mixed@mini", n), ("dropped", n)) for n in (1, 2)],
+        (("both@kept", 1), ("both@random", 1)),
+        (("both@mini", 1), ("both@embedded", 1)),
+        (("both@mini", 4), ("both@ps1", 4)),
+    ]
+    table = esc.compare_pairs(predictions, pairs, by="source", clips=clips)
+    print("\neach arm against its control")
+    print(table.drop(columns=["exact"]).round(3).to_string(index=False))
+    for arm in (("both@mini", 4), ("synthetic@mini", 4)):
+        gains = esc.class_deltas(predictions, *arm, "sbcnn", clips=clips)
+        print(f"\nclasses, {arm[0]}:{arm[1]} against real, and KAD of the class against its gain")
+        print(gains.round(3).to_string(index=False))
+        print(esc.class_correlation(distances, gains).round(3).to_string(index=False))
+
+
+def truth(wanted):
+    """Run the chosen studies one after the other."""
+    clips = datasets.load_clips("esc10", esc50_root=wanted.root)
+    known = ldm.checkpoint_info(wanted.checkpoint)
+    if TEST_FOLD in known["training_folds"]:
+        raise SystemExit(f"{wanted.checkpoint} has heard fold {TEST_FOLD}: take another one")
+    chosen = wanted.studies or list(STUDIES)
+    started = time.perf_counter()
+    tables, distances = {}, None
+    if set(chosen) - {"folds"}:
+        tables, distances = synthetic_tables(clips, wanted)
+        print(f"synthetic clips: {(time.perf_counter() - started) / 60:.1f} min")
+    for name in chosen:
+        predictions = run_study(name, clips, tables, wanted)
+        if name == "arms":
+            more_tests(predictions, clips, distances)
+    print(f"in all {(time.perf_counter() - started) / 60:.1f} min, {wanted.workers} processes")
+
+
+def speed(wanted):
+    """Print the table of speeds."""
     with tempfile.TemporaryDirectory() as folder:
         clips = make_clips(folder, wanted.clips)
         times = epoch_times(clips, Path(folder) / "cache", wanted.device)
@@ -148,6 +282,32 @@ def main():
         before = peak_mb()
         run_units(clips, Path(folder) / "many", 1, 12)
         print(f"  12 classifiers more in this process: {peak_mb() - before:+.0f} MB at the peak")
+
+
+def main():
+    """Speed by default, truth where a folder is given for it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    say = parser.add_argument
+    say("--clips", type=int, default=100)
+    say("--workers", type=int, default=2)
+    say("--device", default="cpu")
+    say("--truth", metavar="FOLDER", help="run the studies on ESC-10 into this folder")
+    say("--root", default="data/ESC-50", help="ESC-10 or ESC-50")
+    say("--checkpoint", help="mini-AudioLDM of ESC-10 that has not heard fold 5")
+    say("--yamnet", help="YAMNet's TFLite file")
+    say("--studies", nargs="+", choices=list(STUDIES), help="all by default")
+    say("--runs", type=int, default=3)
+    say("--epochs", type=int, default=60)
+    wanted = parser.parse_args()
+    torch.set_num_threads(1)
+    if not wanted.truth:
+        speed(wanted)
+    elif wanted.checkpoint and wanted.yamnet:
+        truth(wanted)
+    else:
+        parser.error("--truth needs --checkpoint and --yamnet")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ under a name that holds a hash of all that went into it, so that a run can be st
 import argparse
 import contextlib
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -47,7 +46,6 @@ import zlib
 from concurrent.futures import (
     BrokenExecutor,
     ProcessPoolExecutor,
-    ThreadPoolExecutor,
     as_completed,
 )
 from functools import lru_cache, partial
@@ -57,29 +55,136 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
-from torch.nn import functional
 
-from soundscapes_utils import audio, datasets, stats
+from soundscapes_utils import audio, datasets
+from soundscapes_utils.comparison import (
+    RESULT_COLUMNS,
+    choice_on_test,
+    class_consistency,
+    class_correlation,
+    class_deltas,
+    class_distances,
+    compare,
+    compare_all,
+    compare_pairs,
+    confusion,
+    confusion_difference,
+    intervals,
+    mcnemar_runs,
+    published,
+    summarise,
+)
+from soundscapes_utils.features import (
+    CLIP_FRAMES,
+    CLIP_SECONDS,
+    FAITHFUL_FRAMES,
+    FAITHFUL_PATCH,
+    FAITHFUL_STARTS,
+    HOP,
+    LOG_OFFSET,
+    N_MELS,
+    PATCH_FRAMES,
+    SAMPLE_RATE,
+    TRANSFORMS,
+    WINDOW,
+    divide_by_variance,
+    features,
+    load_features,
+    load_kept,
+    load_mfcc_statistics,
+    mfcc_statistics,
+    standardise,
+    transform_clips,
+)
 from soundscapes_utils.metadata import LeakError
+from soundscapes_utils.networks import (
+    ADAM_EPS,
+    AST_CHECKPOINT,
+    BASELINES,
+    CRNN,
+    FAITHFUL,
+    GLU,
+    LEARNING_RATE,
+    LOG_COLUMNS,
+    MODELS,
+    SBCNN,
+    WEIGHT_DECAY,
+    PretrainedTransformer,
+    class_probabilities,
+    fit_baseline,
+    load_transformer_inputs,
+    predict,
+    predict_one_patch,
+    train_classifier,
+)
 
-SAMPLE_RATE = 16_000
-CLIP_SECONDS = 4.0
-N_MELS = 64
-WINDOW = 1024
-HOP = 512
-LOG_OFFSET = 1e-3
-CLIP_FRAMES = 1 + int(CLIP_SECONDS * SAMPLE_RATE) // HOP
-PATCH_FRAMES = round(3.0 * SAMPLE_RATE / HOP)
-
-LEARNING_RATE = 1e-3
-ADAM_EPS = 1e-7
-WEIGHT_DECAY = 1e-3
-
-# what the released code makes of 4 s and of 3 s, counting by the window
-FAITHFUL_FRAMES = 63
-FAITHFUL_PATCH = 45
-FAITHFUL_STARTS = 15
+# one name for the whole study, wherever a part of it is written
+__all__ = [
+    "ADAM_EPS",
+    "ARMS",
+    "AST_CHECKPOINT",
+    "BASELINES",
+    "CLIP_FRAMES",
+    "CLIP_SECONDS",
+    "CRNN",
+    "FAITHFUL",
+    "FAITHFUL_FRAMES",
+    "FAITHFUL_PATCH",
+    "FAITHFUL_STARTS",
+    "GLU",
+    "HOP",
+    "LEARNING_RATE",
+    "LOG_COLUMNS",
+    "LOG_OFFSET",
+    "MODELS",
+    "N_MELS",
+    "PATCH_FRAMES",
+    "PROTOCOLS",
+    "RESULT_COLUMNS",
+    "SAMPLE_RATE",
+    "SBCNN",
+    "TRANSFORMS",
+    "WEIGHT_DECAY",
+    "WINDOW",
+    "LeakError",
+    "PretrainedTransformer",
+    "UnitsFailed",
+    "arm_parts",
+    "choice_on_test",
+    "class_consistency",
+    "class_correlation",
+    "class_deltas",
+    "class_distances",
+    "class_probabilities",
+    "compare",
+    "compare_all",
+    "compare_pairs",
+    "confusion",
+    "confusion_difference",
+    "divide_by_variance",
+    "features",
+    "fit_baseline",
+    "intervals",
+    "load_features",
+    "load_kept",
+    "load_mfcc_statistics",
+    "load_transformer_inputs",
+    "main",
+    "mcnemar_runs",
+    "mfcc_statistics",
+    "parse_arm",
+    "plan_units",
+    "predict",
+    "predict_one_patch",
+    "protocol",
+    "published",
+    "random_drop",
+    "run_arms",
+    "standardise",
+    "summarise",
+    "train_classifier",
+    "transform_clips",
+]
 
 ARMS = (
     *("real", "both", "mixed", "synthetic", "repeat", "steps", "thinned", "dropped"),
@@ -97,886 +202,12 @@ PROTOCOLS = pd.DataFrame(
 ).set_index("dataset")
 """Folds and classes of each data set; the fold after the test fold validates, see `protocol`."""
 
-BASELINES = pd.DataFrame(
-    [
-        ("knn", "k nearest neighbours, k = 5", 0.667, 0.322),
-        ("forest", "random forest of 500 trees", 0.727, 0.443),
-        ("svm", "support vector machine, linear", 0.675, 0.396),
-    ],
-    columns=["model", "what", "esc10_published", "esc50_published"],
-).set_index("model")
-"""Piczak's baselines on MFCC and zero-crossing rate, with the accuracies (0 to 1) that he prints."""
-
-AST_CHECKPOINT = "MIT/ast-finetuned-audioset-10-10-0.4593"
-# share of the frames and of the bands that one mask may cover: 24 of 128 bands for AST on ESC-50
-_MASK_SHARE = 0.19
-
-TRANSFORMS = {
-    "ps1": ("pitch_shift", (-2.0, -1.0, 1.0, 2.0)),
-    "ps2": ("pitch_shift", (-3.5, -2.5, 2.5, 3.5)),
-    "ts": ("time_stretch", (0.81, 0.93, 1.07, 1.23)),
-}
-"""Signal-processing augmentation with the paper's values: semitones, and speeds."""
-
-RESULT_COLUMNS = [
-    *("arm", "model", "backend", "prompt_family", "ratio", "fold", "run", "seed", "n_real"),
-    *("n_synthetic", "accuracy", "macro_f1", "epochs", "seconds"),
-]
-_LOG_COLUMNS = ["epoch", "train_loss", "validation_loss", "validation_accuracy"]
 # part of every unit's key: raise it when training changes in a way that its inputs do not show
 _RECIPE = 1
 
 
 class UnitsFailed(RuntimeError):
     """Some classifiers could not be trained; the others are done and kept."""
-
-
-# --- features ------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def _mel_basis():
-    from torchaudio.functional import melscale_fbanks
-
-    return melscale_fbanks(
-        WINDOW // 2 + 1, 0.0, SAMPLE_RATE / 2, N_MELS, SAMPLE_RATE, norm=None, mel_scale="htk"
-    )
-
-
-def features(y, sample_rate=SAMPLE_RATE):
-    """Log-mel spectrogram of a clip, repeated or cut to 4 s, as the paper takes it.
-
-    16 kHz, window and FFT 1024, hop 512, 64 mel bands over 0–8 kHz of the power spectrum (HTK scale,
-    no area normalisation: torchaudio's defaults), ``log(mel + 0.001)``.
-
-    Parameters
-    ----------
-    y : array_like, shape (samples,)
-        Signal, ±1 is full scale.
-    sample_rate : int, default 16000
-        Rate of `y` in Hz.
-
-    Returns
-    -------
-    np.ndarray of float32, shape (126, 64)
-        Frames by bands; from log(0.001) = −6.9 to about 9.
-
-    Raises
-    ------
-    audio.AudioError
-        Empty, silent or not finite.
-
-    Examples
-    --------
-    >>> features(np.sin(np.arange(16000) * 0.3)).shape
-    (126, 64)
-    """
-    y = audio.resample(audio.check_audio(y, "signal"), sample_rate, SAMPLE_RATE)
-    y = torch.from_numpy(audio.fit_length(y, int(CLIP_SECONDS * SAMPLE_RATE)).copy())
-    spectrum = torch.stft(
-        y, WINDOW, HOP, window=torch.hann_window(WINDOW), pad_mode="reflect", return_complex=True
-    )
-    mel = spectrum.abs().square().T @ _mel_basis()
-    return torch.log(mel + LOG_OFFSET).numpy()
-
-
-def load_features(paths, cache_dir, workers=None):
-    """Features of many clips, each computed once and kept by the content of its file.
-
-    Parameters
-    ----------
-    paths : sequence of str or Path
-        Sound files.
-    cache_dir : str or Path
-        Folder of the cache: one small .npy a clip. A changed file has another name there, so
-        nothing stale is ever read.
-    workers : int, optional
-        Threads; by default one a CPU core.
-
-    Returns
-    -------
-    x : np.ndarray of float32, shape (clips, 126, 64)
-        Log-mel spectrograms in the order of `paths`.
-    keys : list of str
-        What identifies each clip's content.
-
-    Raises
-    ------
-    audio.AudioError
-        A file is missing, unreadable, silent or not finite.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> _ = audio.save_audio(folder / "a.wav", np.sin(np.arange(16000) * 0.3), 16000)
-    >>> load_features([folder / "a.wav"], folder)[0].shape
-    (1, 126, 64)
-    """
-    settings = f"{SAMPLE_RATE},{CLIP_SECONDS},{N_MELS},{WINDOW},{HOP},{LOG_OFFSET}"
-    rows, keys = _load_kept(paths, cache_dir, workers, settings, _features_of)
-    x = np.stack(rows) if rows else np.zeros((0, CLIP_FRAMES, N_MELS))
-    return x.astype(np.float32, copy=False), keys
-
-
-def _features_of(path):
-    y, rate = audio.load_audio(path, sample_rate=SAMPLE_RATE, duration=CLIP_SECONDS)
-    return features(audio.check_audio(y, path), rate)
-
-
-def _load_kept(paths, cache_dir, workers, settings, compute):
-    """Compute an array for each file, or read what an earlier call kept; arrays and their keys."""
-    # decoding and resampling let go of Python's lock, so threads do here
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        found = list(pool.map(lambda p: _kept(Path(p), Path(cache_dir), settings, compute), paths))
-    return [item[0] for item in found], [item[1] for item in found]
-
-
-def _kept(path, cache_dir, settings, compute):
-    if not path.is_file():
-        raise audio.AudioError(f"{path}: no such file; run the notebook that makes it again")
-    key = hashlib.sha256(path.read_bytes() + settings.encode()).hexdigest()[:32]
-    kept = cache_dir / f"{key}.npy"
-    if kept.is_file():
-        return np.load(kept), key
-    x = compute(path)
-    buffer = io.BytesIO()
-    np.save(buffer, x)
-    _write_whole(kept, buffer.getvalue())
-    return x, key
-
-
-def _write_whole(path, content):
-    part = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(
-            f"{path}: cannot be written ({error}); free some space and run again, "
-            "what is done is kept"
-        ) from error
-
-
-def standardise(x):
-    """Bring each clip to mean 0 and standard deviation 1 over all its frames and bands.
-
-    Parameters
-    ----------
-    x : np.ndarray of float, shape (clips, frames, bands)
-        Log-mel spectrograms.
-
-    Returns
-    -------
-    np.ndarray of float32, same shape
-        A clip whose spectrogram is constant becomes zeros.
-
-    Examples
-    --------
-    >>> standardise(np.array([[[1.0, 3.0]]])).tolist()
-    [[[-1.0, 1.0]]]
-    """
-    # in double precision: the mean of thousands of equal singles is not quite their value
-    mean = x.mean(axis=(1, 2), keepdims=True, dtype=np.float64)
-    spread = x.std(axis=(1, 2), keepdims=True, dtype=np.float64)
-    return ((x - mean) / np.maximum(spread, 1e-6)).astype(np.float32)
-
-
-def divide_by_variance(x):
-    """Normalise as the paper's released code: by the variance, and half of the frames kept.
-
-    Parameters
-    ----------
-    x : np.ndarray of float, shape (clips, 126, bands)
-        Log-mel spectrograms.
-
-    Returns
-    -------
-    np.ndarray of float32, shape (clips, 63, bands)
-        ``(x - mean) / variance`` over all frames and bands (n − 1), then the first 63 frames, 2 s.
-
-    Examples
-    --------
-    >>> x = np.random.default_rng(0).normal(0, 2, size=(1, 126, 64))
-    >>> divide_by_variance(x).shape, bool(abs(divide_by_variance(x).std() - 0.5) < 0.02)
-    ((1, 63, 64), True)
-    """
-    mean = x.mean(axis=(1, 2), keepdims=True, dtype=np.float64)
-    variance = x.var(axis=(1, 2), ddof=1, keepdims=True, dtype=np.float64)
-    return ((x - mean) / np.maximum(variance, 1e-6))[:, :FAITHFUL_FRAMES].astype(np.float32)
-
-
-def mfcc_statistics(y, sample_rate=44_100):
-    """Piczak's description of a clip: statistics of MFCC and of the zero-crossing rate.
-
-    Parameters
-    ----------
-    y : array_like, shape (samples,)
-        Signal, ±1 is full scale; the whole clip is taken.
-    sample_rate : int, default 44100
-        Rate of `y` in Hz; other rates are resampled to 44.1 kHz.
-
-    Returns
-    -------
-    np.ndarray of float32, shape (26,)
-        Mean, then standard deviation over frames of MFCC 1 to 12 (the 0th, loudness, is left out),
-        then mean and standard deviation of the zero-crossing rate (0 to 1, frames of 512).
-
-    Raises
-    ------
-    audio.AudioError
-        Empty, silent or not finite.
-
-    Notes
-    -----
-    Piczak, "ESC: Dataset for Environmental Sound Classification", ACM Multimedia 2015: librosa's
-    defaults (FFT 2048, hop 512, 128 mel bands, decibels of the power).
-
-    Examples
-    --------
-    >>> mfcc_statistics(np.sin(np.arange(44_100) * 0.1)).shape
-    (26,)
-    """
-    import librosa
-
-    y = audio.resample(audio.check_audio(y, "signal"), sample_rate, 44_100)
-    power = librosa.feature.melspectrogram(y=y, sr=44_100, n_fft=2048, hop_length=512)
-    mfcc = librosa.feature.mfcc(S=librosa.power_to_db(power), n_mfcc=13)[1:]
-    crossings = librosa.feature.zero_crossing_rate(y, frame_length=512, hop_length=512)
-    parts = mfcc.mean(axis=1), mfcc.std(axis=1), [crossings.mean(), crossings.std()]
-    return np.concatenate(parts).astype(np.float32)
-
-
-def _mfcc_of(path):
-    y, rate = audio.load_audio(path)
-    return mfcc_statistics(audio.check_audio(y, path), rate)
-
-
-def _transformer_input_of(extractor, path):
-    y, rate = audio.load_audio(path, sample_rate=SAMPLE_RATE, duration=CLIP_SECONDS)
-    y = audio.fit_length(audio.check_audio(y, path), int(CLIP_SECONDS * SAMPLE_RATE))
-    x = extractor(y, sampling_rate=rate, return_tensors="np")["input_values"][0]
-    # frames of 25 ms every 10 ms; the rest is padding, which the network adds again
-    return x[: 1 + (len(y) - 400) // 160].astype(np.float16)
-
-
-def _checkpoint_stamp(checkpoint):
-    """Content of a local checkpoint; a hub's name stands for itself."""
-    weights = sorted(Path(checkpoint).glob("*.safetensors")) if Path(checkpoint).is_dir() else []
-    return "".join(hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in weights)
-
-
-def _input_kind(model):
-    name, _, detail = model.partition(":")
-    if name in ("probe", "ast"):
-        return model
-    if name in BASELINES.index:
-        return "mfcc"
-    return "logmel-faithful" if detail == "faithful" else "logmel"
-
-
-def _inputs(kind, paths, cache_dir, workers, embedded):
-    """What classifiers of one kind read of each clip, and what identifies it."""
-    name, _, detail = kind.partition(":")
-    if name == "probe":
-        from soundscapes_utils import embeddings
-
-        reader = (embedded or {}).get(detail) or embeddings.get_embedding(detail)
-        x = reader.embed(paths, silence="allow", cache_dir=cache_dir)
-        return x, [hashlib.sha256(row.tobytes()).hexdigest()[:32] for row in x]
-    if name == "ast":
-        from transformers import ASTFeatureExtractor
-
-        extractor = _from_hub(ASTFeatureExtractor, detail)
-        settings = f"{kind},{_checkpoint_stamp(detail)}"
-        compute = partial(_transformer_input_of, extractor)
-        rows, keys = _load_kept(paths, cache_dir, workers, settings, compute)
-        return np.stack(rows), keys
-    if name == "mfcc":
-        rows, keys = _load_kept(paths, cache_dir, workers, "mfcc-statistics", _mfcc_of)
-        return np.stack(rows), keys
-    x, keys = load_features(paths, cache_dir, workers)
-    return standardise(x) if kind == "logmel" else divide_by_variance(x), keys
-
-
-def transform_clips(clips, effect, out_dir, workers=None):
-    """Shift the pitch or the speed of recordings: the augmentation that needs no generator.
-
-    Parameters
-    ----------
-    clips : pandas.DataFrame
-        Real recordings (table *clips*).
-    effect : {"ps1", "ps2", "ts"}
-        A key of :data:`TRANSFORMS`; one copy is made for each of its four values.
-    out_dir : str or Path
-        Gets the copies (16 kHz WAV). Those that are there already are kept.
-    workers : int, optional
-        Threads; by default one a CPU core.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Table *generated* with the column `made_from`: the recording's `clip_id`. An arm uses a copy
-        only where its recording is among the real training clips, so that no test clip comes back in
-        disguise. Give it to :func:`run_arms` as ``{"ps1": table}`` and ask for ``"both@ps1:4"``.
-
-    Raises
-    ------
-    ValueError
-        Unknown effect.
-    audio.AudioError
-        A clip that cannot be read.
-
-    Notes
-    -----
-    Values: Salamon and Bello (2017), as in the paper; phase vocoder of librosa.
-
-    Examples
-    --------
-    >>> transform_clips(pd.DataFrame(), "echo", "runs/try")
-    Traceback (most recent call last):
-    ValueError: unknown effect 'echo'; choose one of ps1, ps2, ts
-    """
-    if effect not in TRANSFORMS:
-        raise ValueError(f"unknown effect {effect!r}; choose one of {', '.join(TRANSFORMS)}")
-    jobs = [(clip, value) for clip in clips.to_dict("records") for value in TRANSFORMS[effect][1]]
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        rows = list(pool.map(lambda job: _transformed(*job, effect, Path(out_dir)), jobs))
-    return pd.DataFrame(rows)
-
-
-def _transformed(clip, value, effect, out_dir):
-    import librosa
-
-    content = hashlib.sha256(Path(clip["path"]).read_bytes()).hexdigest()[:12]
-    path = out_dir / f"{clip['clip_id']}-{effect}{value:+g}-{content}.wav"
-    if not path.is_file():
-        y, rate = audio.load_audio(clip["path"], sample_rate=SAMPLE_RATE)
-        if TRANSFORMS[effect][0] == "pitch_shift":
-            y = librosa.effects.pitch_shift(y, sr=rate, n_steps=value)
-        else:
-            y = librosa.effects.time_stretch(y, rate=value)
-        audio.save_audio(path, y / max(1.0, float(np.abs(y).max())), rate)
-    return {
-        "clip_id": path.stem,
-        "label": clip["label"],
-        "prompt_family": "",
-        "backend": effect,
-        "checkpoint": "librosa",
-        "path": str(path),
-        "made_from": str(clip["clip_id"]),
-    }
-
-
-# --- networks ------------------------------------------------------------------------------------
-
-
-class SBCNN(nn.Module):
-    """Salamon and Bello's convolutional network, as the paper sizes it.
-
-    Conv 5×5 1→24, max-pool 4×2, ReLU; conv 24→48, max-pool 4×2, ReLU; conv 48→48, ReLU; dropout 0.5,
-    64 units, ReLU; dropout 0.5, one unit a class. Pools are time × frequency.
-
-    Parameters
-    ----------
-    n_classes : int
-        Classes to tell apart.
-    n_frames : int, default 94
-        Frames of a patch (3 s at hop 512), at least 16.
-
-    Notes
-    -----
-    Input: float32 (patches, 1, frames, 64); output: logits (patches, classes).
-
-    References
-    ----------
-    Salamon and Bello, "Deep Convolutional Neural Networks and Data Augmentation for Environmental
-    Sound Classification", IEEE Signal Processing Letters 24(3), 2017.
-
-    Examples
-    --------
-    >>> SBCNN(10)(torch.zeros(2, 1, 94, 64)).shape
-    torch.Size([2, 10])
-    """
-
-    def __init__(self, n_classes, n_frames=PATCH_FRAMES):
-        super().__init__()
-        self.convolutions = nn.Sequential(
-            nn.Conv2d(1, 24, 5, padding="same"),
-            nn.MaxPool2d((4, 2)),
-            nn.ReLU(),
-            nn.Conv2d(24, 48, 5, padding="same"),
-            nn.MaxPool2d((4, 2)),
-            nn.ReLU(),
-            nn.Conv2d(48, 48, 5, padding="same"),
-            nn.ReLU(),
-        )
-        self.head = nn.Sequential(
-            nn.Dropout(0.5),
-            nn.Linear(48 * (n_frames // 4 // 4) * (N_MELS // 2 // 2), 64),
-            nn.ReLU(),
-            nn.Dropout(0.5),
-            nn.Linear(64, n_classes),
-        )
-
-    def forward(self, x):
-        """Logits (patches, classes) of patches (patches, 1, frames, 64)."""
-        return self.head(self.convolutions(x).flatten(1))
-
-
-class GLU(nn.Module):
-    """Gated linear unit over channels: a learned value, let through by the sigmoid of the input.
-
-    Parameters
-    ----------
-    channels : int
-        Channels in and out.
-
-    Notes
-    -----
-    ``(Wx + b) · σ(x)`` at each time and frequency, as in the DCASE Task 4 baselines from which the
-    paper's CRNN descends. The paper's code joins x with itself instead, which leaves x·σ(x).
-
-    References
-    ----------
-    Dauphin et al., "Language Modeling with Gated Convolutional Networks", ICML 2017.
-
-    Examples
-    --------
-    >>> GLU(16)(torch.zeros(2, 16, 5, 4)).shape
-    torch.Size([2, 16, 5, 4])
-    """
-
-    def __init__(self, channels):
-        super().__init__()
-        self.value = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x):
-        """Gated values, same shape as `x` (patches, channels, frames, bands)."""
-        return self.value(x) * torch.sigmoid(x)
-
-
-class CRNN(nn.Module):
-    """Castorena and Cobos' convolutional recurrent network, as the paper sizes it.
-
-    Seven blocks of conv 3×3, batch norm, GLU and average pool (filters 16 32 64 128 128 128 128; pools
-    2×2 2×2, then 1×2; none after the last, where one band is left), a two-layer bidirectional GRU of
-    128 over time, and one linear layer over all its outputs.
-
-    Parameters
-    ----------
-    n_classes : int
-        Classes to tell apart.
-    n_frames : int, default 94
-        Frames of a patch (3 s at hop 512), at least 4.
-    faithful : bool, default False
-        As the released code computes: x·σ(x) in place of the GLU, and a GRU that takes the clips of
-        a batch for its time steps, so that a clip's output depends on its neighbours.
-
-    Notes
-    -----
-    Input: float32 (patches, 1, frames, 64); output: logits (patches, classes).
-
-    References
-    ----------
-    Castorena, Cobos, Lopez-Ballester and Ferri, "A safety-oriented framework for sound event
-    detection in driving scenarios", Applied Acoustics 215, 109719, 2023.
-
-    Examples
-    --------
-    >>> CRNN(10)(torch.zeros(2, 1, 94, 64)).shape
-    torch.Size([2, 10])
-    """
-
-    def __init__(self, n_classes, n_frames=PATCH_FRAMES, faithful=False):
-        super().__init__()
-        filters = (1, 16, 32, 64, 128, 128, 128, 128)
-        pools = ((2, 2), (2, 2), (1, 2), (1, 2), (1, 2), (1, 2), None)
-        layers = []
-        for before, after, pool in zip(filters, filters[1:], pools, strict=False):
-            layers += [nn.Conv2d(before, after, 3, padding="same"), nn.BatchNorm2d(after)]
-            # SiLU is x·σ(x)
-            layers += [nn.SiLU() if faithful else GLU(after)]
-            layers += [nn.AvgPool2d(pool)] if pool else []
-        self.convolutions = nn.Sequential(*layers)
-        self.gru = nn.GRU(128, 128, num_layers=2, bidirectional=True, batch_first=not faithful)
-        self.head = nn.Linear((n_frames // 2 // 2) * 2 * 128, n_classes)
-
-    def forward(self, x):
-        """Logits (patches, classes) of patches (patches, 1, frames, 64)."""
-        over_time, _ = self.gru(self.convolutions(x).squeeze(-1).transpose(1, 2))
-        return self.head(over_time.flatten(1))
-
-
-MODELS = {"sbcnn": SBCNN, "crnn": CRNN}
-FAITHFUL = {
-    "sbcnn": partial(SBCNN, n_frames=FAITHFUL_PATCH),
-    "crnn": partial(CRNN, n_frames=FAITHFUL_PATCH, faithful=True),
-}
-
-
-class PretrainedTransformer(nn.Module):
-    """Audio Spectrogram Transformer with a new head, ready to be fine-tuned.
-
-    Parameters
-    ----------
-    n_classes : int
-        Classes to tell apart.
-    checkpoint : str, optional
-        Name on the hub, or a folder written by ``save_pretrained`` (model and feature extractor).
-
-    Notes
-    -----
-    Input: (patches, 1, frames, bands) as the checkpoint's feature extractor gives it, without its
-    padding; output: logits (patches, classes).
-
-    References
-    ----------
-    Gong, Chung and Glass, "AST: Audio Spectrogram Transformer", Interspeech 2021.
-
-    Examples
-    --------
-    >>> PretrainedTransformer(10)(torch.zeros(1, 1, 398, 128)).shape  # doctest: +SKIP
-    torch.Size([1, 10])
-    """
-
-    def __init__(self, n_classes, checkpoint=AST_CHECKPOINT):
-        super().__init__()
-        from transformers import ASTFeatureExtractor, ASTForAudioClassification
-
-        self.network = _from_hub(
-            ASTForAudioClassification,
-            checkpoint,
-            num_labels=n_classes,
-            ignore_mismatched_sizes=True,
-        )
-        extractor = _from_hub(ASTFeatureExtractor, checkpoint)
-        # the extractor pads before it normalises
-        self.silence = -extractor.mean / (2 * extractor.std) if extractor.do_normalize else 0.0
-
-    def forward(self, x):
-        """Logits (patches, classes) of patches (patches, 1, frames, bands)."""
-        missing = self.network.config.max_length - x.shape[2]
-        return self.network(
-            functional.pad(x.squeeze(1), (0, 0, 0, missing), value=self.silence)
-        ).logits
-
-
-def _from_hub(maker, checkpoint, **options):
-    try:
-        return maker.from_pretrained(checkpoint, **options)
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"{checkpoint}: no Audio Spectrogram Transformer can be loaded from it "
-            f"({str(error).splitlines()[0]}); connect to the hub once, or give a folder written by "
-            "save_pretrained (model and feature extractor)"
-        ) from error
-
-
-def _build(model, n_classes):
-    """A network by name, the frames and places of its patches (None: all), Adam's settings."""
-    name, _, detail = model.partition(":")
-    adam = {"lr": LEARNING_RATE, "eps": ADAM_EPS, "weight_decay": WEIGHT_DECAY}
-    if name == "ast":
-        # as Gong et al. fine-tune on ESC-50
-        return (
-            PretrainedTransformer(n_classes, detail),
-            None,
-            None,
-            {"lr": 1e-5, "weight_decay": 5e-7},
-        )
-    if detail == "faithful":
-        return FAITHFUL[name](n_classes), FAITHFUL_PATCH, FAITHFUL_STARTS, adam
-    return MODELS[name](n_classes), PATCH_FRAMES, None, adam
-
-
-# --- training and scoring ------------------------------------------------------------------------
-
-
-def train_classifier(
-    model,
-    train,
-    validation,
-    n_classes,
-    *,
-    epochs=100,
-    batch_size=128,
-    patience=15,
-    patches_per_epoch=None,
-    seed=0,
-    device="cpu",
-    augment=None,
-):
-    """Train one network on random 3 s patches; keep the weights of the lowest validation loss.
-
-    Adam (1e-3, eps 1e-7, weight decay 1e-3) on the cross-entropy.
-
-    Parameters
-    ----------
-    model : str
-        ``"sbcnn"``, ``"crnn"`` (see :data:`MODELS`), either with ``":faithful"``, or
-        ``"ast:<checkpoint>"``, which takes whole clips and Adam at 1e-5.
-    train, validation : tuple of (np.ndarray (clips, frames, bands), np.ndarray of int (clips,))
-        Spectrograms and class numbers: 126 × 64 of :func:`standardise`; for a faithful network
-        63 × 64 of :func:`divide_by_variance`.
-    n_classes : int
-        Classes to tell apart.
-    epochs : int, default 100
-        At most so many passes over the training clips.
-    batch_size : int, default 128
-        Patches a step; take less for a few hundred clips, else there are few steps.
-    patience : int, default 15
-        Stop after so many epochs without a lower validation loss.
-    patches_per_epoch : int, optional
-        Patches an epoch, however many clips there are; by default one of each clip, as in the paper.
-        With a number, arms of different size take equally many steps.
-    seed : int, default 0
-        Initial weights, order, patches and dropout follow from it.
-    device : str, default "cpu"
-        Where torch trains.
-    augment : tuple of (str, float), optional
-        ``("specaugment", k)``: k masks over time and k over frequency, each of at most 19 % of the
-        axis; ``("mixup", α)``: pairs of clips added with a share drawn from Beta(α, α).
-
-    Returns
-    -------
-    network : nn.Module
-        In evaluation mode, with the best weights.
-    log : pandas.DataFrame
-        `epoch, train_loss, validation_loss, validation_accuracy`, one row an epoch.
-
-    Notes
-    -----
-    A faithful network sees the same clips in the same batches as the corrected one of the same seed.
-    Its validation is one random patch a clip, in batches of `batch_size`.
-
-    References
-    ----------
-    Park et al., "SpecAugment", Interspeech 2019; Zhang et al., "mixup", ICLR 2018.
-
-    Examples
-    --------
-    >>> x, y = np.random.default_rng(0).normal(size=(8, 126, 64)).astype("f4"), np.arange(8) % 2
-    >>> network, log = train_classifier("sbcnn", (x, y), (x, y), 2, epochs=1)
-    >>> list(log)
-    ['epoch', 'train_loss', 'validation_loss', 'validation_accuracy']
-    """
-    x, y = torch.from_numpy(train[0]).to(device), torch.from_numpy(train[1]).to(device)
-    # the caller's own random state is none of our business
-    with torch.random.fork_rng(devices=[device] if device != "cpu" else []):
-        torch.manual_seed(seed)
-        # twice as fast on a CPU as torch's default layout
-        network, frames, starts, adam = _build(model, n_classes)
-        network = network.to(device, memory_format=torch.channels_last)
-        optimiser = torch.optim.Adam(network.parameters(), **adam)
-        # a view of every patch that a clip holds; a batch copies only those it draws
-        patches = x.unfold(1, frames or x.shape[1], 1)[:, :starts]
-        chance = torch.Generator().manual_seed(seed)
-        rows, best, best_loss, waited = [], None, np.inf, 0
-        for epoch in range(1, epochs + 1):
-            order = _draw_order(len(x), patches_per_epoch, chance)
-            batches = order.split(batch_size)
-            train_loss = _train_epoch(network, optimiser, patches, y, batches, chance, augment)
-            probabilities = _probabilities(model, network, validation[0], seed + epoch, batch_size)
-            loss, accuracy = _score(probabilities, validation[1])
-            rows.append((epoch, train_loss, loss, accuracy))
-            waited += 1
-            if loss < best_loss:
-                best_loss, waited = loss, 0
-                best = {name: value.clone() for name, value in network.state_dict().items()}
-            if waited >= patience or not np.isfinite(train_loss):
-                break
-    if best is None:
-        raise FloatingPointError(f"{model}: the validation loss was never finite; check the clips")
-    network.load_state_dict(best)
-    return network.eval(), pd.DataFrame(rows, columns=_LOG_COLUMNS)
-
-
-def _draw_order(n, wanted, chance):
-    """Row numbers of an epoch: every clip once before any comes again."""
-    wanted = wanted or n
-    rounds = [torch.randperm(n, generator=chance) for _ in range(-(-wanted // n))]
-    return torch.cat(rounds)[:wanted]
-
-
-def _train_epoch(network, optimiser, patches, y, batches, chance, augment):
-    network.train()
-    losses = []
-    for part in batches:
-        starts = torch.randint(patches.shape[1], (len(part),), generator=chance)
-        batch = patches[part, starts].transpose(1, 2).unsqueeze(1).float()
-        loss = _loss(network, batch, y[part], augment)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    return float(np.mean(losses))
-
-
-def _loss(network, batch, y, augment):
-    name, amount = augment or ("", 0.0)
-    if name == "mixup":
-        share = torch.distributions.Beta(amount, amount).sample().item()
-        other = torch.randperm(len(batch))
-        logits = network(share * batch + (1 - share) * batch[other])
-        first, second = (functional.cross_entropy(logits, target) for target in (y, y[other]))
-        return share * first + (1 - share) * second
-    if name == "specaugment":
-        batch = _masked(batch, int(amount))
-    return functional.cross_entropy(network(batch), y)
-
-
-def _masked(batch, n_masks):
-    from torchaudio.functional import mask_along_axis_iid
-
-    for axis in (2, 3):
-        widest = round(_MASK_SHARE * batch.shape[axis])
-        for _ in range(n_masks):
-            # 0 is the mean of a standardised clip
-            batch = mask_along_axis_iid(batch, widest, 0.0, axis)
-    return batch
-
-
-def _probabilities(model, network, x, seed, batch_size):
-    if model.endswith(":faithful"):
-        return predict_one_patch(network, x, seed, batch_size)
-    if model.startswith("ast:"):
-        return predict(network, x, patches=1, batch_size=16, patch_frames=x.shape[1])
-    return predict(network, x)
-
-
-def _score(probabilities, y):
-    chosen = np.maximum(probabilities[np.arange(len(y)), y], 1e-12)
-    return float(-np.log(chosen).mean()), float((probabilities.argmax(axis=1) == y).mean())
-
-
-def predict(network, x, patches=2, batch_size=64, patch_frames=PATCH_FRAMES):
-    """Class probabilities of whole clips: the mean over patches that together cover the clip.
-
-    Parameters
-    ----------
-    network : nn.Module
-        A trained :class:`SBCNN` or :class:`CRNN`; put into evaluation mode.
-    x : np.ndarray of float32, shape (clips, 126, 64)
-        Standardised spectrograms.
-    patches : int, default 2
-        Patches of 3 s, evenly spaced from the clip's beginning to its end; two cover all of it.
-    batch_size : int, default 64
-        Clips at a time.
-    patch_frames : int, default 94
-        Frames that the network takes.
-
-    Returns
-    -------
-    np.ndarray of float32, shape (clips, classes)
-        Rows sum to 1.
-
-    Examples
-    --------
-    >>> predict(SBCNN(3), np.zeros((2, 126, 64), "f4")).sum(axis=1).round(3).tolist()
-    [1.0, 1.0]
-    """
-    network.eval()
-    device = next(network.parameters()).device
-    starts = np.linspace(0, x.shape[1] - patch_frames, patches).round().astype(int)
-    found = []
-    with torch.inference_mode():
-        for part in torch.from_numpy(x).split(batch_size):
-            part = part.to(device).unsqueeze(1).float()
-            each = [network(part[:, :, s : s + patch_frames]).softmax(dim=1) for s in starts]
-            found.append(torch.stack(each).mean(dim=0).cpu().numpy())
-    return np.concatenate(found)
-
-
-def predict_one_patch(network, x, seed=0, batch_size=1):
-    """Class probabilities as the paper's released code tests: from one random patch of each clip.
-
-    Parameters
-    ----------
-    network : nn.Module
-        A network of 45 frames, see :data:`FAITHFUL`; put into evaluation mode.
-    x : np.ndarray of float32, shape (clips, 63, 64)
-        Spectrograms of :func:`divide_by_variance`.
-    seed : int, default 0
-        Of the patches' places; the released code draws them anew each time.
-    batch_size : int, default 1
-        Clips at a time. The faithful CRNN recurs over them: this changes its output.
-
-    Returns
-    -------
-    np.ndarray of float32, shape (clips, classes)
-        Rows sum to 1.
-
-    Examples
-    --------
-    >>> predict_one_patch(FAITHFUL["crnn"](3), np.zeros((2, 63, 64), "f4")).shape
-    (2, 3)
-    """
-    network.eval()
-    device = next(network.parameters()).device
-    chance = torch.Generator().manual_seed(seed)
-    starts = torch.randint(FAITHFUL_STARTS, (len(x),), generator=chance)
-    patches = torch.from_numpy(x).unfold(1, FAITHFUL_PATCH, 1)
-    found = []
-    with torch.inference_mode():
-        for part in torch.arange(len(x)).split(batch_size):
-            batch = patches[part, starts[part]].transpose(1, 2).unsqueeze(1).to(device)
-            found.append(network(batch).softmax(dim=1).cpu().numpy())
-    return np.concatenate(found)
-
-
-def fit_baseline(model, x, y, seed=0):
-    """Fit a classifier that needs no validation clips: Piczak's baselines, or a linear probe.
-
-    Parameters
-    ----------
-    model : {"knn", "forest", "svm", "probe"}
-        Row of :data:`BASELINES`, or logistic regression.
-    x : np.ndarray of float, shape (clips, dims)
-        Rows of :func:`mfcc_statistics`, or of an embedding.
-    y : array_like, shape (clips,)
-        Classes.
-    seed : int, default 0
-        Of the forest; the others do not draw.
-
-    Returns
-    -------
-    scikit-learn classifier
-        Fitted; ``predict`` gives classes. SVM and probe standardise the features on `x`.
-
-    Raises
-    ------
-    ValueError
-        Unknown model, or fewer than two classes.
-
-    Notes
-    -----
-    scikit-learn's defaults but for the linear kernel and 500 trees: nothing was tuned on test folds.
-
-    Examples
-    --------
-    >>> fit_baseline("svm", np.array([[0.0], [1.0]]), ["a", "b"]).predict([[0.9]]).tolist()
-    ['b']
-    """
-    from sklearn.ensemble import RandomForestClassifier
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from sklearn.svm import SVC
-
-    made = {
-        # distances on MFCC as they are: the low ones, which vary most, count most
-        "knn": lambda: KNeighborsClassifier(5),
-        "forest": lambda: RandomForestClassifier(500, random_state=seed),
-        "svm": lambda: make_pipeline(StandardScaler(), SVC(kernel="linear")),
-        "probe": lambda: make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
-    }
-    if model not in made:
-        raise ValueError(f"unknown baseline {model!r}; choose one of {', '.join(made)}")
-    return made[model]().fit(x, y)
 
 
 # --- arms and units ------------------------------------------------------------------------------
@@ -1568,7 +799,7 @@ def run_arms(
     failed = _train_units(missing, shared, out_dir, workers, places, executor)
     collected = _collect(out_dir, units)
     for name, table in collected.items():
-        _write_whole(out_dir / f"{name}.csv", table.to_csv(index=False).encode())
+        audio.write_whole(out_dir / f"{name}.csv", table.to_csv(index=False).encode())
     if failed:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         raise UnitsFailed(
@@ -1599,6 +830,32 @@ def _gather(clips, synthetic, out_dir, workers, kinds, embedded):
             for name in ("backend", "prompt_family")
         },
     }
+
+
+def _input_kind(model):
+    name, _, detail = model.partition(":")
+    if name in ("probe", "ast"):
+        return model
+    if name in BASELINES.index:
+        return "mfcc"
+    return "logmel-faithful" if detail == "faithful" else "logmel"
+
+
+def _inputs(kind, paths, cache_dir, workers, embedded):
+    """What classifiers of one kind read of each clip, and what identifies it."""
+    name, _, detail = kind.partition(":")
+    if name == "probe":
+        from soundscapes_utils import embeddings
+
+        reader = (embedded or {}).get(detail) or embeddings.get_embedding(detail)
+        x = reader.embed(paths, silence="allow", cache_dir=cache_dir)
+        return x, [hashlib.sha256(row.tobytes()).hexdigest()[:32] for row in x]
+    if name == "ast":
+        return load_transformer_inputs(paths, detail, cache_dir, workers)
+    if name == "mfcc":
+        return load_mfcc_statistics(paths, cache_dir, workers)
+    x, keys = load_features(paths, cache_dir, workers)
+    return standardise(x) if kind == "logmel" else divide_by_variance(x), keys
 
 
 def _complete(unit, shared, training):
@@ -1638,8 +895,8 @@ def _unit_file(out_dir, unit, ending):
 
 
 def _is_done(out_dir, unit):
-    # the JSON is written last, so its presence means that the pair is complete
-    return _unit_file(out_dir, unit, "json").is_file()
+    # the JSON is written last; what an older version left has no learning curve
+    return all(_unit_file(out_dir, unit, ending).is_file() for ending in ("log.csv", "json"))
 
 
 def _print_plan(plan, missing, where):
@@ -1725,8 +982,8 @@ def _run_unit(unit, shared, out_dir, device):
     result = about | _accuracies(parts["test"][1], chosen, len(names))
     result |= {"epochs": len(log), "seconds": round(time.perf_counter() - started, 3)}
     for ending, table in (("log.csv", log), ("csv", predictions)):
-        _write_whole(_unit_file(out_dir, unit, ending), table.to_csv(index=False).encode())
-    _write_whole(_unit_file(out_dir, unit, "json"), json.dumps(result, indent=1).encode())
+        audio.write_whole(_unit_file(out_dir, unit, ending), table.to_csv(index=False).encode())
+    audio.write_whole(_unit_file(out_dir, unit, "json"), json.dumps(result, indent=1).encode())
 
 
 def _train_and_classify(about, parts, n_classes, device):
@@ -1745,13 +1002,13 @@ def _train_and_classify(about, parts, n_classes, device):
         augment=(kind, about["ratio"]) if kind in _ON_THE_FLY else None,
     )
     # the released code tests clip by clip
-    found = _probabilities(about["model"], network, parts["test"][0], about["seed"], 1)
+    found = class_probabilities(about["model"], network, parts["test"][0], about["seed"], 1)
     return found.argmax(axis=1), log
 
 
 def _fit_and_classify(about, parts, n_classes, device):
     fitted = fit_baseline(about["model"].partition(":")[0], *parts["train"], about["seed"])
-    return fitted.predict(parts["test"][0]), pd.DataFrame(columns=_LOG_COLUMNS)
+    return fitted.predict(parts["test"][0]), pd.DataFrame(columns=LOG_COLUMNS)
 
 
 def _accuracies(truth, chosen, n_classes):
@@ -1844,571 +1101,19 @@ def _collect(out_dir, units):
         # a class may be called "None" or "NA"
         one = pd.read_csv(_unit_file(out_dir, unit, "csv"), dtype=str, keep_default_na=False)
         predictions.append(one.assign(**where))
-        log = _unit_file(out_dir, unit, "log.csv")
-        if log.is_file() and result["epochs"]:
-            curves.append(pd.read_csv(log).assign(**where))
+        if result["epochs"]:
+            curves.append(pd.read_csv(_unit_file(out_dir, unit, "log.csv")).assign(**where))
     where = ["arm", "ratio", "model", "fold", "run"]
     return {
         "results": pd.DataFrame(results, columns=RESULT_COLUMNS),
         "predictions": _stacked(predictions, ["clip_id", "label", "predicted", *where]),
-        "curves": _stacked(curves, [*_LOG_COLUMNS, *where]),
+        "curves": _stacked(curves, [*LOG_COLUMNS, *where]),
     }
 
 
 def _stacked(tables, columns):
     together = pd.concat(tables) if tables else pd.DataFrame(columns=columns)
     return together.reset_index(drop=True)
-
-
-# --- reading the results -------------------------------------------------------------------------
-
-
-def summarise(results):
-    """Mean accuracy of each arm and model with two intervals.
-
-    Parameters
-    ----------
-    results : pandas.DataFrame
-        Table *results* of :func:`run_arms`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        `arm, ratio, model, backend, prompt_family, n, accuracy, half_width, ci_low, ci_high, macro_f1,
-        n_real, n_synthetic`. `n` counts trained classifiers (folds × runs); `half_width` is
-        1.96·SD/√n, as the paper draws its error bars over runs; `ci_low` and `ci_high` are a 95 %
-        bootstrap interval of the mean. With one classifier there is no interval (NaN).
-
-    Notes
-    -----
-    With few folds, both intervals tell how results scatter over seeds and these folds, not over
-    all recordings that could have been tested.
-
-    Examples
-    --------
-    >>> one = dict.fromkeys(RESULT_COLUMNS, 0) | {"accuracy": 0.5}
-    >>> summarise(pd.DataFrame([one, one]))[["n", "accuracy", "half_width"]].values.tolist()
-    [[2.0, 0.5, 0.0]]
-    """
-    rows = []
-    keys = ["arm", "ratio", "model", "backend", "prompt_family"]
-    for group, part in results.fillna({"backend": "", "prompt_family": ""}).groupby(
-        keys, sort=False
-    ):
-        values = part["accuracy"].to_numpy()
-        half, low, high = np.nan, np.nan, np.nan
-        if len(values) > 1:
-            half, (low, high) = stats.mean_interval(values)[1], stats.bootstrap_ci(values)
-        rows.append(
-            dict(zip(keys, group, strict=True))
-            | {"n": len(values), "accuracy": values.mean(), "half_width": half}
-            | {"ci_low": low, "ci_high": high, "macro_f1": part["macro_f1"].mean()}
-            | {name: round(part[name].mean()) for name in ("n_real", "n_synthetic")}
-        )
-    return pd.DataFrame(rows)
-
-
-def intervals(predictions, clips=None):
-    """Accuracy of each arm and model with the paper's interval and with one for other recordings.
-
-    Parameters
-    ----------
-    predictions : pandas.DataFrame
-        ``predictions.csv`` of :func:`run_arms`.
-    clips : pandas.DataFrame, optional
-        Table *clips*: clips of one `source_id` are then drawn together. Without it each clip counts
-        as a recording of its own.
-
-    Returns
-    -------
-    pandas.DataFrame
-        `arm, ratio, model, n_folds, n_runs, n_clips, n_sources, accuracy` (mean over folds, then
-        runs); `half_width`, 1.96·SD/√runs of the runs' means, as the paper has it: how training
-        scatters (NaN of one run); `ci_low, ci_high`, 95 % bootstrap over folds and, within them,
-        sources: what other recordings could give.
-
-    Raises
-    ------
-    ValueError
-        A clip of `predictions` is not in `clips`.
-
-    Examples
-    --------
-    >>> one = pd.DataFrame({"clip_id": list("abcd"), "fold": [4, 4, 5, 5], "label": "dog"})
-    >>> one = one.assign(predicted=["dog", "rain", "dog", "dog"], arm="real", ratio=0.0, model="svm")
-    >>> intervals(one.assign(run=0))[["n_folds", "n_runs", "accuracy"]].values.tolist()
-    [[2.0, 1.0, 0.75]]
-    """
-    table = _recognised(predictions, clips)
-    rows = []
-    keys = ["arm", "ratio", "model"]
-    for group, part in table.groupby(keys, sort=False):
-        runs = part.groupby(["run", "fold"])["right"].mean().groupby("run").mean()
-        each = part.groupby(["fold", "source_id", "clip_id"], sort=False)["right"].mean()
-        each = each.reset_index()
-        low, high = stats.nested_bootstrap_ci(each["right"], each["fold"], each["source_id"])
-        half = stats.mean_interval(runs)[1] if len(runs) > 1 else np.nan
-        rows.append(
-            dict(zip(keys, group, strict=True))
-            | {"n_folds": each["fold"].nunique(), "n_runs": len(runs), "n_clips": len(each)}
-            | {"n_sources": each["source_id"].nunique(), "accuracy": runs.mean()}
-            | {"half_width": half, "ci_low": low, "ci_high": high}
-        )
-    return pd.DataFrame(rows)
-
-
-def _recognised(predictions, clips):
-    """Predictions with `right` (1.0 or 0.0) and the recording that each clip was cut from."""
-    names = predictions["clip_id"].astype(str)
-    right = (predictions["label"] == predictions["predicted"]).astype(float)
-    source = names
-    if clips is not None:
-        source = names.map(dict(zip(clips["clip_id"].astype(str), clips["source_id"], strict=True)))
-        if source.isna().any():
-            raise ValueError(
-                f"{source.isna().sum()} tested clips are not in the table of clips, such as "
-                f"{names[source.isna()].iloc[0]!r}; give the table that the arms were run on"
-            )
-    return predictions.assign(clip_id=names, right=right, source_id=source)
-
-
-_PAIRS = {
-    "clip": ["fold", "clip_id"],
-    "source": ["fold", "source_id"],
-    "fold": ["fold"],
-    "run": ["fold", "run"],
-}
-
-
-def compare(predictions, arm, ratio, against=("real", 0.0), by="clip", clips=None):
-    """Test one arm against another on the same recordings, model by model.
-
-    Each test clip gives one pair: how often it was recognised, over the runs, in either arm.
-
-    Parameters
-    ----------
-    predictions : pandas.DataFrame
-        ``predictions.csv`` of :func:`run_arms`.
-    arm : str
-        Arm to test.
-    ratio : float
-        Its ratio or number of folds.
-    against : tuple of (str, float), default ("real", 0.0)
-        The arm to compare with.
-    by : {"clip", "source", "fold", "run"}
-        What makes a pair: a test clip; a recording with all clips cut from it (needs `clips`); a
-        fold; each training of a fold.
-    clips : pandas.DataFrame, optional
-        Table *clips*, for its `source_id`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row a model: `arm, ratio, model` and what :func:`stats.paired_test` says: `n` pairs,
-        `difference` of the accuracies (`arm` minus `against`), its interval, `effect`, `p_value`, …
-
-    Raises
-    ------
-    ValueError
-        The two arms share no test clip; unknown `by`; sources wanted without `clips`.
-
-    Notes
-    -----
-    Clips and sources answer for other recordings and these trained classifiers; folds answer for
-    other recordings and trainings, but five of them reach no p-value below 0.06; runs answer for
-    other seeds on these recordings. Several comparisons at once need a correction, see
-    :func:`compare_all`.
-
-    Examples
-    --------
-    >>> one = pd.DataFrame({"clip_id": list("abcd"), "fold": 5, "run": 0, "model": "sbcnn"})
-    >>> one = one.assign(label="dog", predicted=["dog", "dog", "rain", "dog"])
-    >>> real, both = one.assign(arm="real", ratio=0.0), one.assign(arm="both", ratio=1.0)
-    >>> compare(pd.concat([real, both]), "both", 1.0)["difference"].tolist()
-    [0.0]
-    """
-    if by not in _PAIRS or (by == "source" and clips is None):
-        raise ValueError(f"by is one of {', '.join(_PAIRS)}, got {by!r}; 'source' needs clips")
-    table = _recognised(predictions, clips)
-    pairs = _paired(table, (arm, ratio), against, ["model", *_PAIRS[by]])
-    return pd.DataFrame(
-        {"arm": arm, "ratio": ratio, "model": model} | stats.paired_test(part["a"], part["b"])
-        for model, part in pairs.groupby("model", sort=False)
-    )
-
-
-def _paired(table, arm, against, keys):
-    """Mean of `right` of two arms, side by side on what both have; columns a and b."""
-    sides = []
-    for name, amount in (arm, against):
-        found = table[(table["arm"] == name) & (table["ratio"] == amount)]
-        sides.append(found.groupby(keys, sort=False)["right"].mean())
-    pairs = pd.concat(sides, axis=1, join="inner", keys=["a", "b"])
-    if pairs.empty:
-        raise ValueError(f"{arm[0]}:{arm[1]:g} and {against[0]} share no test clip; were both run?")
-    return pairs
-
-
-def compare_all(predictions, against=("real", 0.0), by="clip", clips=None):
-    """Test every arm against one, and correct for their number.
-
-    Parameters
-    ----------
-    predictions, against, by, clips
-        See :func:`compare`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Rows of :func:`compare` for all other arms, with `p_holm`, the p-value after Holm's
-        correction over all rows (:func:`stats.holm`), and `verdict`: "better", "worse" or
-        "no difference shown" at 5 %.
-
-    Raises
-    ------
-    ValueError
-        See :func:`compare`; there is no other arm.
-
-    Examples
-    --------
-    >>> one = pd.DataFrame({"clip_id": list("abcd"), "fold": 5, "run": 0, "model": "sbcnn"})
-    >>> one = one.assign(label="dog", predicted=["dog", "dog", "rain", "dog"])
-    >>> real, both = one.assign(arm="real", ratio=0.0), one.assign(arm="both", ratio=1.0)
-    >>> compare_all(pd.concat([real, both]))["verdict"].tolist()
-    ['no difference shown']
-    """
-    arms = predictions[["arm", "ratio"]].drop_duplicates().itertuples(index=False, name=None)
-    others = [arm for arm in arms if arm != tuple(against)]
-    if not others:
-        raise ValueError(f"there is no arm but {against[0]}; nothing to compare")
-    table = [compare(predictions, *arm, against=against, by=by, clips=clips) for arm in others]
-    table = pd.concat(table, ignore_index=True)
-    table["p_holm"] = stats.holm(table["p_value"])
-    direction = np.where(table["difference"] > 0, "better", "worse")
-    table["verdict"] = np.where(table["p_holm"] < 0.05, direction, "no difference shown")
-    return table
-
-
-def mcnemar_runs(predictions, arm, ratio, against=("real", 0.0)):
-    """McNemar's test of two arms for each model and run: pairs of single classifiers.
-
-    Parameters
-    ----------
-    predictions, arm, ratio, against
-        See :func:`compare`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row a model and run, over all folds: `arm, ratio, model, run`, what
-        :func:`stats.mcnemar` says (clips that one arm alone recognises, `odds_ratio` with its
-        interval, `p_value`), and `p_holm` over all rows.
-
-    Raises
-    ------
-    ValueError
-        The two arms share no test clip.
-
-    Examples
-    --------
-    >>> one = pd.DataFrame({"clip_id": list("abcd"), "fold": 5, "run": 0, "model": "sbcnn"})
-    >>> one = one.assign(label="dog", predicted=["dog", "dog", "rain", "rain"])
-    >>> real, both = one.assign(arm="real", ratio=0.0), one.assign(arm="both", ratio=1.0)
-    >>> both = both.assign(predicted="dog")
-    >>> mcnemar_runs(pd.concat([real, both]), "both", 1.0)[["only_a", "only_b"]].values.tolist()
-    [[2, 0]]
-    """
-    table = _recognised(predictions, None)
-    pairs = _paired(table, (arm, ratio), against, ["model", "run", "fold", "clip_id"])
-    tests = pd.DataFrame(
-        {"arm": arm, "ratio": ratio, "model": model, "run": run}
-        | stats.mcnemar(part["a"], part["b"])
-        for (model, run), part in pairs.groupby(["model", "run"], sort=False)
-    )
-    return tests.assign(p_holm=stats.holm(tests["p_value"]))
-
-
-def class_deltas(predictions, arm, ratio, model, against=("real", 0.0), clips=None):
-    """How much each class gains or loses from one arm to another.
-
-    Parameters
-    ----------
-    predictions, arm, ratio, against, clips
-        See :func:`compare`.
-    model : str
-        Which classifiers.
-
-    Returns
-    -------
-    pandas.DataFrame
-        `label, n` clips, `accuracy` in `arm` and `accuracy_against`, their `difference` with a 95 %
-        bootstrap interval `ci_low, ci_high` over folds and sources (NaN of a single recording),
-        `p_value` over clips (NaN of a single one), and `p_holm` over the classes.
-
-    Raises
-    ------
-    ValueError
-        The two arms share no test clip of `model`.
-
-    Examples
-    --------
-    >>> one = pd.DataFrame({"clip_id": list("abcd"), "fold": 5, "run": 0, "model": "sbcnn"})
-    >>> one = one.assign(label="dog", predicted=["dog", "dog", "rain", "rain"])
-    >>> real, both = one.assign(arm="real", ratio=0.0), one.assign(arm="both", ratio=1.0)
-    >>> both = both.assign(predicted="dog")
-    >>> class_deltas(pd.concat([real, both]), "both", 1.0, "sbcnn")["difference"].tolist()
-    [0.5]
-    """
-    table = _recognised(predictions[predictions["model"] == model], clips)
-    keys = ["label", "fold", "source_id", "clip_id"]
-    pairs = _paired(table, (arm, ratio), against, keys).reset_index()
-    rows = []
-    for label, part in pairs.groupby("label"):
-        change = part["a"] - part["b"]
-        low = high = p_value = np.nan
-        if len(part) > 1:
-            p_value = stats.paired_test(part["a"], part["b"])["p_value"]
-        if len(part["source_id"].unique()) > 1:
-            low, high = stats.nested_bootstrap_ci(change, part["fold"], part["source_id"])
-        rows.append(
-            {"label": label, "n": len(part), "accuracy": part["a"].mean()}
-            | {"accuracy_against": part["b"].mean(), "difference": change.mean()}
-            | {"ci_low": low, "ci_high": high, "p_value": p_value}
-        )
-    return _with_holm(pd.DataFrame(rows))
-
-
-def _with_holm(table):
-    tested = table["p_value"].notna()
-    table = table.assign(p_holm=np.nan)
-    if tested.any():
-        table.loc[tested, "p_holm"] = stats.holm(table.loc[tested, "p_value"])
-    return table
-
-
-def confusion_difference(predictions, arm, ratio, model, against=("real", 0.0)):
-    """What one arm takes each class for more often than another: difference of the shares.
-
-    Parameters
-    ----------
-    predictions, arm, ratio, against
-        See :func:`compare`.
-    model : str
-        Which classifiers.
-
-    Returns
-    -------
-    pandas.DataFrame of float
-        Rows: true class; columns: predicted class; −1 to 1. Rows sum to 0; a gain stands on the
-        diagonal.
-
-    Raises
-    ------
-    ValueError
-        There are no such predictions.
-
-    Examples
-    --------
-    >>> one = {"label": ["a", "b"], "arm": ["real", "both"], "ratio": [0.0, 1.0], "model": "svm"}
-    >>> table = pd.DataFrame(one | {"predicted": ["a", "a"]})
-    >>> confusion_difference(table, "both", 1.0, "svm").loc["b"].tolist()
-    [1.0, 0.0]
-    """
-    shares = []
-    for name, amount in ((arm, ratio), against):
-        counts = confusion(predictions, name, amount, model)
-        shares.append(counts.div(counts.sum(axis=1).clip(lower=1), axis=0))
-    return shares[0] - shares[1]
-
-
-def class_correlation(scores, deltas, method="spearman", n=10_000, seed=0):
-    """Does a distance of the synthetic clips, class by class, foretell what they are worth?
-
-    Parameters
-    ----------
-    scores : pandas.DataFrame
-        Table *scores* with one row a class: `reference` is the class; `metric, embedding, candidate,
-        value` (such as FAD or KAD of the class).
-    deltas : pandas.DataFrame
-        Of :func:`class_deltas`: `label, difference`.
-    method, n, seed
-        See :func:`stats.correlation`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        `metric, embedding, candidate`, number of classes `n`, `r` with its 95 % interval `ci_low,
-        ci_high`, `p_value` and `p_holm` over the rows. A useful distance has r below 0.
-
-    Raises
-    ------
-    ValueError
-        Fewer than four classes in common, or a column that does not vary.
-
-    Examples
-    --------
-    >>> scores = pd.DataFrame({"reference": list("abcd"), "value": [4.0, 3.0, 2.0, 1.0]})
-    >>> scores = scores.assign(metric="FAD", embedding="yamnet", candidate="mini")
-    >>> deltas = pd.DataFrame({"label": list("abcd"), "difference": [0.0, 0.1, 0.2, 0.3]})
-    >>> class_correlation(scores, deltas)["r"].tolist()
-    [-1.0]
-    """
-    both = scores.merge(deltas, left_on="reference", right_on="label", suffixes=("_score", ""))
-    keys = ["metric", "embedding", "candidate"]
-    if both.empty:
-        raise ValueError("scores and deltas have no class in common; scores need one row a class")
-    rows = [
-        dict(zip(keys, group, strict=True))
-        | stats.correlation(part["value"], part["difference"], method, n, seed)
-        for group, part in both.groupby(keys, sort=False)
-    ]
-    return _with_holm(pd.DataFrame(rows))
-
-
-def confusion(predictions, arm, ratio, model):
-    """Count what each class was taken for, over all folds and runs of one arm and model.
-
-    Parameters
-    ----------
-    predictions : pandas.DataFrame
-        ``predictions.csv`` of :func:`run_arms`.
-    arm, ratio, model
-        Which classifiers.
-
-    Returns
-    -------
-    pandas.DataFrame of int
-        Rows: true class; columns: predicted class; same order.
-
-    Raises
-    ------
-    ValueError
-        There are no such predictions.
-
-    Examples
-    --------
-    >>> one = {"label": ["a", "b"], "predicted": ["a", "a"], "arm": "real", "ratio": 0.0}
-    >>> confusion(pd.DataFrame(one | {"model": "sbcnn"}), "real", 0.0, "sbcnn").values.tolist()
-    [[1, 0], [1, 0]]
-    """
-    names = sorted(set(predictions["label"]))
-    part = predictions[
-        (predictions["arm"] == arm)
-        & (predictions["ratio"] == ratio)
-        & (predictions["model"] == model)
-    ]
-    if part.empty:
-        raise ValueError(f"no predictions of arm {arm}:{ratio:g} with {model}; was it run?")
-    counts = pd.crosstab(part["label"], part["predicted"])
-    return counts.reindex(index=names, columns=names, fill_value=0)
-
-
-def class_consistency(train, generated, held_out, seed=0):
-    """Ask a judge trained on real clips which class the generated clips belong to.
-
-    The judge is a logistic regression on standardised features. Its accuracy on held-out real clips
-    is the ceiling against which its agreement with the generated clips' labels is read.
-
-    Parameters
-    ----------
-    train, generated, held_out : tuple of (np.ndarray (clips, dims), sequence of str (clips,))
-        Features (any embedding) and labels: real training clips, generated clips, real clips of a
-        fold that neither judge nor generator saw.
-    seed : int, default 0
-        Of the solver.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns `label, held_out, generated, n_held_out, n_generated`: accuracy from 0 to 1 of each
-        class, then of all clips (label ``"all"``).
-
-    Raises
-    ------
-    ValueError
-        A set is empty, or the features differ in width.
-
-    Examples
-    --------
-    >>> x, y = np.eye(4), ["a", "a", "b", "b"]
-    >>> class_consistency((x, y), (x, y), (x, y))["generated"].tolist()
-    [1.0, 1.0, 1.0]
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    widths = {np.shape(part[0])[1:] for part in (train, generated, held_out)}
-    if len(widths) > 1 or min(len(part[1]) for part in (train, generated, held_out)) == 0:
-        raise ValueError(f"the three sets need clips and equally wide features, got {widths}")
-    judge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, random_state=seed))
-    judge.fit(train[0], np.asarray(train[1], dtype=str))
-    columns = {}
-    for name, (x, labels) in (("held_out", held_out), ("generated", generated)):
-        labels = np.asarray(labels, dtype=str)
-        right = pd.Series(judge.predict(x) == labels)
-        by_class = right.groupby(labels).agg(["mean", "size"])
-        by_class.loc["all"] = right.mean(), len(right)
-        columns |= {name: by_class["mean"], f"n_{name}": by_class["size"]}
-    table = pd.DataFrame(columns).rename_axis("label").drop("all")
-    table.loc["all"] = {name: column["all"] for name, column in columns.items()}
-    counts = {name: "Int64" for name in table if name.startswith("n_")}
-    order = ["label", "held_out", "generated", "n_held_out", "n_generated"]
-    return table.astype(counts).reset_index()[order]
-
-
-# Accuracy in per cent. Columns: SB-CNN at 1 2 3 4 (or 1 … 8 folds replaced), then CRNN.
-_PUBLISHED = """
-both AudioGen simple: 68.42 69.79 69.73 70.06 / 65.18 66.00 66.66 67.49
-both AudioGen gpt: 68.88 68.36 68.16 68.74 / 65.39 66.16 66.54 66.86
-both AudioLDM2 simple: 68.04 68.70 68.61 68.89 / 63.41 63.73 64.74 64.34
-both AudioLDM2 gpt: 69.64 70.68 71.10 70.66 / 64.69 63.72 62.80 64.12
-synthetic AudioGen simple: 40.32 48.14 49.28 49.72 / 38.79 45.02 45.31 47.32
-synthetic AudioGen gpt: 46.04 48.13 49.62 49.33 / 43.96 44.66 46.24 46.89
-synthetic AudioLDM2 simple: 38.81 41.34 42.60 42.98 / 36.11 38.58 38.97 39.27
-synthetic AudioLDM2 gpt: 38.49 40.46 41.48 42.09 / 32.86 35.08 35.10 35.21
-mixed AudioGen simple: 64.52 63.05 60.68 59.86 56.45 49.69 43.81 30.50 / \
-62.34 61.04 58.93 56.98 55.49 51.82 47.90 39.85
-mixed AudioGen gpt: 63.41 63.53 62.61 61.27 57.95 54.46 49.18 39.74 / \
-62.39 61.57 59.94 59.58 56.34 53.92 51.31 44.92
-mixed AudioLDM2 simple: 64.56 63.00 61.67 59.55 58.10 53.00 45.51 29.96 / \
-60.22 59.62 58.23 57.13 53.69 50.47 46.58 35.69
-mixed AudioLDM2 gpt: 64.34 63.38 63.46 61.87 59.85 58.05 51.05 36.91 / \
-61.80 60.11 59.03 57.78 55.68 52.61 46.02 33.62
-"""
-
-
-def published():
-    """Accuracies that the paper prints for UrbanSound8K (10 folds, mean of 5 runs).
-
-    Returns
-    -------
-    pandas.DataFrame
-        `arm, ratio, model, backend, prompt_family, accuracy` (0 to 1), as in the table of
-        :func:`summarise`, and `half_width`, the margin (95 %), which the tables used here give for
-        real clips only.
-
-    Notes
-    -----
-    Source: Ronchini, Comanducci and Antonacci, arXiv 2403.17864. They were measured with the
-    released code, see the top of this module.
-
-    Examples
-    --------
-    >>> published().query("arm == 'real'").accuracy.tolist()
-    [0.6468, 0.627]
-    """
-    rows = [("real", 0.0, "sbcnn", "", "", 0.6468, 0.0082)]
-    rows += [("real", 0.0, "crnn", "", "", 0.6270, 0.0065)]
-    for line in _PUBLISHED.strip().splitlines():
-        about, values = line.split(":")
-        arm, backend, family = about.split()
-        for model, series in zip(MODELS, values.split("/"), strict=True):
-            for amount, value in enumerate(series.split(), start=1):
-                accuracy = round(float(value) / 100, 4)
-                rows.append((arm, float(amount), model, backend, family, accuracy, np.nan))
-    columns = ["arm", "ratio", "model", "backend", "prompt_family", "accuracy", "half_width"]
-    return pd.DataFrame(rows, columns=columns)
 
 
 # --- command line --------------------------------------------------------------------------------
@@ -2553,4 +1258,4 @@ def _print_tables(out_dir, clips):
     for name, table in tables.items():
         print(f"\n{name}")
         print(table.round(4).to_string(index=False))
-        _write_whole(out_dir / f"{name}.csv", table.to_csv(index=False).encode())
+        audio.write_whole(out_dir / f"{name}.csv", table.to_csv(index=False).encode())

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from soundscapes_utils import audio, esc
+from soundscapes_utils import audio, esc, networks
 
 ESC10 = Path(__file__).parents[2] / "shared/data/ESC-10/audio"
 RATE = 16_000
@@ -317,13 +317,13 @@ def test_training_stops_when_validation_no_longer_improves():
 
 
 def test_faithful_and_corrected_see_the_same_batches(monkeypatch):
-    seen, loss = [], esc._loss
+    seen, loss = [], networks._loss
 
     def recorded(network, batch, y, augment):
         seen[-1].append(y.tolist())
         return loss(network, batch, y, augment)
 
-    monkeypatch.setattr(esc, "_loss", recorded)
+    monkeypatch.setattr(networks, "_loss", recorded)
     raw = np.random.default_rng(0).normal(size=(12, 126, 64))
     # every clip is a class of its own, so that the classes tell which clips were drawn
     y = np.arange(12)
@@ -352,7 +352,7 @@ def test_one_random_patch_follows_its_seed():
 def test_masks_cover_no_more_than_they_may():
     torch.manual_seed(0)
     batch = torch.rand(50, 1, 94, 64) + 1
-    masked = esc._masked(batch, 2)
+    masked = networks._masked(batch, 2)
     empty = masked == 0
     assert torch.equal(masked[~empty], batch[~empty])
     frames = empty.all(dim=3).sum(dim=2).flatten()
@@ -372,7 +372,7 @@ def test_mixup_is_the_loss_of_soft_labels():
 
     # clip i is the i-th unit vector: what the network hears are the soft labels themselves
     y = torch.arange(6)
-    loss = esc._loss(Network(), torch.eye(6).reshape(6, 1, 1, 6), y, ("mixup", 1.0))
+    loss = networks._loss(Network(), torch.eye(6).reshape(6, 1, 1, 6), y, ("mixup", 1.0))
     soft = heard[0].flatten(1)
     torch.testing.assert_close(soft.sum(dim=1), torch.ones(6))
     assert ((soft > 0).sum(dim=1) == 2).any()
@@ -406,12 +406,12 @@ def test_baselines_tell_clouds_apart():
 
 def test_an_epoch_can_hold_any_number_of_patches():
     chance = torch.Generator().manual_seed(0)
-    once = esc._draw_order(5, None, chance)
+    once = networks._draw_order(5, None, chance)
     assert sorted(once.tolist()) == list(range(5))
     # as even as possible: nothing a third time before all were drawn twice
-    counts = torch.bincount(esc._draw_order(5, 13, chance), minlength=5)
+    counts = torch.bincount(networks._draw_order(5, 13, chance), minlength=5)
     assert counts.sum() == 13 and set(counts.tolist()) == {2, 3}
-    assert len(set(esc._draw_order(5, 3, chance).tolist())) == 3
+    assert len(set(networks._draw_order(5, 3, chance).tolist())) == 3
 
 
 def test_a_clip_is_scored_by_the_mean_over_patches_that_cover_it():
@@ -694,6 +694,15 @@ def test_stopping_anywhere_and_resuming_gives_the_same_table(
     assert len(calls) == 4
 
 
+def test_a_unit_without_its_learning_curve_is_trained_again(clips, tmp_path):
+    quick_run(clips, None, tmp_path, ["real"])
+    (log,) = (tmp_path / "units").glob("*.log.csv")
+    whole = log.read_bytes()
+    log.unlink()
+    quick_run(clips, None, tmp_path, ["real"])
+    assert log.read_bytes() == whole
+
+
 def test_changed_input_is_trained_again_and_only_that(clips, generated, tmp_path):
     quick_run(clips, generated, tmp_path / "out")
     changed = generated.copy()
@@ -780,7 +789,7 @@ def test_the_transformer_hears_what_its_own_extractor_gives(tiny_transformer, cl
     whole = extractor(y, sampling_rate=RATE, return_tensors="pt")["input_values"]
     torch.manual_seed(0)
     network = esc.PretrainedTransformer(3, str(tiny_transformer)).eval()
-    kept = esc._transformer_input_of(extractor, path)
+    kept = networks._transformer_input_of(extractor, path)
     assert kept.shape == (398, 128)
     with torch.no_grad():
         found = network(torch.from_numpy(kept).float()[None, None])
@@ -839,7 +848,9 @@ def test_a_dask_cluster_gives_the_same_results(clips, generated, tmp_path):
     distributed = pytest.importorskip("distributed", reason="Dask is not installed")
     here = quick_run(clips, generated, tmp_path / "here")
     with (
-        distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.LocalCluster(
+            2, threads_per_worker=1, processes=False, dashboard_address=None
+        ) as cluster,
         distributed.Client(cluster) as client,
     ):
         there = quick_run(clips, generated, tmp_path / "there", executor=client.get_executor())
@@ -853,7 +864,7 @@ def test_a_lost_worker_is_reported_and_the_rest_goes_on(clips, generated, tmp_pa
                 return super().submit(os.stat, tmp_path / "no-such-node")
             return super().submit(function, unit, *args)
 
-    with Flaky(1) as pool, pytest.raises(esc.UnitsFailed, match=r"1 of 2.*its worker was lost"):
+    with Flaky(1) as pool, pytest.raises(esc.UnitsFailed, match=r"(?s)1 of 2.*its worker was lost"):
         quick_run(clips, generated, tmp_path / "out", executor=pool)
     assert pd.read_csv(tmp_path / "out/results.csv")["arm"].tolist() == ["real"]
 
@@ -910,12 +921,24 @@ def study(n_sources=20, runs=2, seed=0):
     for arm, ratio in (("real", 0.0), ("both", 1.0)):
         for run in range(runs):
             one = clips.drop(columns="source_id").assign(arm=arm, ratio=ratio, run=run)
-            wrong = rng.random(len(one)) < (0.1 if arm == "real" else 0.5 * (one["label"] == "b"))
+            wrong = rng.random(len(one)) < (0.1 if arm == "real" else 0.8 * (one["label"] == "b"))
             one["predicted"] = np.where(
                 wrong, np.where(one["label"] == "a", "b", "a"), one["label"]
             )
             parts.append(one.assign(model="sbcnn"))
     return pd.concat(parts, ignore_index=True), clips
+
+
+def test_arms_meet_their_own_controls():
+    predictions, clips = study(n_sources=40, runs=3)
+    pairs = [(("both", 1.0), ("real", 0.0)), (("real", 0.0), ("both", 1.0))]
+    table = esc.compare_pairs(predictions, pairs, by="source", clips=clips)
+    assert table["against"].tolist() == ["real", "both:1"]
+    assert table["verdict"].tolist() == ["worse", "better"]
+    assert table["difference"].sum() == pytest.approx(0)
+    np.testing.assert_allclose(table["p_holm"], 2 * table["p_value"])
+    with pytest.raises(ValueError, match="nothing to compare"):
+        esc.compare_pairs(predictions, [])
 
 
 def test_intervals_by_hand():
@@ -949,7 +972,7 @@ def test_sources_need_the_clips():
 
 
 def test_all_arms_are_corrected_together():
-    predictions, _ = study()
+    predictions, _ = study(n_sources=40, runs=3)
     other = predictions[predictions["arm"] == "both"].assign(arm="mixed", ratio=2.0)
     table = esc.compare_all(pd.concat([predictions, other]))
     assert table["arm"].tolist() == ["both", "mixed"]
@@ -993,6 +1016,36 @@ def test_distances_are_held_against_gains():
     assert table["r"].tolist() == [-1.0, -1.0] and (table["p_holm"] < 0.05).all()
     with pytest.raises(ValueError, match="no class in common"):
         esc.class_correlation(scores, deltas.assign(label="z"))
+
+
+def test_choosing_among_equals_adds_what_the_largest_of_them_has_by_luck():
+    rng = np.random.default_rng(0)
+    clips = pd.DataFrame({"clip_id": [f"c{i}" for i in range(200)], "fold": 5, "label": "a"})
+    parts = []
+    for run in range(10):
+        predicted = rng.permutation(np.repeat(["a", "b"], 100))
+        parts.append(clips.assign(predicted=predicted, arm="real", ratio=0.0, run=run))
+    found = esc.choice_on_test(pd.concat(parts).assign(model="sbcnn"), n=4000)
+    assert (found["candidates"], found["clips"]) == (10, 200)
+    # all are right on half of the clips; a drawn half of them deviates by √(0.25 / 199), the other
+    # half by as much the other way, and the largest of 10 normals lies 1.54 SD above their mean
+    assert found["bias"] == pytest.approx(2 * 1.54 * np.sqrt(0.25 / 199), rel=0.05)
+    assert found["bias"] == pytest.approx(found["chosen_here"] - found["elsewhere"])
+    with pytest.raises(ValueError, match="1 classifiers on 200 clips"):
+        esc.choice_on_test(parts[0].assign(model="sbcnn"))
+
+
+def test_distances_of_classes_are_kad():
+    from soundscapes_utils import fad
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 4)), np.repeat(["a", "b"], 20)
+    made = x + np.where(y == "b", 3.0, 0.0)[:, None]
+    table = esc.class_distances((x, y), (made[::2], y[::2]), "toy", "mini").set_index("reference")
+    assert table.loc["b", "value"] == fad.kernel_distance(x[20:], made[20::2])
+    assert table["value"].idxmax() == "b" and table["n_candidate"].tolist() == [10, 10]
+    with pytest.raises(ValueError, match="'a' has 20 real and 1 synthetic"):
+        esc.class_distances((x, y), (made[19:], y[19:]))
 
 
 # --- command line ------------------------------------------------------------------------------------

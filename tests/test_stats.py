@@ -104,6 +104,15 @@ def test_paired_test_is_antisymmetric_and_seeded():
     assert forward["ci_low"] <= forward["difference"] <= forward["ci_high"]
 
 
+def test_effect_is_cohens_d_of_the_differences():
+    # differences 1, 2, 3: mean 2, SD 1
+    assert stats.paired_test([2, 4, 6], [1, 2, 3])["effect"] == pytest.approx(2.0)
+    # t of the paired test is √n times as large
+    a, b = np.random.default_rng(0).normal(size=(2, 9))
+    expected = reference.ttest_rel(a, b).statistic / 3
+    assert stats.paired_test(a, b)["effect"] == pytest.approx(expected)
+
+
 def test_effect_of_equal_and_of_constant_differences():
     assert stats.paired_test([1, 2, 3], [1, 2, 3])["effect"] == 0.0
     assert stats.paired_test([1, 2, 3], [1, 2, 3])["p_value"] == 1.0
