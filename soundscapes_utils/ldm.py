@@ -360,7 +360,7 @@ class CosineSDESolver(EDMDPMSolverMultistepScheduler):
     >>> solver = CosineSDESolver()
     >>> solver.set_timesteps(4)
     >>> [round(t, 3) for t in solver.timesteps.tolist()]
-    [0.999, 0.985, 0.833, 0.186]
+    [0.999, 0.985, 0.826, 0.186]
     """
 
     @register_to_config
