@@ -199,8 +199,8 @@ def resume(n, steps):
         assert start(whole).wait() == 0
         seconds = time.perf_counter() - begin
         process = start(killed)
-        while len(made(killed)) < n // 2:
-            time.sleep(0.05)
+        while len(list(killed.glob("*.wav"))) < n // 2:
+            time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
         process.wait()
         before = len(made(killed))

@@ -1105,10 +1105,12 @@ def generate_on_gpus(plan, name, out_dir, *, options=None, **how):
     >>> len(generate_on_gpus(plan, "audioldm", tempfile.mkdtemp(), options={"steps": 1}))
     1
     """
+    import torch
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    state = PartialState()
+    # where there is no GPU, processes find each other only if told so
+    state = PartialState(cpu=not torch.accelerator.is_available())
     _check_plan(plan, **_batch_options(how))
     with state.split_between_processes(list(range(len(plan)))) as mine:
         part = plan.iloc[list(mine)]

@@ -643,6 +643,8 @@ def test_processes_of_accelerate_share_out_the_plan(tones_by_name, tmp_path):
     shared.mkdir()
     debug_launcher(generate_as_accelerate_does, (plan, shared, {}), num_processes=2)
     assert contents(shared) == contents(tmp_path / "alone")
+    lines = (shared / generation.MANIFEST).read_text().split("\n")
+    assert len([line for line in lines if line]) == len(plan), "no clip is made twice"
     columns = [name for name in alone if name not in ("path", "score", "guidance_scale")]
     for rank in range(2):
         table = pd.read_csv(shared / f"{rank}.csv", keep_default_na=False)
