@@ -284,17 +284,17 @@ def held_out(mixes, checkpoint, name, folder, rulers, n):
     """Ask a checkpoint for the captions of test mixes; score the samples against these mixes."""
     from soundscapes_utils import embeddings, fad, generation
 
-    test = mixes[mixes["split"] == "test"]
+    test, train = (mixes[mixes["split"] == split] for split in ("test", "train"))
     plan = generation.plan_captions(test.head(n), duration_s=2.56, seed=0)
     model = generation.get_backend("audioldm", checkpoint=checkpoint)
     made = generation.generate_clips(plan, model, folder)
     rows = []
     for ruler in rulers:
-        real, ours = (
+        real, floor, ours = (
             ruler.embed(embeddings.excerpts(paths, 2.56), ldm.SAMPLE_RATE, silence="allow")
-            for paths in (test["path"], made["path"])
+            for paths in (test["path"], train["path"], made["path"])
         )
-        options = {"embedding": ruler.name, "reference_name": "test mixes"}
+        options = {"embedding": ruler.name, "reference_name": "test mixes", "floor": floor}
         rows.append(fad.score_table(real, {name: ours}, **options))
     return pd.concat(rows)
 
@@ -352,7 +352,7 @@ def main():
     parser.add_argument("--checkpoint", default="embedded", help="where the study starts")
     parser.add_argument("--out", default="runs/finetuning-study")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--mixes", type=int, default=400)
     parser.add_argument("--samples", type=int, default=40, help="captions of test mixes")
     parser.add_argument("--yamnet", default="", help="YAMNet's TFLite file, as a second ruler")

@@ -743,9 +743,7 @@ def loss_by_time(losses, reference="right"):
     import seaborn as sns
 
     segment = losses.groupby("condition", sort=False).cumcount()
-    table = losses.assign(segment=segment).pivot_table(
-        index="segment", columns="condition", values=["error", "t"]
-    )
+    table = losses.assign(segment=segment).pivot_table(["t", "error"], "segment", "condition")
     extra = table["error"].sub(table["error"][reference], axis=0).drop(columns=reference)
     quarter = (table["t"][reference] * 4).astype(int) * 0.25 + 0.125
     extra = extra.assign(t=quarter).melt("t", var_name="condition", value_name="error")
