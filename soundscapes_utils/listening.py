@@ -4,8 +4,10 @@ The page is one HTML file with its sounds and pictures beside it: it opens from 
 without a network and on a phone, and can be copied or put on a server as a folder.
 """
 
+import functools
 import hashlib
 import io
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ PARTS = {
     "condition_provider": ("T5", "prompt to a list of vectors"),
     "lm": ("language model", "one token of sound after another"),
     "compression_model": ("EnCodec", "tokens to a waveform"),
-    "vae": ("VAE decoder", "latent to what is heard or vocoded"),
+    "vae": ("VAE decoder", "latent to mel or waveform"),
     "vocoder": ("vocoder", "log-mel to a waveform"),
 }
 
@@ -73,7 +75,7 @@ def _size(module):
     return sum(values.numel() for part in whole for values in part.parameters())
 
 
-def denoising_steps(backend, prompt, seed, duration_s, at):
+def denoising_steps(backend, prompt, seed, duration_s, at, view="latent"):
     """Decode a clip at several steps of its sampling: from noise to sound.
 
     Parameters
@@ -88,6 +90,10 @@ def denoising_steps(backend, prompt, seed, duration_s, at):
         Seconds.
     at : sequence of int
         Steps after which to listen, counted from 1; those beyond the last are taken as the last.
+    view : {"latent", "estimate"}
+        What is decoded: the latent as it is, with the noise that is left in it; or the model's
+        estimate, at that step, of where all this will end (x₀ in Song et al., DDIM, arXiv
+        2010.02502, equation 9). At the last step both are the clip.
 
     Returns
     -------
@@ -98,7 +104,7 @@ def denoising_steps(backend, prompt, seed, duration_s, at):
     Raises
     ------
     ValueError
-        A step below 1.
+        A step below 1, or another view.
 
     Examples
     --------
@@ -107,36 +113,49 @@ def denoising_steps(backend, prompt, seed, duration_s, at):
     >>> list(denoising_steps(backend, "rain", 0, 1.28, [1, 3]))
     ['after 1 of 3 steps', 'after 3 of 3 steps']
     """
-    if min(at) < 1:
-        raise ValueError(f"step {min(at)}: steps are counted from 1")
+    if min(at) < 1 or view not in ("latent", "estimate"):
+        raise ValueError(f"step {min(at)}, view {view!r}: steps count from 1, views are two")
     pipe, n = getattr(backend, "pipe", None), round(duration_s * backend.sample_rate)
     if not hasattr(pipe, "mel_spectrogram_to_waveform"):
         return {"as made": _to_peak(backend.generate([prompt], [seed], duration_s)[0])}
     import torch
 
-    steps, seen = backend.settings["steps"], {}
-    wanted = {min(step, steps) for step in at}
-
-    def keep(step, _, latents):
-        if step + 1 in wanted:
-            seen[step + 1] = latents.detach().clone()
-
-    pipe(
-        prompt,
-        negative_prompt="",
-        audio_length_in_s=(n + 0.5) / backend.sample_rate,
-        generator=torch.Generator("cpu").manual_seed(int(seed)),
-        num_inference_steps=steps,
-        guidance_scale=backend.settings["guidance_scale"],
-        eta=backend.settings["eta"],
-        callback=keep,
-        callback_steps=1,
-        output_type="np",
-    )
+    steps = backend.settings["steps"]
+    with _watched(pipe.scheduler, view) as seen:
+        pipe(
+            prompt,
+            negative_prompt="",
+            audio_length_in_s=(n + 0.5) / backend.sample_rate,
+            generator=torch.Generator("cpu").manual_seed(int(seed)),
+            num_inference_steps=steps,
+            guidance_scale=backend.settings["guidance_scale"],
+            eta=backend.settings["eta"],
+        )
+    wanted = sorted({min(step, len(seen)) for step in at})
     return {
-        f"after {step} of {steps} steps": _to_peak(_decoded(pipe, seen[step], n))
-        for step in sorted(seen)
+        f"after {step} of {steps} steps": _to_peak(_decoded(pipe, seen[step - 1], n))
+        for step in wanted
     }
+
+
+@contextmanager
+def _watched(scheduler, view):
+    """Note what a scheduler returns at every step; diffusers' own callback shows no estimates."""
+    seen, original = [], scheduler.step
+
+    # the pipeline reads from the signature what the scheduler understands
+    @functools.wraps(original)
+    def step(*arguments, **options):
+        made = original(*arguments, **options)
+        latents = made.prev_sample if view == "latent" else made.pred_original_sample
+        seen.append(latents.detach().clone())
+        return made
+
+    scheduler.step = step
+    try:
+        yield seen
+    finally:
+        del scheduler.step
 
 
 def _decoded(pipe, latents, n):

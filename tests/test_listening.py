@@ -341,6 +341,18 @@ def test_last_step_of_denoising_is_the_clip_and_the_first_is_noise():
 
     first, *_ = found.values()
     assert flatness(first) > 2 * flatness(last)
+    # where it will end: early estimates are nearer to the clip than what is there
+    guessed = listening.denoising_steps(backend, "a dog barking", 3, 1.28, [1, 4, 6], "estimate")
+    assert guessed["after 6 of 6 steps"] == pytest.approx(last, abs=1e-4)
+    mels = {
+        name: [audio.log_mel(sounds[f"after {i} of 6 steps"], 16_000) for i in (4, 6)]
+        for name, sounds in {"latent": found, "estimate": guessed}.items()
+    }
+    error = {name: np.abs(there - end).mean() for name, (there, end) in mels.items()}
+    assert error["estimate"] < 0.7 * error["latent"]
+    assert "step" not in vars(backend.pipe.scheduler)
+    with pytest.raises(ValueError, match="view 'both'"):
+        listening.denoising_steps(backend, "a dog barking", 3, 1.28, [1], "both")
     with pytest.raises(ValueError, match="step 0"):
         listening.denoising_steps(backend, "a dog barking", 3, 1.28, [0])
 
