@@ -10,7 +10,21 @@ From the command line, on one device or on several::
     python -m soundscapes_utils finetune config.yaml -p steps 2000
     accelerate launch -m soundscapes_utils.finetuning config.yaml
 
-and in a notebook ``accelerate.notebook_launcher(finetune, (config,), num_processes=2)``.
+and in a notebook ``accelerate.notebook_launcher(finetune, (config,), num_processes=2)``. The settings
+of the baseline trainer, with caches and a larger batch::
+
+    checkpoint: cvssp/audioldm-s-full-v2
+    dataset_root: mixes/metadata/dataset_root.json
+    out_dir: models/audioldm-scenes
+    steps: 52000
+    batch_size: 32
+    warmup_steps: 2000
+    ema_decay: 0.9999
+    segment_s: 10.24
+    loudest_of: 1
+    val_every: 1000
+    sample_epochs: 5
+    precision: bf16
 """
 
 import argparse
