@@ -1532,7 +1532,7 @@ def _laion_checkpoint(path):
 
 def _laion_htsat(size):
     package = importlib.util.find_spec("laion_clap")
-    if package is None:
+    if package is None or not package.submodule_search_locations:
         raise ImportError(
             "a .pt file of laion-clap needs its package: pip install --no-deps laion-clap==1.1.7"
         )

@@ -408,7 +408,9 @@ def test_audiocraft_is_imported_without_laion_clap(tmp_path, monkeypatch):
     (tmp_path / "audiocraft.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("audiocraft", "laion_clap"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        # set first: a name that was not there is taken out again afterwards only when it was set
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
     assert generation.import_audiocraft().laion_clap is None
     import laion_clap
 
