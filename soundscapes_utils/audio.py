@@ -539,11 +539,12 @@ def listen_table(signals, sample_rate):
     from IPython.display import HTML
 
     rows = list(dict.fromkeys(name for column in signals.values() for name in column))
+    # a player's own width of 300 pixels would push the third column off the page
+    width = "11em" if len(signals) > 2 else "20em"
 
     def cell(column, row):
-        # a player's own width of 300 pixels would push the third column off the page
         player = listen(signals[column][row], sample_rate).data if row in signals[column] else ""
-        return "<td>" + player.replace("<audio ", '<audio style="width:11em" ', 1) + "</td>"
+        return "<td>" + player.replace("<audio ", f'<audio style="width:{width}" ', 1) + "</td>"
 
     head = "".join(f"<th>{html.escape(column)}</th>" for column in signals)
     lines = [

@@ -2,7 +2,7 @@
 
 
 def use_style():
-    """Set the look that all figures share (colour-blind palette, white grid).
+    """Set the look that all figures share (colour-blind palette, white grid), and that of tables.
 
     Returns
     -------
@@ -12,9 +12,12 @@ def use_style():
     --------
     >>> use_style()
     """
+    import pandas as pd
     import seaborn as sns
 
     sns.set_theme(style="whitegrid", palette="colorblind", context="notebook")
+    # notes and captions are longer than the 50 characters after which pandas cuts a cell
+    pd.set_option("display.max_colwidth", 120)
 
 
 def clip_grid(clips, n_columns=5, title=""):
