@@ -1376,8 +1376,21 @@ def _wave_block(entry, exit_):
 
 
 def _convolved(block, x):
-    x = block["bn1"](block["conv1"](x)).relu()
-    return block["bn2"](block["conv2"](x)).relu()
+    x = block["bn1"](block["conv1"](x)).relu_()
+    return block["bn2"](block["conv2"](x)).relu_()
+
+
+def _fold_norms(net):
+    """Put the normalisations of the mel blocks into their convolutions: the same sums, read once."""
+    from torch import nn
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    for name, block in net.eval().items():
+        if name.startswith("conv_block"):
+            for k in "12":
+                block[f"conv{k}"] = fuse_conv_bn_eval(block[f"conv{k}"], block[f"bn{k}"])
+                block[f"bn{k}"] = nn.Identity()
+    return net
 
 
 def _panns_forward(net, y):
@@ -1422,7 +1435,7 @@ def _make_panns(name, path):
         raise ValueError(f"{source}: not a checkpoint of PANNs (it has no conv_block1)")
     with torch.device("meta"):
         net = build_network(name, len(first))
-    net = _load_strictly(net, state, source, assign=True)
+    net = _fold_norms(_load_strictly(net, state, source, assign=True))
     return _made(net, _panns_forward, net["fc1"].out_features)
 
 
