@@ -120,7 +120,7 @@ _CHECKPOINTS = {
     "cvssp/audioldm-m-full": ("audioldm", _CC_NC_SA, 2.6, 652, 16_000, None),
     "cvssp/audioldm-l-full": ("audioldm", _CC_NC_SA, 3.9, 975, 16_000, None),
     "cvssp/audioldm2": ("audioldm2", _CC_NC_SA, 4.3, 1078, 16_000, None),
-    "cvssp/audioldm2-large": ("audioldm2", _CC_NC_SA, 5.9, 1481, 16_000, None),
+    "cvssp/audioldm2-large": ("audioldm2", _CC_NC_SA, 5.8, 1448, 16_000, None),
     "facebook/audiogen-medium": (
         "audiogen",
         "CC BY-NC 4.0 (not commercial)",

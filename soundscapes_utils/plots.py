@@ -452,12 +452,14 @@ def mel_panels(mels, n_columns=4, title="", frame_s=0.01, limits=(-8, 2)):
     )  # fmt: skip
     for panel in axes.flat[len(mels) :]:
         panel.set_axis_off()
+    # 32 shades look like 256, and halve the picture's bytes in a notebook
+    shades = plt.get_cmap("magma", 32)
     for panel, (name, mel) in zip(axes.flat, mels.items(), strict=False):
         extent = (0, len(mel) * frame_s, 0, len(mel[0]))
         # two frames a column: a panel this small cannot show more
         mel = np.asarray(mel)[: len(mel) // 2 * 2].reshape(len(mel) // 2, 2, -1).mean(1)
         panel.imshow(
-            mel.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=limits[0],
+            mel.T, origin="lower", aspect="auto", extent=extent, cmap=shades, vmin=limits[0],
             vmax=limits[1], interpolation="nearest",
         )  # fmt: skip
         panel.set_title(name, fontsize="small")
