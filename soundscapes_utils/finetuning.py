@@ -53,6 +53,8 @@ from . import audio, ldm, metadata
 
 # clips whose latents share a file of the cache; a killed run loses at most these
 _SHARD = 64
+# samples that are generated at once; more gain little and need the memory of a training step
+_CLIPS_A_PASS = 8
 # share of the KL divergence in the loss of the autoencoder, for each value of the log-mel
 _KL_WEIGHT = 1e-3
 # a validation loss of so many times that of the start is no training any more
@@ -168,7 +170,8 @@ class FinetuneConfig:
     sample_prompts : sequence of str
         Prompts to ask for instead.
     sample_embeddings : sequence of str
-        Embeddings in which samples are scored against the validation clips (FAD and KAD).
+        Embeddings in which samples are scored against the validation clips (FAD and KAD);
+        ``name=path`` where the weights are elsewhere than `embeddings.get_embedding` looks.
     keep_states : int
         Latest saved states to keep while training.
     wandb_project : str
@@ -1449,8 +1452,9 @@ class _Run:
         paths = self.clips.loc[self.clips["split"] == "val", "path"]
         real = embeddings.excerpts(paths, config.segment_s)
         rows = []
-        for name in config.sample_embeddings:
-            embedding = embeddings.get_embedding(name)
+        for told in config.sample_embeddings:
+            name, _, path = told.partition("=")
+            embedding = embeddings.get_embedding(name, path)
             ours = embedding.embed(sounds, rate, silence="allow")
             reference = embedding.embed(real, ldm.SAMPLE_RATE, silence="allow")
             rows.append(
@@ -1508,7 +1512,7 @@ def _sample(pipe, config, prompts):
         "audioldm",
         config.checkpoint,
         rate,
-        settings | {"clips_per_pass": 1},
+        settings | {"clips_per_pass": min(_CLIPS_A_PASS, len(prompts))},
         pipe,
         lambda prompts: [0] * len(prompts),
     )

@@ -813,7 +813,7 @@ def scores_over_steps(scores, floor_name):
         )  # fmt: skip
         floor = rows.loc[is_floor, "value"].astype(float).mean()
         axes.axhline(floor, color="0.4", linestyle="--", label="real against real")
-        axes.set(xlabel="step", ylabel=metric, title=f"{metric} in {embedding}", ylim=(0, None))
+        axes.set(xlabel="step", ylabel=metric, title=f"{metric} in {embedding}")
         axes.legend(title="seed")
     return figure
 
