@@ -1,6 +1,7 @@
 """The trainer: what it draws, what it minimises, how it resumes."""
 
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -784,6 +785,25 @@ def test_command_without_configuration_is_a_wrong_call(capsys):
     assert finetuning.main([]) == 2
     assert finetuning.main(["--csv", "sounds.csv"]) == 2
     assert "give a configuration" in capsys.readouterr().err
+
+
+def test_notebook_that_has_trained_alone_can_start_two_processes(tmp_path):
+    from accelerate import notebook_launcher
+
+    assert finetuning._team().num_processes == 1
+
+    def meet(folder):
+        team = finetuning._team()
+        ranks = torch.ones(1) * (team.process_index + 1)
+        torch.distributed.all_reduce(ranks)
+        (folder / f"{team.process_index}").write_text(f"{team.num_processes} {ranks.item():g}")
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    notebook_launcher(meet, (tmp_path,), num_processes=2, use_port=port)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 3", "2 3"]
+    assert finetuning._team().num_processes == 1
 
 
 def test_two_processes_have_the_loss_of_one(config, plain, tmp_path):
