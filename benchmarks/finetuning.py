@@ -201,11 +201,13 @@ def original_step(device, small):
 
 def measured(make_run, device, n, repeats):
     """Samples a second and peak memory in GiB of a way to train; (0, nan) if it does not fit."""
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     try:
-        rate = n / seconds(make_run(), repeats, device)
+        run = make_run()
+        if device == "cuda":
+            # what building took, and left, is not what training takes
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        rate = n / seconds(run, repeats, device)
     except torch.OutOfMemoryError:
         return 0.0, float("nan")
     return rate, torch.cuda.max_memory_allocated() / GIB if device == "cuda" else float("nan")
