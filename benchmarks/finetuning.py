@@ -6,17 +6,20 @@ is printed are ratios of this one run.
 
     python benchmarks/finetuning.py                    on the CPU; and on a GPU, if there is one
     python benchmarks/finetuning.py --small            the GPU's part in small, on the CPU
+    python benchmarks/finetuning.py --checks           a killed run, and two processes, against one
     python benchmarks/finetuning.py --study ESC-50 --checkpoint FOLDER --out runs/finetuning-study
 
-The third fine-tunes a mini-AudioLDM on ESC-10 scenes from several seeds: loss curves, FAD and KAD
+The last fine-tunes a mini-AudioLDM on ESC-10 scenes from several seeds: loss curves, FAD and KAD
 over the steps, and both against held-out test mixes, beside their floors.
 """
 
 import argparse
 import contextlib
+import subprocess
+import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -198,11 +201,13 @@ def original_step(device, small):
 
 def measured(make_run, device, n, repeats):
     """Samples a second and peak memory in GiB of a way to train; (0, nan) if it does not fit."""
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     try:
-        rate = n / seconds(make_run(), repeats, device)
+        run = make_run()
+        if device == "cuda":
+            # what building took, and left, is not what training takes
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        rate = n / seconds(run, repeats, device)
     except torch.OutOfMemoryError:
         return 0.0, float("nan")
     return rate, torch.cuda.max_memory_allocated() / GIB if device == "cuda" else float("nan")
@@ -262,17 +267,75 @@ def largest_batches(table):
     return pd.DataFrame(rows)
 
 
+# --- one sequence, however it is run -------------------------------------------------------------
+
+
+def write_config(config, file):
+    """Write a configuration for the command line."""
+    import yaml
+
+    told = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    Path(file).write_text(yaml.safe_dump(told))
+    return str(file)
+
+
+def killed_run(file, states):
+    """Train from the command line, kill -9 after the second saved state, and call it again."""
+    command = [sys.executable, "-m", "soundscapes_utils", "finetune", file]
+    with subprocess.Popen(command) as process:
+        while process.poll() is None and len(list(states.rglob("step-*.safetensors"))) < 2:
+            time.sleep(0.01)
+        process.kill()
+    left = sorted(path.name for path in states.rglob("step-*.safetensors"))
+    subprocess.run(command, check=True)
+    return f"killed with {', '.join(left)} saved (exit {process.returncode})"
+
+
+def shared_run(file):
+    """Train in two processes on the CPU (gloo)."""
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", *launch, "-m", "soundscapes_utils.finetuning", file]
+    subprocess.run(command, check=True)
+    return "two processes, half of each batch each"
+
+
+def checks(folder):
+    """Print how far a killed run, and one in two processes, end from one that was let alone."""
+    root = make_set(folder, 16)
+    config = finetuning.FinetuneConfig(
+        "embedded", str(root), str(folder / "alone"), steps=12, batch_size=8, val_every=3,
+        warmup_steps=4, learning_rate=1e-3,
+    )  # fmt: skip
+    alone = finetuning.finetune(config)
+    weights = ldm.load_pipeline(alone.checkpoint, "cpu").unet.state_dict()
+    for name in ("killed", "shared"):
+        ours = replace(config, out_dir=str(folder / name))
+        file = write_config(ours, folder / f"{name}.yaml")
+        states = folder / f"{name}.states"
+        told = killed_run(file, states) if name == "killed" else shared_run(file)
+        found = finetuning.finetune(ours)
+        columns = [c for c in alone.log if "loss" in c or "vlb" in c or c == "grad_norm"]
+        apart = (found.log[columns] - alone.log[columns]).abs().max()
+        again = ldm.load_pipeline(found.checkpoint, "cpu").unet.state_dict()
+        far = max(float((again[k] - weights[k]).abs().max()) for k in weights)
+        print(f"{told}: {config.steps} steps of {config.batch_size}; largest differences")
+        print(
+            f"  losses {apart.drop('grad_norm').max():.1e}, of {alone.log.train_loss.mean():.3f};"
+        )
+        print(f"  gradient norm {apart.grad_norm:.1e}, of {alone.log.grad_norm.mean():.3f};")
+        print(f"  weights {far:.1e}")
+
+
 # --- several seeds --------------------------------------------------------------------------------
 
 
 def study_set(esc50_root, folder, n_mixes, seed):
-    """Mix ESC-10 events over embedded scenes; test fold 5 is held out."""
+    """Mix the events of ESC-10 over its ambient classes; test fold 5 is held out."""
     from soundscapes_utils import datasets, mixing
 
     clips = datasets.load_esc50(esc50_root, esc10=True)
-    events, scenes = datasets.load_scenes(
-        "esc10", clips, tau_root="", data_dir=folder / "scenes", scenes_per_class=20, seed=seed
-    )
+    events, scenes = datasets.load_scenes("esc10", clips)
     plan = mixing.plan_mixes(events, scenes, n_mixes, seed, test_fold=5, duration_s=5.0)
     mixes = mixing.render_mixes(plan, folder / "mixes", ldm.SAMPLE_RATE)
     folds = clips["fold"][datasets.assign_splits(clips, 5) == "train"]
@@ -286,7 +349,7 @@ def held_out(mixes, checkpoint, name, folder, rulers, n):
 
     test, train = (mixes[mixes["split"] == split] for split in ("test", "train"))
     plan = generation.plan_captions(test.head(n), duration_s=2.56, seed=0)
-    model = generation.get_backend("audioldm", checkpoint=checkpoint)
+    model = generation.get_backend("audioldm", checkpoint=checkpoint, clips_per_pass=8)
     made = generation.generate_clips(plan, model, folder)
     rows = []
     for ruler in rulers:
@@ -310,8 +373,8 @@ def study(wanted):
     base = finetuning.FinetuneConfig(
         wanted.checkpoint, str(root), "", steps=wanted.steps, learning_rate=1e-3, warmup_steps=20,
         ema_decay=0.97, val_every=wanted.steps // 8, sample_epochs=2.0, n_samples=24,
-        info=info,
-        data_licence="CC BY 3.0 (ESC-10), MIT (scenes)",
+        sample_embeddings=tuple(f"{name}={path}".rstrip("=") for name, path in names.items()),
+        info=info, data_licence="CC BY 3.0 (ESC-10)",
     )  # fmt: skip
     logs, scores = [], []
     samples = out / "samples"
@@ -346,6 +409,7 @@ def main():
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="the GPU's part in small, on the CPU")
+    parser.add_argument("--checks", action="store_true", help="a killed run, and two processes")
     parser.add_argument(
         "--study", metavar="ESC-50", help="folder of ESC-50 or ESC-10: several seeds"
     )
@@ -354,13 +418,17 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--mixes", type=int, default=400)
-    parser.add_argument("--samples", type=int, default=40, help="captions of test mixes")
+    parser.add_argument("--samples", type=int, default=80, help="captions of test mixes")
     parser.add_argument("--yamnet", default="", help="YAMNet's TFLite file, as a second ruler")
     wanted = parser.parse_args()
     if wanted.study:
         study(wanted)
         return
     torch.set_num_threads(1)
+    if wanted.checks:
+        with tempfile.TemporaryDirectory() as folder:
+            checks(Path(folder))
+        return
     if wanted.small:
         gpu_table("cpu", True, wanted.repeats)
         return

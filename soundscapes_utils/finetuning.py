@@ -32,6 +32,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -52,6 +53,8 @@ from . import audio, ldm, metadata
 
 # clips whose latents share a file of the cache; a killed run loses at most these
 _SHARD = 64
+# samples that are generated at once; more gain little and need the memory of a training step
+_CLIPS_A_PASS = 8
 # share of the KL divergence in the loss of the autoencoder, for each value of the log-mel
 _KL_WEIGHT = 1e-3
 # a validation loss of so many times that of the start is no training any more
@@ -62,10 +65,12 @@ _CHOICES = {
     "vae": ("keep", "decoder", "all"),
     "prediction_type": ("", "epsilon", "v_prediction", "sample"),
 }
-# what says where things lie or what is told about them, and not what is trained
+# what says where things lie, what is told about them or how memory is saved, and not what is trained:
+# a run goes on when these change
 _PLACES = (
     *("out_dir", "dataset_root", "checkpoint", "cache_dir"),
     *("wandb_project", "keep_states", "data_licence"),
+    *("accumulate", "gradient_checkpointing"),
 )
 
 # Gaurav et al., DCASE 2024 Challenge, task 7, table 1
@@ -145,7 +150,8 @@ class FinetuneConfig:
     segment_s : float
         Length of a training segment, seconds; rounded to what the U-Net can halve.
     segments_per_clip : int
-        Segments cached for each clip, each the loudest of ``loudest_of`` random positions.
+        Segments cached for each clip, each the loudest of ``loudest_of`` random positions; one for a
+        clip that is no longer than a segment.
     loudest_of : int
         1 draws segments uniformly.
     val_every : int
@@ -164,7 +170,8 @@ class FinetuneConfig:
     sample_prompts : sequence of str
         Prompts to ask for instead.
     sample_embeddings : sequence of str
-        Embeddings in which samples are scored against the validation clips (FAD and KAD).
+        Embeddings in which samples are scored against the validation clips (FAD and KAD);
+        ``name=path`` where the weights are elsewhere than `embeddings.get_embedding` looks.
     keep_states : int
         Latest saved states to keep while training.
     wandb_project : str
@@ -295,7 +302,7 @@ def finetune(config):
     team = _team()
     _check_shares(config, team)
     states = _beside(out_dir, "states") / key
-    with _memory_advice(config, states):
+    with _memory_advice(config, team, states):
         pipe = ldm.load_pipeline(config.checkpoint, str(team.device))
         if config.vae != "keep":
             _train_vae(pipe, clips, config, team)
@@ -319,6 +326,10 @@ def _team():
     """Tell what `accelerate launch` has started; one process by default."""
     from accelerate import PartialState
 
+    # a notebook's launcher starts its processes as copies of one that may have trained alone
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if PartialState._shared_state and PartialState().num_processes != started:
+        PartialState._reset_state()
     # samples and validations keep the others waiting for longer than the usual ten minutes
     waits = {"timeout": timedelta(hours=6)}
     return PartialState(cpu=not torch.cuda.is_available(), **waits)
@@ -331,9 +342,13 @@ def _check(config):
             raise TrainingError(f"{name} must be one of {known}; got {getattr(config, name)!r}")
     least = {"steps": 1, "batch_size": 1, "accumulate": 1, "val_every": 1, "keep_states": 1}
     least |= {"segments_per_clip": 1, "loudest_of": 1, "val_segments": 1, "lora_rank": 1}
+    least |= {"vae_steps": 1, "learning_rate": 0, "warmup_steps": 0, "segment_s": 0, "patience": 0}
     for name, bound in least.items():
-        if getattr(config, name) < bound:
+        if not getattr(config, name) >= bound:
             raise TrainingError(f"{name} must be at least {bound}; got {getattr(config, name)}")
+    for name in ("text_condition_probability", "condition_dropout", "ema_decay", "decay_start"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise TrainingError(f"{name} must be from 0 to 1; got {getattr(config, name)}")
     if config.sample_epochs and config.n_samples < 2 and len(config.sample_prompts) < 2:
         raise TrainingError("a score needs two samples or more: raise n_samples")
 
@@ -348,18 +363,23 @@ def _check_shares(config, team):
 
 
 @contextmanager
-def _memory_advice(config, states):
+def _memory_advice(config, team, states):
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, TrainingError) or not _out_of_memory(error):
             raise
         raise TrainingError(
-            f"out of memory with parts of {config.batch_size // config.accumulate} segments of "
+            f"out of memory with parts of {_part_size(config, team)} segments of "
             f"{config.segment_s:g} s in {config.precision} ({str(error).splitlines()[0][:120]}). "
-            f"Raise accumulate (now {config.accumulate}), set gradient_checkpointing, "
-            f"precision='bf16' or train='lora', or lower batch_size or segment_s. {_last(states)}"
+            f"Raise accumulate (now {config.accumulate}) or set gradient_checkpointing: the run goes "
+            "on. Or start anew with precision='bf16', train='lora', or a smaller batch_size or "
+            f"segment_s. {_last(states)}"
         ) from error
+
+
+def _part_size(config, team):
+    return config.batch_size // (config.accumulate * team.num_processes)
 
 
 def _out_of_memory(error):
@@ -731,8 +751,17 @@ def prepare(pipe, clips, config, cache_dir, team=None):
 
 
 def _read_split(*files):
-    *shards, text = (load_file(file) for file in files)
+    *shards, text = (_read_tensors(file) for file in files)
     return {name: torch.cat([s[name] for s in shards]) for name in shards[0]} | text
+
+
+def _read_tensors(file):
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise TrainingError(
+            f"{file}: a damaged file of the cache ({error}); delete it, and it is made again"
+        ) from error
 
 
 def _weights_digest(model):
@@ -780,7 +809,8 @@ def _sound_tensors(pipe, rows, start, config, tower, bar):
     for i, path in enumerate(rows["path"], start=start):
         y, _ = audio.load_audio(path, ldm.SAMPLE_RATE)
         rng = np.random.default_rng([config.seed, i])
-        for _ in range(config.segments_per_clip):
+        # of a clip that is no longer than a segment there is only one
+        for _ in range(config.segments_per_clip if len(y) > frames * ldm.HOP else 1):
             segment = loudest(y, frames * ldm.HOP, config.loudest_of, rng)
             mel = ldm.waveform_to_mel(segment, frames)
             latents.append(ldm.encode_mel(pipe, mel[None])[0].cpu())
@@ -1320,8 +1350,8 @@ class _Run:
         if math.isfinite(loss) and (math.isfinite(norm) or self.config.precision == "fp16"):
             return
         raise TrainingError(
-            f"the loss is not finite at step {self.step}; lower learning_rate "
-            f"({self.config.learning_rate:g}) and start anew. {_last(self.states)}"
+            f"the loss is not finite at step {self.step}. {_last(self.states)} Or start anew with a "
+            f"lower learning_rate (now {self.config.learning_rate:g})."
         )
 
     def _record(self, means, seconds, curves):
@@ -1343,8 +1373,8 @@ class _Run:
         if not row["val_loss"] <= limit:
             raise TrainingError(
                 f"training diverged: the validation loss is {row['val_loss']:.4g} at step "
-                f"{self.step}, {self.log[0]['val_loss']:.4g} at the start; lower learning_rate "
-                f"({self.config.learning_rate:g}) and start anew. {_last(self.states)}"
+                f"{self.step}, {self.log[0]['val_loss']:.4g} at the start. {_last(self.states)} Or "
+                f"start anew with a lower learning_rate (now {self.config.learning_rate:g})."
             )
 
     def _row(self, means, seconds):
@@ -1422,8 +1452,9 @@ class _Run:
         paths = self.clips.loc[self.clips["split"] == "val", "path"]
         real = embeddings.excerpts(paths, config.segment_s)
         rows = []
-        for name in config.sample_embeddings:
-            embedding = embeddings.get_embedding(name)
+        for told in config.sample_embeddings:
+            name, _, path = told.partition("=")
+            embedding = embeddings.get_embedding(name, path)
             ours = embedding.embed(sounds, rate, silence="allow")
             reference = embedding.embed(real, ldm.SAMPLE_RATE, silence="allow")
             rows.append(
@@ -1481,7 +1512,7 @@ def _sample(pipe, config, prompts):
         "audioldm",
         config.checkpoint,
         rate,
-        settings | {"clips_per_pass": 1},
+        settings | {"clips_per_pass": min(_CLIPS_A_PASS, len(prompts))},
         pipe,
         lambda prompts: [0] * len(prompts),
     )
@@ -1693,19 +1724,21 @@ class _VaeRun:
         rng = np.random.default_rng([config.seed, step, 1])
         chosen = [paths[i] for i in rng.integers(len(paths), size=config.batch_size)]
         mels = _mels(chosen, frames, config, step).to(self.device)
+        noise = self._noise(mels, step)
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for part in mels.chunk(config.accumulate):
+        parts = zip(mels.chunk(config.accumulate), noise.chunk(config.accumulate), strict=True)
+        for part, its_noise in parts:
             share = len(part) / len(mels)
-            loss, error = vae_loss(self.vae, part, self._noise(part, step))
+            loss, error = vae_loss(self.vae, part, its_noise)
             (loss * share).backward()
             total += float(error.detach()) * share
         torch.nn.utils.clip_grad_norm_(self.trained, config.max_grad_norm)
         self.optimizer.step()
         if not math.isfinite(total):
             raise TrainingError(
-                f"the autoencoder's loss is not finite at step {step}; lower vae_learning_rate "
-                f"({config.vae_learning_rate:g}) and start anew. {_last(self.states)}"
+                f"the autoencoder's loss is not finite at step {step}. {_last(self.states)} Or start "
+                f"anew with a lower vae_learning_rate (now {config.vae_learning_rate:g})."
             )
         return total
 

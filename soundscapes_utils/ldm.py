@@ -810,7 +810,7 @@ def embed_audio(waveforms, sample_rate, checkpoint="embedded"):
     Parameters
     ----------
     waveforms : list of np.ndarray, float32 [samples]
-        Mono waveforms; each is embedded whole.
+        Mono waveforms; each is embedded whole, or its first 10 s by a published CLAP.
     sample_rate : int
         Theirs, Hz.
     checkpoint : str or Path
@@ -838,7 +838,7 @@ def embed_with(tower, y, sample_rate):
     tower : tuple
         What `load_audio_tower` returns.
     y : np.ndarray, float32 [samples]
-        Mono waveform.
+        Mono waveform; a published CLAP hears its first 10 s.
     sample_rate : int
         Its rate, Hz.
 
@@ -853,13 +853,22 @@ def embed_with(tower, y, sample_rate):
     with torch.no_grad():
         if isinstance(model, AudioTower):
             return model(waveform_to_mel(y, max(16, len(y) // HOP))[None].to(device))[0].cpu()
-        from transformers import ClapFeatureExtractor
-
-        # un-fused CLAP checkpoints accept no other truncation
-        features = ClapFeatureExtractor()(
-            y, sampling_rate=rate, truncation="rand_trunc", return_tensors="pt"
+        extractor = _clap_features()
+        # un-fused CLAP checkpoints accept no other truncation, and that one would crop at random
+        features = extractor(
+            y[: extractor.nb_max_samples],
+            sampling_rate=rate,
+            truncation="rand_trunc",
+            return_tensors="pt",
         ).to(device)
         return F.normalize(model(**features).audio_embeds[0].float(), dim=-1).cpu()
+
+
+@functools.lru_cache(maxsize=1)
+def _clap_features():
+    from transformers import ClapFeatureExtractor
+
+    return ClapFeatureExtractor()
 
 
 def build_audioldm_s(device="cpu"):

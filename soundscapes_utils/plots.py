@@ -722,7 +722,8 @@ def training_curves(log, best_step):
         left.plot(log["step"], log[column], style, marker="o", markersize=4, label=name)
     left.axvline(best_step, color="0.5", linewidth=1, label="best")
     left.set(xlabel="step", ylabel="loss")
-    left.legend()
+    # beside the axes, where it hides no curve
+    figure.legend(loc="outside lower center", ncols=5, fontsize=9)
     right.plot(log["step"], log["learning_rate"], marker="o", markersize=4)
     right.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     figure.suptitle("Fine-tuning")
@@ -818,7 +819,7 @@ def scores_over_steps(scores, floor_name):
         )  # fmt: skip
         floor = rows.loc[is_floor, "value"].astype(float).mean()
         axes.axhline(floor, color="0.4", linestyle="--", label="real against real")
-        axes.set(xlabel="step", ylabel=metric, title=f"{metric} in {embedding}", ylim=(0, None))
+        axes.set(xlabel="step", ylabel=metric, title=f"{metric} in {embedding}")
         axes.legend(title="seed")
     return figure
 

@@ -1,6 +1,7 @@
 """The trainer: what it draws, what it minimises, how it resumes."""
 
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -474,7 +475,39 @@ def test_divergence_stops_and_names_the_last_good_state(config):
     wild = replace(config, learning_rate=30.0, warmup_steps=5, max_grad_norm=1e9, steps=40)
     with pytest.raises(finetuning.TrainingError, match=r"diverged|not finite") as told:
         finetuning.finetune(wild)
-    assert "lower learning_rate" in str(told.value)
+    assert "a lower learning_rate (now 30)" in str(told.value)
+
+
+def test_broken_loss_names_the_state_from_which_the_command_goes_on(
+    config, plain, tmp_path, monkeypatch
+):
+    parted = replace(config, out_dir=str(tmp_path / "parted"))
+    good, states = finetuning.denoising, Path(parted.out_dir + ".states")
+
+    def breaks_after_a_state(*arguments):
+        found = good(*arguments)
+        broken = any(states.rglob("step-00000004.safetensors"))
+        return found._replace(error=found.error * float("nan")) if broken else found
+
+    monkeypatch.setattr(finetuning, "denoising", breaks_after_a_state)
+    with pytest.raises(finetuning.TrainingError, match=r"at step 4\..*step-00000004\.safetensors;"):
+        finetuning.finetune(parted)
+    monkeypatch.undo()
+    a, b = unet_of(plain), unet_of(finetuning.finetune(parted))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_run_goes_on_with_more_parts_after_memory_was_full(config, plain, tmp_path, monkeypatch):
+    parted = replace(config, out_dir=str(tmp_path / "parted"))
+    die_at(5, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        finetuning.finetune(parted)
+    monkeypatch.undo()
+    draw, steps = finetuning.draw, []
+    monkeypatch.setattr(finetuning, "draw", lambda *a: (steps.append(a[2]), draw(*a))[1])
+    resumed = finetuning.finetune(replace(parted, accumulate=2, gradient_checkpointing=True))
+    assert steps == [4, 5, 6], "from the state of step 4"
+    pd.testing.assert_frame_equal(resumed.log[NUMBERS], plain.log[NUMBERS], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -511,6 +544,9 @@ def test_other_errors_pass_as_they_are(config, monkeypatch):
         ({"accumulate": 3}, "make it a multiple of 3"),
         ({"vae": "decoder"}, "PatchVAE has no decoder"),
         ({"sample_epochs": 1, "n_samples": 1}, "two samples"),
+        ({"vae_steps": 0}, "vae_steps must be at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be at least 0"),
+        ({"condition_dropout": 10}, "condition_dropout must be from 0 to 1; got 10"),
     ],
 )
 def test_wrong_settings_are_one_clear_error(config, wrong, told):
@@ -534,8 +570,20 @@ def test_killed_preparation_keeps_what_is_done_and_others_share_it(config, tmp_p
         finetuning.finetune(config)
     finetuning.finetune(config)
     assert len(calls) == 8 + 1, "each of eight clips once, and the one that was interrupted"
-    finetuning.finetune(replace(config, learning_rate=1e-4, out_dir=str(tmp_path / "other")))
+    other = replace(config, learning_rate=1e-4, out_dir=str(tmp_path / "other"))
+    finetuning.finetune(other)
     assert len(calls) == 9
+    damaged = min((tmp_path / "cache").glob("val-*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(finetuning.TrainingError, match=f"{damaged.name}.*delete it"):
+        finetuning.finetune(replace(other, out_dir=str(tmp_path / "third")))
+
+
+def test_clip_as_short_as_a_segment_is_kept_once(config, checkpoint):
+    pipe = ldm.load_pipeline(checkpoint, device="cpu")
+    for length, expected in [(0.64, [0, 0, 1, 1, 2, 2, 3, 3]), (1.28, [0, 1, 2, 3])]:
+        data = finetuning.load_data(pipe, replace(config, segment_s=length))
+        assert data["train"]["clip"].tolist() == expected
 
 
 # --- the autoencoder ----------------------------------------------------------------------------
@@ -613,6 +661,16 @@ def test_killed_autoencoder_resumes_to_the_same_weights(
     )
     assert one.read_bytes() == two.read_bytes()
     assert whole.checkpoint.is_dir()
+
+
+def test_autoencoder_in_parts_has_the_loss_of_the_whole(config, convolutional, tmp_path):
+    config = vae_config(config, convolutional, vae="all", vae_steps=4)
+    logs = []
+    for parts in (1, 2):
+        folder = str(tmp_path / f"{parts}")
+        finetuning.finetune(replace(config, accumulate=parts, out_dir=folder))
+        logs.append(pd.read_csv(Path(folder + ".logs") / "vae_log.csv"))
+    pd.testing.assert_frame_equal(*logs, rtol=1e-4)
 
 
 def test_autoencoder_loss_is_absolute_error_and_divergence(convolutional):
@@ -727,6 +785,25 @@ def test_command_without_configuration_is_a_wrong_call(capsys):
     assert finetuning.main([]) == 2
     assert finetuning.main(["--csv", "sounds.csv"]) == 2
     assert "give a configuration" in capsys.readouterr().err
+
+
+def test_notebook_that_has_trained_alone_can_start_two_processes(tmp_path):
+    from accelerate import notebook_launcher
+
+    assert finetuning._team().num_processes == 1
+
+    def meet(folder):
+        team = finetuning._team()
+        ranks = torch.ones(1) * (team.process_index + 1)
+        torch.distributed.all_reduce(ranks)
+        (folder / f"{team.process_index}").write_text(f"{team.num_processes} {ranks.item():g}")
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    notebook_launcher(meet, (tmp_path,), num_processes=2, use_port=port)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 3", "2 3"]
+    assert finetuning._team().num_processes == 1
 
 
 def test_two_processes_have_the_loss_of_one(config, plain, tmp_path):

@@ -367,6 +367,13 @@ def test_published_audio_tower_is_used_where_the_folder_holds_one(small, tmp_pat
     embedding = ldm.embed_audio([y], 16_000, folder)
     assert embedding.shape == (1, 16)
     assert np.linalg.norm(embedding) == pytest.approx(1, abs=1e-5)
+    # transformers would take 10 s of a longer sound at random
+    longer = np.random.default_rng(0).normal(size=164_000).astype(np.float32)
+    first, again, cut = (
+        ldm.embed_audio([z], 16_000, folder) for z in [longer] * 2 + [longer[:160_000]]
+    )
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_allclose(first, cut, atol=1e-3)
 
 
 def test_wrong_places_name_the_remedy(tmp_path):
