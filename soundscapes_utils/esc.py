@@ -907,7 +907,8 @@ def _unit_file(out_dir, unit, ending):
 
 def _is_done(out_dir, unit):
     # the JSON is written last; what an older version left has no learning curve
-    return all(_unit_file(out_dir, unit, ending).is_file() for ending in ("log.csv", "json"))
+    endings = ("csv", "log.csv", "json")
+    return all(_unit_file(out_dir, unit, ending).is_file() for ending in endings)
 
 
 def _print_plan(plan, missing, where):
