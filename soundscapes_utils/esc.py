@@ -48,6 +48,7 @@ from concurrent.futures import (
     ProcessPoolExecutor,
     as_completed,
 )
+from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -736,6 +737,8 @@ def run_arms(
         Processes; by default one a CPU core. With 1 all is done in this process.
     device : str or sequence of str, default "cpu"
         Where torch trains; units take turns on several, such as ``["cuda:0", "cuda:1"]``.
+        ``"accelerate"``: the processes that ``accelerate launch`` has started share the units out,
+        each on its own GPU; `workers` and `executor` are then left aside.
     embeddings : dict of str to Embedding, optional
         What ``"probe:<name>"`` reads, where :func:`embeddings.get_embedding` needs more than a name.
     executor : concurrent.futures.Executor, optional
@@ -790,16 +793,24 @@ def run_arms(
     training = {"epochs": epochs, "batch_size": batch_size, "patience": patience}
     training |= {"patches_per_epoch": patches_per_epoch}
     kinds = list(dict.fromkeys(_input_kind(model) for model in models))
-    shared = _gather(clips, synthetic, out_dir, workers, kinds, embeddings)
+    places = [device] if isinstance(device, str) else list(device)
+    team = _team() if places == ["accelerate"] else None
+    with team.main_process_first() if team else contextlib.nullcontext():
+        shared = _gather(clips, synthetic, out_dir, workers, kinds, embeddings)
     units = [_complete(unit, shared, training) for unit in plan.to_dict("records")]
     missing = [unit for unit in units if not _is_done(out_dir, unit)]
     workers = min(workers or os.cpu_count(), max(1, len(missing)))
-    _print_plan(plan, len(missing), "an executor" if executor else f"{workers} processes")
-    places = [device] if isinstance(device, str) else list(device)
-    failed = _train_units(missing, shared, out_dir, workers, places, executor)
+    if team is None or team.is_main_process:
+        where = f"{team.num_processes if team else workers} processes"
+        _print_plan(plan, len(missing), "an executor" if executor else where)
+    if team:
+        failed = _train_my_share(missing, shared, out_dir, team)
+    else:
+        failed = _train_units(missing, shared, out_dir, workers, places, executor)
     collected = _collect(out_dir, units)
-    for name, table in collected.items():
-        audio.write_whole(out_dir / f"{name}.csv", table.to_csv(index=False).encode())
+    if team is None or team.is_main_process:
+        for name, table in collected.items():
+            audio.write_whole(out_dir / f"{name}.csv", table.to_csv(index=False).encode())
     if failed:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         raise UnitsFailed(
@@ -896,7 +907,8 @@ def _unit_file(out_dir, unit, ending):
 
 def _is_done(out_dir, unit):
     # the JSON is written last; what an older version left has no learning curve
-    return all(_unit_file(out_dir, unit, ending).is_file() for ending in ("log.csv", "json"))
+    endings = ("csv", "log.csv", "json")
+    return all(_unit_file(out_dir, unit, ending).is_file() for ending in endings)
 
 
 def _print_plan(plan, missing, where):
@@ -1041,6 +1053,24 @@ def _train_units(units, shared, out_dir, workers, devices, executor):
     return failed
 
 
+def _team():
+    from accelerate import PartialState
+
+    # who has done its share waits for the others'
+    waits = {"timeout": timedelta(days=2)}
+    return PartialState(cpu=not torch.accelerator.is_available(), **waits)
+
+
+def _train_my_share(units, shared, out_dir, team):
+    from accelerate.utils import gather_object
+
+    # all have looked for what is missing before the first adds to what is done
+    team.wait_for_everyone()
+    mine = _longest_first(units)[team.process_index :: team.num_processes]
+    failed = _train_units(mine, shared, out_dir, 1, [str(team.device)], None)
+    return dict(gather_object(list(failed.items())))
+
+
 def _estimate(unit, units, out_dir, workers):
     """Time of a model's other units, from its first: so much for each training clip and epoch."""
     took = json.loads(_unit_file(out_dir, unit, "json").read_text())["seconds"]
@@ -1058,6 +1088,11 @@ def _here(units, shared, out_dir, devices):
             yield unit, _attempt(unit, shared, out_dir, devices[i % len(devices)])
 
 
+def _longest_first(units):
+    # so that no core waits for another at the end
+    return sorted(units, key=lambda u: (u["about"]["model"] != "crnn", -len(u["rows"]["train"])))
+
+
 def _in_processes(units, shared, out_dir, devices, workers):
     # spawn: a process forked from one that has run torch can hang
     pool = ProcessPoolExecutor(
@@ -1070,8 +1105,7 @@ def _in_processes(units, shared, out_dir, devices, workers):
 
 
 def _in_executor(units, shared, out_dir, devices, executor):
-    # the longest first, so that no core waits for another at the end
-    units = sorted(units, key=lambda u: (u["about"]["model"] != "crnn", -len(u["rows"]["train"])))
+    units = _longest_first(units)
     with tempfile.TemporaryDirectory(dir=out_dir, prefix="shared-") as folder:
         _share(shared, Path(folder))
         waiting = {
@@ -1170,7 +1204,7 @@ def _parser():
     say("--transforms", nargs="+", default=[], choices=list(TRANSFORMS), help="sources to make")
     say("--yamnet", default="", help="YAMNet's TFLite file, for probe:yamnet")
     say("--workers", type=int)
-    say("--device", nargs="+", default=["cpu"])
+    say("--device", nargs="+", default=["cpu"], help="such as cuda:0 cuda:1, or accelerate")
     say("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster that runs the units")
     say("--plan", action="store_true", help="print protocol and plan, train nothing")
     return parser
@@ -1180,7 +1214,9 @@ def _study(options):
     place = {"urbansound8k": "urbansound8k_root"}.get(options.dataset, "esc50_root")
     clips = datasets.load_clips(options.dataset, data_dir=options.data_dir, **{place: options.root})
     folds = protocol(clips)
-    print(folds.to_string(index=False))
+    leads = os.environ.get("RANK", "0") == "0"
+    if leads:
+        print(folds.to_string(index=False))
     generated = _read_generated(options.generated)
     for effect in options.transforms:
         folder = Path(options.out) / "transforms" / effect
@@ -1209,7 +1245,8 @@ def _study(options):
             executor=executor,
             out_dir=options.out,
         )
-    _print_tables(Path(options.out), clips)
+    if leads:
+        _print_tables(Path(options.out), clips)
     return 0
 
 

@@ -394,7 +394,9 @@ def train_classifier(
     """
     x, y = torch.from_numpy(train[0]).to(device), torch.from_numpy(train[1]).to(device)
     # the caller's own random state is none of our business
-    with torch.random.fork_rng(devices=[device] if device != "cpu" else []):
+    where = torch.device(device).type
+    other = {} if where == "cpu" else {"devices": [device], "device_type": where}
+    with torch.random.fork_rng(**{"devices": []} | other):
         torch.manual_seed(seed)
         # twice as fast on a CPU as torch's default layout
         network, frames, starts, adam = _build(model, n_classes)

@@ -975,7 +975,7 @@ def beside_published(results, title=""):
         2, 3, figsize=(13, 6.4), sharey=True, sharex="col", layout="constrained"
     )
     for row, model in zip(axes, esc.MODELS, strict=True):
-        for panel, (kind, xlabel) in zip(row, xlabels.items(), strict=True):
+        for panel, kind in zip(row, xlabels, strict=True):
             start = [] if kind == "synthetic" else ["real"]
             paper = theirs[(theirs.model == model) & theirs.arm.isin([*start, kind])]
             lines = paper[paper.arm == kind].groupby(["backend", "prompt_family"])
@@ -992,7 +992,10 @@ def beside_published(results, title=""):
                     line.ratio, line.accuracy, line.half_width.fillna(0.0), marker="s", capsize=3,
                     color="black", label=label,
                 )  # fmt: skip
-            panel.set(title=f"{model}, {kind}", xlabel=xlabel if row is axes[-1] else "")
+            panel.set(title=f"{model}, {kind}")
+    for panel, xlabel in zip(axes[-1], xlabels.values(), strict=True):
+        panel.set(xlabel=xlabel)
+        panel.xaxis.get_major_locator().set_params(integer=True)
     for row in axes:
         row[0].set(ylabel="accuracy", ylim=(0, 1))
     handles, labels = axes[0, 0].get_legend_handles_labels()

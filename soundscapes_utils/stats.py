@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 
 _EXACT_PAIRS = 14  # 2^14 = 16,384 sign patterns are enumerated faster than 10,000 are drawn well
+_AT_ONCE = 10_000_000  # numbers drawn at a time: thousands of clips would else fill gigabytes
 
 
 def _vector(values, name, least):
@@ -80,6 +81,7 @@ def _bias_corrected(samples, statistic, paired, n, confidence, seed):
             paired=paired,
             n_resamples=n,
             confidence_level=confidence,
+            batch=max(1, _AT_ONCE // len(samples[0])),
             method=method,
             rng=np.random.default_rng(seed),
         ).confidence_interval
@@ -259,15 +261,15 @@ def _effect(differences):
 
 def _sign_flip_p(differences, exact, n, seed):
     pairs = len(differences)
+    # the slack keeps sums that are equal on paper from being told apart by rounding
+    least = abs(differences.sum()) - 1e-12 * np.abs(differences).sum()
     if exact:
         bits = np.arange(2**pairs)[:, None] >> np.arange(pairs) & 1
-    else:
-        bits = np.random.default_rng(seed).integers(0, 2, (n, pairs))
-    sums = np.abs((1 - 2 * bits) @ differences)
-    # the slack keeps sums that are equal on paper from being told apart by rounding
-    as_extreme = int((sums >= abs(differences.sum()) - 1e-12 * np.abs(differences).sum()).sum())
-    if exact:
-        return as_extreme / len(sums)
+        return float(np.mean(np.abs((1 - 2 * bits) @ differences) >= least))
+    rng, as_extreme, step = np.random.default_rng(seed), 0, max(1, _AT_ONCE // pairs)
+    for start in range(0, n, step):
+        bits = rng.integers(0, 2, (min(step, n - start), pairs))
+        as_extreme += int((np.abs((1 - 2 * bits) @ differences) >= least).sum())
     # the observed pattern is one of those possible (Phipson and Smyth 2010)
     return (as_extreme + 1) / (n + 1)
 

@@ -229,3 +229,19 @@ def test_published_table_is_complete():
     best = table.loc[table["accuracy"].idxmax()]
     assert (best["backend"], best["prompt_family"], best["ratio"]) == ("AudioLDM2", "gpt", 3)
     assert table["accuracy"].between(0.29, 0.72).all()
+
+
+def test_the_papers_figures_hold_both_its_numbers_and_ours():
+    from soundscapes_utils import plots
+
+    row = dict.fromkeys(esc.RESULT_COLUMNS, 0) | {"model": "sbcnn", "backend": "", "ratio": 0.0}
+    rows = [row | {"arm": "real", "accuracy": 0.8}, row | {"arm": "real/2", "accuracy": 0.1}]
+    rows.append(row | {"arm": "both", "ratio": 1.0, "accuracy": 0.7})
+    figure = plots.beside_published(pd.DataFrame(rows).assign(prompt_family=""))
+    panel = figure.axes[0]
+    lines = {line.get_label(): line for line in panel.lines}
+    simple = lines["paper: AudioGen, simple prompt"].get_ydata()
+    np.testing.assert_allclose(simple, [0.6468, 0.6842, 0.6979, 0.6973, 0.7006])
+    own = panel.containers[0].lines[0]
+    assert own.get_xydata().tolist() == [[0.0, 0.8], [1.0, 0.7]]
+    assert [axis.get_xlabel() != "" for axis in figure.axes] == [False] * 3 + [True] * 3

@@ -300,13 +300,14 @@ def test_stopping_anywhere_and_resuming_gives_the_same_table(
     assert len(calls) == 4
 
 
-def test_a_unit_without_its_learning_curve_is_trained_again(clips, tmp_path):
+@pytest.mark.parametrize("lost", ["run0-????????????.csv", ".log.csv", ".json"])
+def test_a_unit_that_lost_a_file_is_trained_again(clips, tmp_path, lost):
     quick_run(clips, None, tmp_path, ["real"])
-    (log,) = (tmp_path / "units").glob("*.log.csv")
-    whole = log.read_bytes()
-    log.unlink()
+    (file,) = (tmp_path / "units").glob(f"*{lost}")
+    whole = pd.read_csv(file) if file.suffix == ".csv" else None
+    file.unlink()
     quick_run(clips, None, tmp_path, ["real"])
-    assert log.read_bytes() == whole
+    assert file.is_file() and (whole is None or whole.equals(pd.read_csv(file)))
 
 
 def test_changed_input_is_trained_again_and_only_that(clips, generated, tmp_path):
@@ -461,6 +462,42 @@ def test_a_dask_cluster_gives_the_same_results(clips, generated, tmp_path):
     ):
         there = quick_run(clips, generated, tmp_path / "there", executor=client.get_executor())
     pd.testing.assert_frame_equal(here.drop(columns="seconds"), there.drop(columns="seconds"))
+
+
+def run_as_accelerate_does(clips, generated, out_dir):
+    from accelerate import PartialState
+
+    try:
+        quick_run(clips, generated, out_dir, models=["sbcnn", "crnn"], device="accelerate")
+    except esc.UnitsFailed as error:
+        (out_dir / f"{PartialState().process_index}.txt").write_text(str(error))
+
+
+def test_processes_of_accelerate_share_the_units_out(clips, generated, tmp_path, monkeypatch):
+    from accelerate import PartialState, debug_launcher
+
+    # what this process has found out about itself would be taken over by those that it starts
+    PartialState._reset_state()
+    here = quick_run(clips, generated, tmp_path / "here")
+    train, trained = esc.train_classifier, tmp_path / "trained"
+
+    def no_crnn(model, *args, **options):
+        with trained.open("a") as file:
+            file.write(f"{model} {os.getpid()}\n")
+        if model == "crnn":
+            raise RuntimeError("no memory")
+        return train(model, *args, **options)
+
+    monkeypatch.setattr(esc, "train_classifier", no_crnn)
+    shared = tmp_path / "shared"
+    debug_launcher(run_as_accelerate_does, (clips, generated, shared), num_processes=2)
+    calls = pd.Series(trained.read_text().splitlines()).str.split(expand=True)
+    assert sorted(calls[0]) == ["crnn", "crnn", "sbcnn", "sbcnn"], "no unit is trained twice"
+    assert calls[1].nunique() == 2
+    there = pd.read_csv(shared / "results.csv", keep_default_na=False)
+    pd.testing.assert_frame_equal(here.drop(columns="seconds"), there.drop(columns="seconds"))
+    for rank in range(2):
+        assert "2 of 4 units failed" in (shared / f"{rank}.txt").read_text()
 
 
 def test_a_lost_worker_is_reported_and_the_rest_goes_on(clips, generated, tmp_path):

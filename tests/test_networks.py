@@ -1,5 +1,6 @@
 """Architectures, training and prediction, held to published sizes and closed forms."""
 
+import inspect
 from itertools import pairwise
 
 import numpy as np
@@ -150,6 +151,23 @@ def test_training_follows_its_seed_and_leaves_the_callers_alone():
     assert torch.equal(weights(3), weights(3))
     assert not torch.equal(weights(3), weights(4))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_training_has_the_papers_settings(monkeypatch):
+    asked, adam = [], torch.optim.Adam
+
+    def recorded(weights, **options):
+        asked.append(options)
+        return adam(weights, **options)
+
+    monkeypatch.setattr(torch.optim, "Adam", recorded)
+    train = toy_set(4, 0)
+    for name, x in (("sbcnn", train[0]), ("crnn:faithful", esc.divide_by_variance(train[0]))):
+        esc.train_classifier(name, (x, train[1]), (x, train[1]), 2, epochs=1)
+    assert asked == [{"lr": 1e-3, "eps": 1e-7, "weight_decay": 1e-3}] * 2
+    for study in (esc.run_arms, esc.train_classifier):
+        defaults = {name: p.default for name, p in inspect.signature(study).parameters.items()}
+        assert [defaults[name] for name in ("epochs", "batch_size", "patience")] == [100, 128, 15]
 
 
 def test_training_stops_when_validation_no_longer_improves():

@@ -1,5 +1,7 @@
 """Intervals against closed forms and simulation, the tests against scipy and enumeration."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -241,3 +243,26 @@ def test_correlation_of_few_or_constant_items():
         stats.correlation([1, 2, 3, 4], [5, 5, 5, 5])
     with pytest.raises(ValueError, match="spearman"):
         stats.correlation([1, 2, 3, 4], [1, 2, 3, 5], "kendall")
+
+
+def test_as_many_clips_as_urbansound8k_has_fit_into_memory():
+    rng = np.random.default_rng(0)
+    a, b = rng.random(8732), rng.random(8732)
+    tracemalloc.start()
+    result = stats.paired_test(a, b)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.5e9
+    # with so many clips both agree with the normal approximation
+    low, high = result["difference"] + np.array([-1.96, 1.96]) * (a - b).std() / np.sqrt(8732)
+    assert (result["ci_low"], result["ci_high"]) == pytest.approx((low, high), abs=6e-4)
+    z = (a - b).mean() / (a - b).std() * np.sqrt(8732)
+    assert result["p_value"] == pytest.approx(2 * reference.norm.sf(abs(z)), abs=0.02)
+
+
+def test_drawing_in_parts_changes_no_number(monkeypatch):
+    rng = np.random.default_rng(0)
+    a, b = rng.random(50), rng.random(50)
+    whole = stats.paired_test(a, b)
+    monkeypatch.setattr(stats, "_AT_ONCE", 1001)
+    assert stats.paired_test(a, b) == whole
