@@ -4,6 +4,8 @@
     python benchmarks/generation.py cpu            the embedded model, by clips in a pass
     python benchmarks/generation.py resume         200 clips, killed in the middle
     python benchmarks/generation.py gpu            AudioLDM 2 and AudioLDM-S at their public sizes
+    python benchmarks/generation.py stages --esc10 FOLDER --yamnet FILE --checkpoint FOLDER
+                                                   where a class is lost: latent, vocoder or U-Net
 
 Without a GPU, seconds are those of the processor: with one thread, what a free core would take,
 however busy the machine is. The last part needs a GPU; `--tiny` runs the same code with tiny
@@ -27,7 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from soundscapes_utils import generation, ldm
+from soundscapes_utils import datasets, embeddings, esc, generation, ldm, stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import tiny_checkpoints
@@ -403,13 +405,85 @@ def sizes_of_public_models():
     show("parameters of the configurations written out here", table)
 
 
+TEST_FOLD = 5
+
+
+def judge_of(clips, listen, folds):
+    """Train a classifier on recordings of some folds; give back its verdict on sounds."""
+    train = clips[clips["fold"].isin(folds)]
+    known = listen(embeddings.excerpts(train["path"], 2.56))
+    classifier = esc.fit_baseline("probe", known, train["label"])
+    return lambda sounds, labels: classifier.predict(listen(sounds)) == np.asarray(labels)
+
+
+def generated_mels(backend, plan):
+    """Log-mels of a plan's clips, as the vocoder gets them."""
+    mels, pipe = [], backend.pipe
+    vocoder = pipe.mel_spectrogram_to_waveform
+
+    def keep(mel):
+        mels.append(mel.reshape(-1, *mel.shape[-2:]).clone())
+        return vocoder(mel)
+
+    pipe.mel_spectrogram_to_waveform = keep
+    backend.generate(plan["prompt"].tolist(), plan["seed"].tolist(), 2.56)
+    pipe.mel_spectrogram_to_waveform = vocoder
+    return torch.cat(mels)[: len(plan)]
+
+
+def stages(esc10, yamnet, checkpoint, n):
+    """Print how often a judge is right on what each stage leaves of the class."""
+    folds = ldm.checkpoint_info(checkpoint)["training_folds"]
+    if TEST_FOLD in folds:
+        raise SystemExit(f"{checkpoint} has heard fold {TEST_FOLD}: take another one")
+    clips = datasets.load_clips("esc10", esc50_root=esc10)
+    network = embeddings.get_embedding("yamnet", yamnet)
+
+    def listen(sounds):
+        level = [0.9 * y / max(np.abs(y).max(), 1e-6) for y in sounds]
+        return network.embed(level, ldm.SAMPLE_RATE, silence="allow")
+
+    right = judge_of(clips, listen, folds)
+    test = clips[clips["fold"] == TEST_FOLD]
+    sounds = embeddings.excerpts(test["path"], 2.56)
+    backend = generation.get_backend(
+        "audioldm", checkpoint=checkpoint, device="cpu", clips_per_pass=8
+    )
+    plan = generation.plan_clips(sorted(clips["label"].unique()), n, duration_s=2.56)
+    mels = torch.stack([ldm.waveform_to_mel(y, 256) for y in sounds])
+    latents = ldm.encode_mel(backend.pipe, mels)
+    kinds = {
+        "log-mel": (mels, test["label"]),
+        "latent": (ldm.decode_latents(backend.pipe, latents), test["label"]),
+        "generated": (generated_mels(backend, plan), plan["label"]),
+    }
+    rows = [accuracy("recordings as they are", "", right(sounds, test["label"]))]
+    for k in (1, 2, 6, 16, 32):
+        backend.pipe.vocoder.register_to_config(iterations=k)
+        for kind, (mel, labels) in kinds.items():
+            rows.append(accuracy(kind, k, right(ldm.vocode(backend.pipe, mel), labels)))
+    show(f"YAMNet judge of folds {folds}, test fold {TEST_FOLD}", rows)
+
+
+def accuracy(stage, iterations, right):
+    """One row of `stages`."""
+    low, high = stats.bootstrap_ci(right)
+    row = {"stage": stage, "vocoder iterations": iterations, "n": len(right)}
+    return row | {"accuracy": right.mean(), "low": low, "high": high}
+
+
 def main():
     """Run the parts that were named."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = ["invariance", "cpu", "resume", "gpu"]
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; all by default")
+    parser.add_argument(
+        "parts", nargs="*", help=f"of {', '.join(parts)} (all by default), or stages"
+    )
+    parser.add_argument("--esc10", default="data/ESC-50", help="ESC-10 or ESC-50, in part stages")
+    parser.add_argument("--yamnet", default="yamnet.tflite", help="YAMNet's file, in part stages")
+    parser.add_argument("--checkpoint", help="mini-AudioLDM of ESC-10, in part stages")
     parser.add_argument("--n", type=int, help="clips: 16 on a CPU, 200 resumed, 128 on a GPU")
     parser.add_argument("--steps", type=int, help="25 for the embedded model, 200 on a GPU")
     parser.add_argument("--sizes", type=int, nargs="+", help="clips in a pass")
@@ -437,8 +511,10 @@ def main():
                 options.tiny,
                 options.models,
             )
+        elif part == "stages" and options.checkpoint:
+            stages(options.esc10, options.yamnet, options.checkpoint, options.n or 12)
         else:
-            parser.error(f"unknown part {part}: choose of {', '.join(parts)}")
+            parser.error(f"{part}: choose of {', '.join(parts)}, or stages with --checkpoint")
 
 
 if __name__ == "__main__":
