@@ -1094,7 +1094,7 @@ def _here(units, shared, out_dir, devices):
 
 def _longest_first(units):
     # so that no core waits for another at the end
-    return sorted(units, key=lambda u: (u["about"]["model"] != "crnn", -len(u["rows"]["train"])))
+    return sorted(units, key=lambda u: ("crnn" not in u["about"]["model"], -_patches(u)))
 
 
 def _in_processes(units, shared, out_dir, devices, workers):
