@@ -305,7 +305,7 @@ def checks(folder):
     root = make_set(folder, 16)
     config = finetuning.FinetuneConfig(
         "embedded", str(root), str(folder / "alone"), steps=12, batch_size=8, val_every=3,
-        warmup_steps=4, learning_rate=1e-3,
+        warmup_steps=4, learning_rate=1e-3, keep_best=False,
     )  # fmt: skip
     alone = finetuning.finetune(config)
     weights = ldm.load_pipeline(alone.checkpoint, "cpu").unet.state_dict()

@@ -1072,14 +1072,18 @@ def _train_my_share(units, shared, out_dir, team):
 
 
 def _estimate(unit, units, out_dir, workers):
-    """Time of a model's other units, from its first: so much for each training clip and epoch."""
+    """Time of a model's other units, from its first: so much for each patch trained on."""
     took = json.loads(_unit_file(out_dir, unit, "json").read_text())["seconds"]
-    clips = {other["name"]: max(1, len(other["rows"]["train"])) for other in units}
-    rest = took * (sum(clips.values()) / clips[unit["name"]] - 1) / min(workers, len(units))
+    rest = took * (sum(map(_patches, units)) / _patches(unit) - 1) / min(workers, len(units))
     about = f"{rest / 60:.0f} min" if rest > 90 else f"{rest:.0f} s"
     side = f", {workers} side by side" if workers > 1 else ""
     model = unit["about"]["model"]
     return f"{model}: the first took {took:.1f} s; about {about} for {len(units) - 1} more{side}"
+
+
+def _patches(unit):
+    about = unit["about"]
+    return about["epochs"] * (about["patches_per_epoch"] or max(1, len(unit["rows"]["train"])))
 
 
 def _here(units, shared, out_dir, devices):
@@ -1090,7 +1094,7 @@ def _here(units, shared, out_dir, devices):
 
 def _longest_first(units):
     # so that no core waits for another at the end
-    return sorted(units, key=lambda u: (u["about"]["model"] != "crnn", -len(u["rows"]["train"])))
+    return sorted(units, key=lambda u: ("crnn" not in u["about"]["model"], -_patches(u)))
 
 
 def _in_processes(units, shared, out_dir, devices, workers):

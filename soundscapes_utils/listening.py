@@ -93,7 +93,8 @@ def denoising_steps(backend, prompt, seed, duration_s, at, view="latent"):
     view : {"latent", "estimate"}
         What is decoded: the latent as it is, with the noise that is left in it; or the model's
         estimate, at that step, of where all this will end (x₀ in Song et al., DDIM, arXiv
-        2010.02502, equation 9). At the last step both are the clip.
+        2010.02502, equation 9). The last latent is the clip; the last estimate differs from it by the
+        little noise that the schedule ends with.
 
     Returns
     -------

@@ -102,6 +102,9 @@ def test_summary_of_a_set_is_counted_and_averaged_by_class():
     # pairs across classes do not count
     assert found["spread"] == (1 + 3) / 2 and found["clap_margin"] == 0.25
     assert found["ci_low"] <= 0.75 <= found["ci_high"]
+    # Wilson's interval of four right out of four, 1 / (1 + z² / n) to 1: no certainty
+    sure = choosing.summarise(scores.assign(judged_as=scores.label), [[0.0]] * 4)
+    assert (sure["ci_low"], sure["ci_high"]) == pytest.approx((1 / (1 + 1.959964**2 / 4), 1))
     with pytest.raises(ValueError, match="embeddings has 1 rows"):
         choosing.summarise(scores, [[0.0]])
 

@@ -441,6 +441,22 @@ def test_the_time_to_come_is_told(clips, tmp_path, capsys):
     assert re.search(r"sbcnn: the first took [0-9.]+ s; about \d+ s for 2 more", printed)
 
 
+@pytest.mark.parametrize(
+    ("patches", "epochs", "told"),
+    [(None, 10, "50 s"), (240, 10, "20 s"), (None, 20, "2 min")],
+    ids=["a patch a clip", "equal steps", "longer"],
+)
+def test_the_time_to_come_follows_the_patches(tmp_path, patches, epochs, told):
+    # the first unit took 10 s for 20 clips and 10 epochs
+    units = []
+    for clips, rounds in ((20, 10), (40, epochs), (60, epochs)):
+        about = {"model": "sbcnn", "epochs": rounds, "patches_per_epoch": patches}
+        units.append({"key": "first", "about": about, "rows": {"train": list(range(clips))}})
+    audio.write_whole(tmp_path / "units/first.json", b'{"seconds": 10.0}')
+    line = esc._estimate(units[0], units, tmp_path, 1)
+    assert line == f"sbcnn: the first took 10.0 s; about {told} for 2 more"
+
+
 def test_any_executor_gives_the_same_results(clips, generated, tmp_path):
     here = quick_run(clips, generated, tmp_path / "here", models=["sbcnn", "knn"])
     # threads of one process share torch's random state: the hardest case
