@@ -156,6 +156,18 @@ STUDIES = {
         "models": ["sbcnn:faithful", "crnn:faithful"], "arms": PAPERS, "validation": "faithful",
     },
 }  # fmt: skip
+# beside `real`, what an arm must be held against
+CONTROLS = {
+    "arms": [
+        (("thinned@mini", 1), ("real", 0)),
+        *[(("mixed@mini", n), ("dropped", n)) for n in (1, 2)],
+        (("both@kept", 1), ("both@random", 1)),
+        (("both@mini", 1), ("both@embedded", 1)),
+        (("both@mini", 4), ("both@ps1", 4)),
+    ],
+    "few": [((f"both@mini/{k}", r), (f"real/{k}", 0)) for k in (2, 4, 8, 16) for r in (1, 4)],
+    "practice": [(("both@mini", r), (kind, r)) for r in (1, 4) for kind in ("repeat", "steps")],
+}
 
 
 def generate(plan, checkpoint, folder):
@@ -217,26 +229,20 @@ def run_study(name, clips, tables, wanted):
     found = {"intervals": esc.intervals(predictions, clips)}
     if len(study["arms"]) > 1:
         found["tests"] = esc.compare_all(predictions, by="source", clips=clips)
+    if name in CONTROLS:
+        pairs = CONTROLS[name]
+        found["controls"] = esc.compare_pairs(predictions, pairs, by="source", clips=clips)
     for kind, table in (found | {"predictions": predictions}).items():
         audio.write_whole(out / f"{name}-{kind}.csv", table.to_csv(index=False).encode())
-    for table in found.values():
+    for kind, table in found.items():
+        print(f"\n{kind}")
         print(table.drop(columns=["exact"], errors="ignore").round(3).to_string(index=False))
     print(f"{name}: {(time.perf_counter() - started) / 60:.1f} min")
     return predictions
 
 
-def more_tests(predictions, clips, distances):
-    """Comparisons beside `real`: each arm against its own control, and classes against distances."""
-    pairs = [
-        (("thinned@mini", 1), ("real", 0)),
-        *[(("mixed@mini", n), ("dropped", n)) for n in (1, 2)],
-        (("both@kept", 1), ("both@random", 1)),
-        (("both@mini", 1), ("both@embedded", 1)),
-        (("both@mini", 4), ("both@ps1", 4)),
-    ]
-    table = esc.compare_pairs(predictions, pairs, by="source", clips=clips)
-    print("\neach arm against its control")
-    print(table.drop(columns=["exact"]).round(3).to_string(index=False))
+def class_story(predictions, clips, distances):
+    """Print what each class gains, beside the distance of its synthetic clips."""
     for arm in (("both@mini", 4), ("synthetic@mini", 4)):
         gains = esc.class_deltas(predictions, *arm, "sbcnn", clips=clips)
         print(f"\nclasses, {arm[0]}:{arm[1]} against real, and KAD of the class against its gain")
@@ -259,7 +265,7 @@ def truth(wanted):
     for name in chosen:
         predictions = run_study(name, clips, tables, wanted)
         if name == "arms":
-            more_tests(predictions, clips, distances)
+            class_story(predictions, clips, distances)
     print(f"in all {(time.perf_counter() - started) / 60:.1f} min, {wanted.workers} processes")
 
 

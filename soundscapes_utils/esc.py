@@ -1185,7 +1185,8 @@ def _parser():
     parser = argparse.ArgumentParser(
         prog="python -m soundscapes_utils esc",
         description="Train classifiers of real recordings on arms of real and synthetic clips, "
-        "with intervals and tests. The same command again resumes.",
+        "with intervals and tests. The same command again resumes. On several GPUs: "
+        "accelerate launch -m soundscapes_utils esc --device accelerate ...",
     )
     say = parser.add_argument
     say("--dataset", default="embedded", choices=list(PROTOCOLS.index))
