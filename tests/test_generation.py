@@ -653,7 +653,8 @@ def test_processes_of_accelerate_share_out_the_plan(tones_by_name, tmp_path):
         pd.testing.assert_frame_equal(table[columns], alone[columns], check_dtype=False)
 
 
-def test_a_worker_makes_the_same_bytes_and_leaves_the_threads_alone(tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_make_the_same_bytes_and_leave_the_threads_alone(tmp_path, workers):
     import torch
 
     plan, threads = small_plan(2), torch.get_num_threads()
@@ -663,7 +664,7 @@ def test_a_worker_makes_the_same_bytes_and_leaves_the_threads_alone(tmp_path):
     alone = generation.generate_clips(plan, backend, tmp_path / "alone")
     torch.set_num_threads(threads)
     shared = generation.generate_with_workers(
-        plan, "audioldm", tmp_path / "shared", options=options, workers=1
+        plan, "audioldm", tmp_path / "shared", options=options, workers=workers
     )
     assert torch.get_num_threads() == threads
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
@@ -767,6 +768,26 @@ def test_command_line_takes_the_level_of_a_preset(tmp_path, monkeypatch):
     assert main([*arguments, "--backend", "audiogen-A"]) == 0
     table = pd.read_csv(tmp_path / "clips/generated.csv")
     np.testing.assert_allclose(table.lufs, -14, atol=0.1)
+
+
+def test_command_line_leaves_the_shares_to_accelerate(tmp_path, monkeypatch, capsys):
+    from soundscapes_utils.__main__ import main
+
+    def all_of_it(plan, name, out_dir, *, options, **how):
+        return generation.generate_clips(plan, Tones(), out_dir, **how)
+
+    small_plan(1).to_csv(tmp_path / "plan.csv", index=False)
+    monkeypatch.setattr(generation, "generate_on_gpus", all_of_it)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = ["generate", str(tmp_path / "plan.csv"), str(tmp_path / "clips")]
+    # each process has the whole table, and one of them tells
+    for rank, told in (("1", ""), ("0", "2 clips are in")):
+        monkeypatch.setenv("RANK", rank)
+        assert main(arguments) == 0
+        assert (tmp_path / "clips/generated.csv").exists() == bool(told)
+        assert told in capsys.readouterr().out
+    assert main([*arguments, "--shard", "1/2"]) == 2
+    assert "accelerate shares out the plan" in capsys.readouterr().err
 
 
 # --- levels ------------------------------------------------------------------------------------
