@@ -15,6 +15,7 @@ over the steps, and both against held-out test mixes, beside their floors.
 
 import argparse
 import contextlib
+import socket
 import subprocess
 import sys
 import tempfile
@@ -293,8 +294,13 @@ def killed_run(file, states):
 
 def shared_run(file):
     """Train in two processes on the CPU (gloo)."""
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # with --cpu accelerate starts one process only; the trainer itself sees that there is no GPU
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", port]
     command = [sys.executable, "-m", *launch, "-m", "soundscapes_utils.finetuning", file]
     subprocess.run(command, check=True)
     return "two processes, half of each batch each"

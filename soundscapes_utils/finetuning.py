@@ -9,9 +9,11 @@ From the command line, on one device or on several::
 
     python -m soundscapes_utils finetune config.yaml -p steps 2000
     accelerate launch -m soundscapes_utils.finetuning config.yaml
+    accelerate launch --multi_gpu --num_processes 2 -m soundscapes_utils.finetuning config.yaml
 
-and in a notebook ``accelerate.notebook_launcher(finetune, (config,), num_processes=2)``. The settings
-of the baseline trainer, with caches and a larger batch::
+(the last also on CPUs, where ``--cpu`` would start one process only) and in a fresh notebook
+``accelerate.notebook_launcher(finetune, (config,), num_processes=2)``. The settings of the baseline
+trainer, with caches and a larger batch::
 
     checkpoint: cvssp/audioldm-s-full-v2
     dataset_root: mixes/metadata/dataset_root.json
@@ -1874,8 +1876,10 @@ def main(argv=None):
             options.p.append(("dataset_root", json.dumps(str(root))))
         if options.config:
             result = finetune(read_config(options.config, options.p))
-            if _team().is_main_process:
-                print(f"Checkpoint: {result.checkpoint} (best step {result.best_step})")
+            team = _team()
+            if team.is_main_process:
+                told = f"best step {result.best_step}; processes: {team.num_processes}"
+                print(f"Checkpoint: {result.checkpoint} ({told})")
     except (TrainingError, ldm.CheckpointError, metadata.MetadataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

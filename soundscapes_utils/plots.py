@@ -820,7 +820,10 @@ def scores_over_steps(scores, floor_name):
         floor = rows.loc[is_floor, "value"].astype(float).mean()
         axes.axhline(floor, color="0.4", linestyle="--", label="real against real")
         axes.set(xlabel="step", ylabel=metric, title=f"{metric} in {embedding}")
-        axes.legend(title="seed")
+        handles, labels = axes.get_legend_handles_labels()
+        axes.get_legend().remove()
+    labels = [f"seed {label}" if label.isdigit() else label for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 
