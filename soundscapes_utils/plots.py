@@ -1139,7 +1139,7 @@ def few_real_clips(table, title=""):
             line = line.sort_values("per_class")
             bars = [line.accuracy - line.ci_low, line.ci_high - line.accuracy]
             panel.errorbar(
-                line.per_class, line.accuracy, [bar.clip(lower=0) for bar in bars], marker="o",
+                line.per_class, line.accuracy, [bar.clip(lower=0).to_numpy() for bar in bars], marker="o",
                 capsize=3, label=name,
             )  # fmt: skip
         panel.set_xscale("log", base=2)
