@@ -1137,11 +1137,9 @@ def few_real_clips(table, title=""):
     for panel, model in zip(axes.flat, models, strict=True):
         for name, line in named[named.model == model].groupby("name", sort=False):
             line = line.sort_values("per_class")
-            bars = [line.accuracy - line.ci_low, line.ci_high - line.accuracy]
-            panel.errorbar(
-                line.per_class, line.accuracy, [bar.clip(lower=0).to_numpy() for bar in bars], marker="o",
-                capsize=3, label=name,
-            )  # fmt: skip
+            below, above = line.accuracy - line.ci_low, line.ci_high - line.accuracy
+            bars = [side.clip(lower=0).to_numpy() for side in (below, above)]
+            panel.errorbar(line.per_class, line.accuracy, bars, marker="o", capsize=3, label=name)
         panel.set_xscale("log", base=2)
         ticks = sorted(named.per_class.unique())
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
