@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tiny_checkpoints
 import torch
 import yaml
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -594,18 +595,7 @@ def convolutional(tmp_path_factory):
     """A checkpoint whose autoencoder is of the published kind, small."""
     torch.manual_seed(0)
     pipe, tower = ldm.build_small(TEXTS, channels=(16, 32, 48))
-    pipe.register_modules(
-        vae=AutoencoderKL(
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-            latent_channels=32,
-            layers_per_block=1,
-        )
-    )
+    pipe.register_modules(vae=tiny_checkpoints.small_vae(latent_channels=32))
     folder = tmp_path_factory.mktemp("vae") / "small"
     return ldm.save_checkpoint(pipe, folder, {"training_folds": []}, tower.eval())
 

@@ -87,7 +87,8 @@ def _clap_text_config(vocabulary):
     }
 
 
-def _vae():
+def small_vae(latent_channels=4):
+    """An autoencoder of the published kind, small, with random weights."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -97,7 +98,7 @@ def _vae():
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4,
-        latent_channels=4,
+        latent_channels=latent_channels,
         layers_per_block=1,
     )
 
@@ -177,7 +178,7 @@ def audioldm(folder, seed=0):
     text = ClapTextModelWithProjection(ClapTextConfig(**_clap_text_config(len(tokenizer))))
     unet = _film_unet()
     pipe = AudioLDMPipeline(
-        vae=_vae(),
+        vae=small_vae(),
         text_encoder=text,
         tokenizer=tokenizer,
         unet=unet,
@@ -210,7 +211,7 @@ def audioldm2(folder, seed=0):
         norm_num_groups=4,
     )
     pipe = AudioLDM2Pipeline(
-        vae=_vae(),
+        vae=small_vae(),
         text_encoder=clap,
         text_encoder_2=_t5_encoder(len(tokenizer_2), 32),
         projection_model=AudioLDM2ProjectionModel(
