@@ -1097,11 +1097,18 @@ def _longest_first(units):
     return sorted(units, key=lambda u: ("crnn" not in u["about"]["model"], -_patches(u)))
 
 
+def _processes():
+    """How workers start: forked from a process that has imported all they need and run none of it."""
+    # never from this one: a process forked from one that has run torch can hang
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def _in_processes(units, shared, out_dir, devices, workers):
-    # spawn: a process forked from one that has run torch can hang
-    pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
-    )
+    pool = ProcessPoolExecutor(workers, mp_context=_processes(), initializer=_start_worker)
     try:
         yield from _in_executor(units, shared, out_dir, devices, pool)
     finally:
