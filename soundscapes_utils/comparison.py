@@ -192,14 +192,22 @@ def compare(predictions, arm, ratio, against=("real", 0.0), by="clip", clips=Non
 
 def _paired(table, arm, against, keys):
     """Mean of `right` of two arms, side by side on what both have; columns a and b."""
+    # only what both were tested on with the same training counts on either side
+    each = list(dict.fromkeys([*keys, "fold", "run", "clip_id"]))
     sides = []
     for name, amount in (arm, against):
         found = table[(table["arm"] == name) & (table["ratio"] == amount)]
-        sides.append(found.groupby(keys, sort=False)["right"].mean())
+        sides.append(found.groupby(each, sort=False)["right"].mean())
     pairs = pd.concat(sides, axis=1, join="inner", keys=["a", "b"])
     if pairs.empty:
-        raise ValueError(f"{arm[0]}:{arm[1]:g} and {against[0]} share no test clip; were both run?")
-    return pairs
+        raise ValueError(
+            f"{_named(*arm)} and {_named(*against)} share no test clip; were both run?"
+        )
+    return pairs.groupby(keys, sort=False).mean()
+
+
+def _named(arm, amount):
+    return f"{arm}:{amount:g}" if amount else arm
 
 
 def compare_pairs(predictions, pairs, by="clip", clips=None):
@@ -238,13 +246,55 @@ def compare_pairs(predictions, pairs, by="clip", clips=None):
     rows = []
     for arm, (name, amount) in pairs:
         table = compare(predictions, *arm, against=(name, amount), by=by, clips=clips)
-        table.insert(3, "against", f"{name}:{amount:g}" if amount else name)
+        table.insert(3, "against", _named(name, amount))
         rows.append(table)
     table = pd.concat(rows, ignore_index=True)
     table["p_holm"] = stats.holm(table["p_value"])
     direction = np.where(table["difference"] > 0, "better", "worse")
     table["verdict"] = np.where(table["p_holm"] < 0.05, direction, "no difference shown")
     return table
+
+
+def compare_models(predictions, pairs, by="clip", clips=None):
+    """Test one model against another in every arm that both were trained in.
+
+    Parameters
+    ----------
+    predictions, by, clips
+        See :func:`compare`.
+    pairs : list of (str, str)
+        A model and what it is compared with, such as ``("sbcnn:faithful", "sbcnn")``. Only folds and
+        runs that both have count.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a pair, arm and ratio: columns of :func:`compare_pairs`, where `against` is the other
+        model and `difference` is `model` minus `against`; `p_holm` is corrected over all rows.
+
+    Raises
+    ------
+    ValueError
+        See :func:`compare_pairs`; a pair has no arm in common.
+
+    Examples
+    --------
+    >>> one = pd.DataFrame({"clip_id": list("abcd"), "fold": 5, "run": 0, "arm": "real"})
+    >>> one = one.assign(ratio=0.0, label="dog", predicted=["dog", "dog", "rain", "dog"])
+    >>> both = pd.concat([one.assign(model="svm"), one.assign(model="knn", predicted="dog")])
+    >>> compare_models(both, [("svm", "knn")])[["model", "against", "difference"]].values.tolist()
+    [['svm', 'knn', -0.25]]
+    """
+    # arms and models change places: what is compared "model by model" is then compared arm by arm
+    arms = ["arm", "ratio"]
+    number = predictions.groupby(arms, sort=False).ngroup()
+    swapped = predictions.assign(arm=predictions["model"], ratio=0.0, model=number)
+    wanted = [((model, 0.0), (other, 0.0)) for model, other in pairs]
+    table = compare_pairs(swapped, wanted, by, clips)
+    named = predictions[arms].drop_duplicates().iloc[table["model"]]
+    table["model"] = table["arm"]
+    table[arms] = named.to_numpy()
+    return table.astype({"ratio": float})
 
 
 def compare_all(predictions, against=("real", 0.0), by="clip", clips=None):

@@ -76,6 +76,50 @@ def test_arms_meet_their_own_controls():
         esc.compare_pairs(predictions, [])
 
 
+def two_models():
+    """In arm real, 8 recordings of which b alone recognises the last 6; in arm both they are equal."""
+    clips = pd.DataFrame({"clip_id": [f"c{i}" for i in range(8)], "fold": [4, 5] * 4, "label": "x"})
+    parts = []
+    for arm, ratio, missed in (("real", 0.0, 6), ("both", 1.0, 0)):
+        for model, wrong in (("a", missed), ("b", 0)):
+            predicted = np.where(np.arange(8) >= 8 - wrong, "y", "x")
+            one = clips.assign(predicted=predicted, arm=arm, ratio=ratio, model=model)
+            parts += [one.assign(run=run) for run in (0, 1)]
+    return pd.concat(parts, ignore_index=True), clips
+
+
+@pytest.mark.parametrize("by", ["clip", "source"])
+def test_models_meet_in_the_same_arm(by):
+    predictions, clips = two_models()
+    clips["source_id"] = clips["clip_id"]
+    table = esc.compare_models(predictions, [("a", "b")], by=by, clips=clips)
+    assert list(table) == list(esc.compare_pairs(predictions, [(("both", 1.0), ("real", 0.0))]))
+    assert table[["arm", "ratio", "model", "against"]].to_numpy().tolist() == [
+        ["real", 0.0, "a", "b"],
+        ["both", 1.0, "a", "b"],
+    ]
+    # six of eight pairs differ, all to one side: 2 of the 2^6 patterns of their signs
+    assert table["difference"].tolist() == [-0.75, 0.0] and table["n"].tolist() == [8, 8]
+    assert table["p_value"].tolist() == [2 / 2**6, 1.0]
+    assert table["p_holm"].tolist() == [4 / 2**6, 1.0]
+    assert table.loc[0, "effect"] == pytest.approx(-0.75 / np.sqrt(8 / 7 * 0.75 * 0.25))
+    assert table["verdict"].tolist() == ["no difference shown"] * 2
+
+
+def test_models_are_compared_on_folds_and_runs_that_both_have():
+    predictions, _ = two_models()
+    gone = (predictions["model"] == "b") & ((predictions["run"] == 1) | (predictions["fold"] == 4))
+    # what b was not trained for, a got all wrong
+    alone = (predictions["run"] == 1) | (predictions["fold"] == 4)
+    predictions.loc[alone & (predictions["model"] == "a"), "predicted"] = "y"
+    table = esc.compare_models(predictions[~gone], [("a", "b")]).set_index("arm")
+    assert table["n"].tolist() == [4, 4] and table["difference"].tolist() == [-0.75, 0.0]
+    with pytest.raises(ValueError, match="a and c share no test clip"):
+        esc.compare_models(predictions, [("a", "c")])
+    with pytest.raises(ValueError, match="nothing to compare"):
+        esc.compare_models(predictions, [])
+
+
 def test_intervals_by_hand():
     predictions, clips = study(runs=3)
     row = esc.intervals(predictions, clips).set_index("arm").loc["real"]
