@@ -8,15 +8,33 @@ from soundscapes_utils import esc
 
 
 def test_summary_by_hand():
-    values = [0.6, 0.7, 0.8]
+    # two folds by three runs; the folds differ far more than the runs' means 0.6, 0.7, 0.8
+    values = {(4, 0): 0.4, (5, 0): 0.8, (4, 1): 0.5, (5, 1): 0.9, (4, 2): 0.6, (5, 2): 1.0}
     row = dict.fromkeys(esc.RESULT_COLUMNS, 0) | {"arm": "real", "model": "sbcnn", "backend": ""}
-    results = pd.DataFrame([row | {"accuracy": value} for value in values])
+    results = pd.DataFrame(
+        [row | {"fold": f, "run": r, "accuracy": value} for (f, r), value in values.items()]
+    )
     (found,) = esc.summarise(results).to_dict("records")
-    assert found["n"] == 3 and found["accuracy"] == pytest.approx(0.7)
+    assert (found["n"], found["n_runs"]) == (6, 3) and found["accuracy"] == pytest.approx(0.7)
     assert found["half_width"] == pytest.approx(1.96 * 0.1 / np.sqrt(3))
-    assert 0.6 <= found["ci_low"] < 0.7 < found["ci_high"] <= 0.8
+    assert 0.4 <= found["ci_low"] < 0.7 < found["ci_high"] <= 1.0
+    one_run = esc.summarise(results.head(2))
+    assert np.isnan(one_run["half_width"].item()) and one_run["ci_low"].item() == 0.4
     alone = esc.summarise(results.head(1))
     assert alone[["half_width", "ci_low", "ci_high"]].isna().all(axis=None)
+
+
+def test_one_run_has_no_error_bar():
+    from soundscapes_utils import plots
+
+    row = dict.fromkeys(esc.RESULT_COLUMNS, 0) | {"arm": "real", "model": "sbcnn", "accuracy": 0.5}
+    results = pd.DataFrame([row, row | {"arm": "both", "ratio": 1.0}])
+    for table, bars in ((results, 0), (pd.concat([results, results.assign(run=1)]), 2)):
+        figure = plots.accuracy_curve(table, "both", "ratio")
+        figure.canvas.draw()
+        (drawn,) = figure.axes[0].containers[0].lines[2]
+        seen = [np.isfinite(path).all() for path in drawn.get_segments() if len(path)]
+        assert sum(seen) == bars
 
 
 def some_predictions():
@@ -184,6 +202,23 @@ def test_classes_are_told_apart():
     table = esc.class_deltas(alone, "both", 1.0, "sbcnn").set_index("label")
     assert np.isnan(table.loc["b", ["ci_low", "p_value", "p_holm"]].astype(float)).all()
     assert table.loc["a", "n"] == 2 and table.loc["b", "n"] == 1
+
+
+def test_clips_of_one_recording_are_one_observation():
+    # 16 clips that one arm alone recognises, but of 4 recordings, 1, 1, 7 and 7 clips
+    sources = ["s0", "s1", *["s2"] * 7, *["s3"] * 7]
+    clips = pd.DataFrame({"source_id": sources, "fold": 5, "label": "a"})
+    clips["clip_id"] = [f"c{i}" for i in range(16)]
+    one = clips.drop(columns="source_id").assign(run=0, model="svm")
+    real = one.assign(arm="real", ratio=0.0, predicted=["a", *["b"] * 15])
+    both = one.assign(arm="both", ratio=1.0, predicted="a")
+    predictions = pd.concat([real, both])
+    (row,) = esc.class_deltas(predictions, "both", 1.0, "svm", clips=clips).to_dict("records")
+    assert (row["n"], row["n_sources"]) == (16, 4)
+    # of the 2^3 patterns of the signs that matter only two lie as far out
+    assert row["difference"] == 0.75 and row["p_value"] == 2 / 2**3
+    (alone,) = esc.class_deltas(predictions, "both", 1.0, "svm").to_dict("records")
+    assert alone["n_sources"] == 16 and alone["p_value"] < 0.01
 
 
 def test_distances_are_held_against_gains():
