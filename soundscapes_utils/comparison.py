@@ -27,21 +27,22 @@ def summarise(results):
     Returns
     -------
     pandas.DataFrame
-        `arm, ratio, model, backend, prompt_family, n, accuracy, half_width, ci_low, ci_high, macro_f1,
-        n_real, n_synthetic`. `n` counts trained classifiers (folds × runs); `half_width` is
-        1.96·SD/√n, as the paper draws its error bars over runs; `ci_low` and `ci_high` are a 95 %
-        bootstrap interval of the mean. With one classifier there is no interval (NaN).
+        `arm, ratio, model, backend, prompt_family, n, n_runs, accuracy, half_width, ci_low, ci_high,
+        macro_f1, n_real, n_synthetic`. `n` counts trained classifiers (folds × runs); `half_width`,
+        1.96·SD/√runs of the runs' means over the folds, as the paper draws its error bars: how
+        training scatters (NaN of one run); `ci_low` and `ci_high` are a 95 % bootstrap interval of the
+        mean over all classifiers (NaN of one).
 
     Notes
     -----
     With few folds, both intervals tell how results scatter over seeds and these folds, not over
-    all recordings that could have been tested.
+    all recordings that could have been tested, see :func:`intervals`.
 
     Examples
     --------
     >>> one = dict.fromkeys(RESULT_COLUMNS, 0) | {"accuracy": 0.5}
-    >>> summarise(pd.DataFrame([one, one]))[["n", "accuracy", "half_width"]].values.tolist()
-    [[2.0, 0.5, 0.0]]
+    >>> summarise(pd.DataFrame([one, one | {"run": 1}]))[["n", "half_width"]].to_numpy().tolist()
+    [[2.0, 0.0]]
     """
     rows = []
     keys = ["arm", "ratio", "model", "backend", "prompt_family"]
@@ -49,16 +50,20 @@ def summarise(results):
         keys, sort=False
     ):
         values = part["accuracy"].to_numpy()
-        half, low, high = np.nan, np.nan, np.nan
-        if len(values) > 1:
-            half, (low, high) = stats.mean_interval(values)[1], stats.bootstrap_ci(values)
+        runs = part.groupby("run")["accuracy"].mean()
+        low, high = stats.bootstrap_ci(values) if len(values) > 1 else (np.nan, np.nan)
         rows.append(
             dict(zip(keys, group, strict=True))
-            | {"n": len(values), "accuracy": values.mean(), "half_width": half}
-            | {"ci_low": low, "ci_high": high, "macro_f1": part["macro_f1"].mean()}
+            | {"n": len(values), "n_runs": len(runs), "accuracy": values.mean()}
+            | {"half_width": _half_width(runs), "ci_low": low, "ci_high": high}
+            | {"macro_f1": part["macro_f1"].mean()}
             | {name: round(part[name].mean()) for name in ("n_real", "n_synthetic")}
         )
     return pd.DataFrame(rows)
+
+
+def _half_width(runs):
+    return stats.mean_interval(runs)[1] if len(runs) > 1 else np.nan
 
 
 def intervals(predictions, clips=None):
@@ -100,12 +105,11 @@ def intervals(predictions, clips=None):
         each = part.groupby(["fold", "source_id", "clip_id"], sort=False)["right"].mean()
         each = each.reset_index()
         low, high = stats.nested_bootstrap_ci(each["right"], each["fold"], each["source_id"])
-        half = stats.mean_interval(runs)[1] if len(runs) > 1 else np.nan
         rows.append(
             dict(zip(keys, group, strict=True))
             | {"n_folds": each["fold"].nunique(), "n_runs": len(runs), "n_clips": len(each)}
             | {"n_sources": each["source_id"].nunique(), "accuracy": runs.mean()}
-            | {"half_width": half, "ci_low": low, "ci_high": high}
+            | {"half_width": _half_width(runs), "ci_low": low, "ci_high": high}
         )
     return pd.DataFrame(rows)
 
@@ -192,14 +196,22 @@ def compare(predictions, arm, ratio, against=("real", 0.0), by="clip", clips=Non
 
 def _paired(table, arm, against, keys):
     """Mean of `right` of two arms, side by side on what both have; columns a and b."""
+    # only what both were tested on with the same training counts on either side
+    each = list(dict.fromkeys([*keys, "fold", "run", "clip_id"]))
     sides = []
     for name, amount in (arm, against):
         found = table[(table["arm"] == name) & (table["ratio"] == amount)]
-        sides.append(found.groupby(keys, sort=False)["right"].mean())
+        sides.append(found.groupby(each, sort=False)["right"].mean())
     pairs = pd.concat(sides, axis=1, join="inner", keys=["a", "b"])
     if pairs.empty:
-        raise ValueError(f"{arm[0]}:{arm[1]:g} and {against[0]} share no test clip; were both run?")
-    return pairs
+        raise ValueError(
+            f"{_named(*arm)} and {_named(*against)} share no test clip; were both run?"
+        )
+    return pairs.groupby(keys, sort=False).mean()
+
+
+def _named(arm, amount):
+    return f"{arm}:{amount:g}" if amount else arm
 
 
 def compare_pairs(predictions, pairs, by="clip", clips=None):
@@ -238,13 +250,55 @@ def compare_pairs(predictions, pairs, by="clip", clips=None):
     rows = []
     for arm, (name, amount) in pairs:
         table = compare(predictions, *arm, against=(name, amount), by=by, clips=clips)
-        table.insert(3, "against", f"{name}:{amount:g}" if amount else name)
+        table.insert(3, "against", _named(name, amount))
         rows.append(table)
     table = pd.concat(rows, ignore_index=True)
     table["p_holm"] = stats.holm(table["p_value"])
     direction = np.where(table["difference"] > 0, "better", "worse")
     table["verdict"] = np.where(table["p_holm"] < 0.05, direction, "no difference shown")
     return table
+
+
+def compare_models(predictions, pairs, by="clip", clips=None):
+    """Test one model against another in every arm that both were trained in.
+
+    Parameters
+    ----------
+    predictions, by, clips
+        See :func:`compare`.
+    pairs : list of (str, str)
+        A model and what it is compared with, such as ``("sbcnn:faithful", "sbcnn")``. Only folds and
+        runs that both have count.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a pair, arm and ratio: columns of :func:`compare_pairs`, where `against` is the other
+        model and `difference` is `model` minus `against`; `p_holm` is corrected over all rows.
+
+    Raises
+    ------
+    ValueError
+        See :func:`compare_pairs`; a pair has no arm in common.
+
+    Examples
+    --------
+    >>> one = pd.DataFrame({"clip_id": list("abcd"), "fold": 5, "run": 0, "arm": "real"})
+    >>> one = one.assign(ratio=0.0, label="dog", predicted=["dog", "dog", "rain", "dog"])
+    >>> both = pd.concat([one.assign(model="svm"), one.assign(model="knn", predicted="dog")])
+    >>> compare_models(both, [("svm", "knn")])[["model", "against", "difference"]].values.tolist()
+    [['svm', 'knn', -0.25]]
+    """
+    # arms and models change places: what is compared "model by model" is then compared arm by arm
+    arms = ["arm", "ratio"]
+    number = predictions.groupby(arms, sort=False).ngroup()
+    swapped = predictions.assign(arm=predictions["model"], ratio=0.0, model=number)
+    wanted = [((model, 0.0), (other, 0.0)) for model, other in pairs]
+    table = compare_pairs(swapped, wanted, by, clips)
+    named = predictions[arms].drop_duplicates().iloc[table["model"]]
+    table["model"] = table["arm"]
+    table[arms] = named.to_numpy()
+    return table.astype({"ratio": float})
 
 
 def compare_all(predictions, against=("real", 0.0), by="clip", clips=None):
@@ -334,9 +388,10 @@ def class_deltas(predictions, arm, ratio, model, against=("real", 0.0), clips=No
     Returns
     -------
     pandas.DataFrame
-        `label, n` clips, `accuracy` in `arm` and `accuracy_against`, their `difference` with a 95 %
-        bootstrap interval `ci_low, ci_high` over folds and sources (NaN of a single recording),
-        `p_value` over clips (NaN of a single one), and `p_holm` over the classes.
+        `label, n` clips, `n_sources`; `accuracy` in `arm` and `accuracy_against`, means over sources,
+        so that each recording counts once; their `difference` with a 95 % bootstrap interval `ci_low,
+        ci_high` over folds and sources, and `p_value` over sources (NaN of a single one); `p_holm`
+        over the classes. Without `clips` each clip is a source of its own.
 
     Raises
     ------
@@ -357,15 +412,16 @@ def class_deltas(predictions, arm, ratio, model, against=("real", 0.0), clips=No
     pairs = _paired(table, (arm, ratio), against, keys).reset_index()
     rows = []
     for label, part in pairs.groupby("label"):
-        change = part["a"] - part["b"]
+        # clips of one recording resemble each other: they are one observation
+        each = part.groupby(["fold", "source_id"])[["a", "b"]].mean().reset_index()
+        change = each["a"] - each["b"]
         low = high = p_value = np.nan
-        if len(part) > 1:
-            p_value = stats.paired_test(part["a"], part["b"])["p_value"]
-        if len(part["source_id"].unique()) > 1:
-            low, high = stats.nested_bootstrap_ci(change, part["fold"], part["source_id"])
+        if len(each) > 1:
+            low, high = stats.nested_bootstrap_ci(change, each["fold"], each["source_id"])
+            p_value = stats.paired_test(each["a"], each["b"])["p_value"]
         rows.append(
-            {"label": label, "n": len(part), "accuracy": part["a"].mean()}
-            | {"accuracy_against": part["b"].mean(), "difference": change.mean()}
+            {"label": label, "n": len(part), "n_sources": len(each), "accuracy": each["a"].mean()}
+            | {"accuracy_against": each["b"].mean(), "difference": change.mean()}
             | {"ci_low": low, "ci_high": high, "p_value": p_value}
         )
     return _with_holm(pd.DataFrame(rows))

@@ -876,7 +876,8 @@ def accuracy_curve(results, arm, xlabel, title=""):
     Returns
     -------
     matplotlib.figure.Figure
-        Small points: trained classifiers; lines: their means; bars: 1.96·SD/√n.
+        Small points: trained classifiers; lines: their means; bars: 1.96·SD/√runs of the runs' means,
+        none of one run.
     """
     import matplotlib.pyplot as plt
     import seaborn as sns
@@ -895,7 +896,7 @@ def accuracy_curve(results, arm, xlabel, title=""):
         one, each = summary[summary.model == model], part[part.model == model]
         axes.scatter(each.ratio + shift, each.accuracy, s=14, color=color, alpha=0.45)
         axes.errorbar(
-            one.ratio + shift, one.accuracy, one.half_width.fillna(0.0), color=color, marker="o",
+            one.ratio + shift, one.accuracy, one.half_width, color=color, marker="o",
             capsize=3, label=model,
         )  # fmt: skip
     axes.set(xlabel=xlabel, ylabel="accuracy on real test clips", ylim=(0, 1.02), title=title)

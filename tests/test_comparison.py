@@ -8,15 +8,33 @@ from soundscapes_utils import esc
 
 
 def test_summary_by_hand():
-    values = [0.6, 0.7, 0.8]
+    # two folds by three runs; the folds differ far more than the runs' means 0.6, 0.7, 0.8
+    values = {(4, 0): 0.4, (5, 0): 0.8, (4, 1): 0.5, (5, 1): 0.9, (4, 2): 0.6, (5, 2): 1.0}
     row = dict.fromkeys(esc.RESULT_COLUMNS, 0) | {"arm": "real", "model": "sbcnn", "backend": ""}
-    results = pd.DataFrame([row | {"accuracy": value} for value in values])
+    results = pd.DataFrame(
+        [row | {"fold": f, "run": r, "accuracy": value} for (f, r), value in values.items()]
+    )
     (found,) = esc.summarise(results).to_dict("records")
-    assert found["n"] == 3 and found["accuracy"] == pytest.approx(0.7)
+    assert (found["n"], found["n_runs"]) == (6, 3) and found["accuracy"] == pytest.approx(0.7)
     assert found["half_width"] == pytest.approx(1.96 * 0.1 / np.sqrt(3))
-    assert 0.6 <= found["ci_low"] < 0.7 < found["ci_high"] <= 0.8
+    assert 0.4 <= found["ci_low"] < 0.7 < found["ci_high"] <= 1.0
+    one_run = esc.summarise(results.head(2))
+    assert np.isnan(one_run["half_width"].item()) and one_run["ci_low"].item() == 0.4
     alone = esc.summarise(results.head(1))
     assert alone[["half_width", "ci_low", "ci_high"]].isna().all(axis=None)
+
+
+def test_one_run_has_no_error_bar():
+    from soundscapes_utils import plots
+
+    row = dict.fromkeys(esc.RESULT_COLUMNS, 0) | {"arm": "real", "model": "sbcnn", "accuracy": 0.5}
+    results = pd.DataFrame([row, row | {"arm": "both", "ratio": 1.0}])
+    for table, bars in ((results, 0), (pd.concat([results, results.assign(run=1)]), 2)):
+        figure = plots.accuracy_curve(table, "both", "ratio")
+        figure.canvas.draw()
+        (drawn,) = figure.axes[0].containers[0].lines[2]
+        seen = [np.isfinite(path).all() for path in drawn.get_segments() if len(path)]
+        assert sum(seen) == bars
 
 
 def some_predictions():
@@ -74,6 +92,50 @@ def test_arms_meet_their_own_controls():
     np.testing.assert_allclose(table["p_holm"], 2 * table["p_value"])
     with pytest.raises(ValueError, match="nothing to compare"):
         esc.compare_pairs(predictions, [])
+
+
+def two_models():
+    """In arm real, 8 recordings of which b alone recognises the last 6; in arm both they are equal."""
+    clips = pd.DataFrame({"clip_id": [f"c{i}" for i in range(8)], "fold": [4, 5] * 4, "label": "x"})
+    parts = []
+    for arm, ratio, missed in (("real", 0.0, 6), ("both", 1.0, 0)):
+        for model, wrong in (("a", missed), ("b", 0)):
+            predicted = np.where(np.arange(8) >= 8 - wrong, "y", "x")
+            one = clips.assign(predicted=predicted, arm=arm, ratio=ratio, model=model)
+            parts += [one.assign(run=run) for run in (0, 1)]
+    return pd.concat(parts, ignore_index=True), clips
+
+
+@pytest.mark.parametrize("by", ["clip", "source"])
+def test_models_meet_in_the_same_arm(by):
+    predictions, clips = two_models()
+    clips["source_id"] = clips["clip_id"]
+    table = esc.compare_models(predictions, [("a", "b")], by=by, clips=clips)
+    assert list(table) == list(esc.compare_pairs(predictions, [(("both", 1.0), ("real", 0.0))]))
+    assert table[["arm", "ratio", "model", "against"]].to_numpy().tolist() == [
+        ["real", 0.0, "a", "b"],
+        ["both", 1.0, "a", "b"],
+    ]
+    # six of eight pairs differ, all to one side: 2 of the 2^6 patterns of their signs
+    assert table["difference"].tolist() == [-0.75, 0.0] and table["n"].tolist() == [8, 8]
+    assert table["p_value"].tolist() == [2 / 2**6, 1.0]
+    assert table["p_holm"].tolist() == [4 / 2**6, 1.0]
+    assert table.loc[0, "effect"] == pytest.approx(-0.75 / np.sqrt(8 / 7 * 0.75 * 0.25))
+    assert table["verdict"].tolist() == ["no difference shown"] * 2
+
+
+def test_models_are_compared_on_folds_and_runs_that_both_have():
+    predictions, _ = two_models()
+    gone = (predictions["model"] == "b") & ((predictions["run"] == 1) | (predictions["fold"] == 4))
+    # what b was not trained for, a got all wrong
+    alone = (predictions["run"] == 1) | (predictions["fold"] == 4)
+    predictions.loc[alone & (predictions["model"] == "a"), "predicted"] = "y"
+    table = esc.compare_models(predictions[~gone], [("a", "b")]).set_index("arm")
+    assert table["n"].tolist() == [4, 4] and table["difference"].tolist() == [-0.75, 0.0]
+    with pytest.raises(ValueError, match="a and c share no test clip"):
+        esc.compare_models(predictions, [("a", "c")])
+    with pytest.raises(ValueError, match="nothing to compare"):
+        esc.compare_models(predictions, [])
 
 
 def test_intervals_by_hand():
@@ -140,6 +202,23 @@ def test_classes_are_told_apart():
     table = esc.class_deltas(alone, "both", 1.0, "sbcnn").set_index("label")
     assert np.isnan(table.loc["b", ["ci_low", "p_value", "p_holm"]].astype(float)).all()
     assert table.loc["a", "n"] == 2 and table.loc["b", "n"] == 1
+
+
+def test_clips_of_one_recording_are_one_observation():
+    # 16 clips that one arm alone recognises, but of 4 recordings, 1, 1, 7 and 7 clips
+    sources = ["s0", "s1", *["s2"] * 7, *["s3"] * 7]
+    clips = pd.DataFrame({"source_id": sources, "fold": 5, "label": "a"})
+    clips["clip_id"] = [f"c{i}" for i in range(16)]
+    one = clips.drop(columns="source_id").assign(run=0, model="svm")
+    real = one.assign(arm="real", ratio=0.0, predicted=["a", *["b"] * 15])
+    both = one.assign(arm="both", ratio=1.0, predicted="a")
+    predictions = pd.concat([real, both])
+    (row,) = esc.class_deltas(predictions, "both", 1.0, "svm", clips=clips).to_dict("records")
+    assert (row["n"], row["n_sources"]) == (16, 4)
+    # of the 2^3 patterns of the signs that matter only two lie as far out
+    assert row["difference"] == 0.75 and row["p_value"] == 2 / 2**3
+    (alone,) = esc.class_deltas(predictions, "both", 1.0, "svm").to_dict("records")
+    assert alone["n_sources"] == 16 and alone["p_value"] < 0.01
 
 
 def test_distances_are_held_against_gains():
