@@ -147,7 +147,7 @@ def _clap(tokenizer):
     return ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=16))
 
 
-def audio_tower():
+def audio_tower(projection_dim=16):
     """The audio half of a CLAP of the published kind, untrained."""
     import torch
     from transformers import ClapAudioConfig, ClapAudioModelWithProjection
@@ -158,7 +158,7 @@ def audio_tower():
         patch_embeds_hidden_size=8,
         depths=[1, 1, 1, 1],
         num_attention_heads=[1, 1, 1, 1],
-        projection_dim=16,
+        projection_dim=projection_dim,
     )
     return ClapAudioModelWithProjection(config).eval()
 
