@@ -367,7 +367,9 @@ def launch(config, processes=1):
         return finetune(config)
     gpus = torch.cuda.device_count()
     if processes < 1 or 0 < gpus < processes:
-        raise TrainingError(f"processes must be from 1 to the {gpus} GPUs here; got {processes}")
+        raise TrainingError(
+            f"processes must be at least 1, and with GPUs one each ({gpus} here); got {processes}"
+        )
     _check(config)
     out_dir, key = Path(config.out_dir), _run_key(config, _read_clips(config))
     done = _finished(out_dir, key)
