@@ -709,6 +709,7 @@ _WATCHED = {
     "variational bound, nats": {"train_vlb": "training", "val_vlb_ema": "validation, averaged"},
     "gradient norm": {"grad_norm": ""},
     "learning rate": {"learning_rate": ""},
+    "samples a second": {"samples_per_s": ""},
 }
 
 
