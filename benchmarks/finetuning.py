@@ -4,7 +4,8 @@ The baseline trainer runs decoding, spectrogram, autoencoder and CLAP in every s
 once a clip. Both ways train the same U-Net on the same sounds, in one process and one thread; what
 is printed are ratios of this one run.
 
-    python benchmarks/finetuning.py                    on the CPU; and on a GPU, if there is one
+    OMP_NUM_THREADS=1 python benchmarks/finetuning.py --clips 64 --repeats 20
+                                                       on the CPU; and on a GPU, if there is one
     python benchmarks/finetuning.py --small            the GPU's part in small, on the CPU
     python benchmarks/finetuning.py --checks           a killed run, and two processes, against one
     python benchmarks/finetuning.py --study ESC-50 --checkpoint FOLDER --out runs/finetuning-study
@@ -15,12 +16,11 @@ over the steps, and both against held-out test mixes, beside their floors.
 
 import argparse
 import contextlib
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +112,9 @@ def uncached_batch(pipe, tower, clips, config, step):
 def cpu_table(folder, n_clips, repeats):
     """Print samples a second of the mini model with and without the caches."""
     root = make_set(folder, n_clips)
-    config = finetuning.FinetuneConfig("embedded", str(root), str(Path(folder) / "out"))
+    config = finetuning.FinetuneConfig(
+        "embedded", str(root), str(Path(folder) / "out"), text_condition_probability=0.5
+    )
     pipe, tower = ldm.load_pipeline("embedded", "cpu"), ldm.load_audio_tower("embedded")
     clips = metadata.read_audiocaps(root)
     started = time.perf_counter()
@@ -271,18 +273,9 @@ def largest_batches(table):
 # --- one sequence, however it is run -------------------------------------------------------------
 
 
-def write_config(config, file):
-    """Write a configuration for the command line."""
-    import yaml
-
-    told = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-    Path(file).write_text(yaml.safe_dump(told))
-    return str(file)
-
-
 def killed_run(file, states):
     """Train from the command line, kill -9 after the second saved state, and call it again."""
-    command = [sys.executable, "-m", "soundscapes_utils", "finetune", file]
+    command = [sys.executable, "-m", "soundscapes_utils", "finetune", str(file)]
     with subprocess.Popen(command) as process:
         while process.poll() is None and len(list(states.rglob("step-*.safetensors"))) < 2:
             time.sleep(0.01)
@@ -292,35 +285,23 @@ def killed_run(file, states):
     return f"killed with {', '.join(left)} saved (exit {process.returncode})"
 
 
-def shared_run(file):
-    """Train in two processes on the CPU (gloo)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # with --cpu accelerate starts one process only; the trainer itself sees that there is no GPU
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", port]
-    command = [sys.executable, "-m", *launch, "-m", "soundscapes_utils.finetuning", file]
-    subprocess.run(command, check=True)
-    return "two processes, half of each batch each"
-
-
 def checks(folder):
     """Print how far a killed run, and one in two processes, end from one that was let alone."""
     root = make_set(folder, 16)
     config = finetuning.FinetuneConfig(
         "embedded", str(root), str(folder / "alone"), steps=12, batch_size=8, val_every=3,
-        warmup_steps=4, learning_rate=1e-3, keep_best=False,
+        warmup_steps=4, learning_rate=1e-3, keep_best=False, text_condition_probability=0.5,
     )  # fmt: skip
     alone = finetuning.finetune(config)
     weights = ldm.load_pipeline(alone.checkpoint, "cpu").unet.state_dict()
     for name in ("killed", "shared"):
         ours = replace(config, out_dir=str(folder / name))
-        file = write_config(ours, folder / f"{name}.yaml")
-        states = folder / f"{name}.states"
-        told = killed_run(file, states) if name == "killed" else shared_run(file)
-        found = finetuning.finetune(ours)
+        if name == "killed":
+            file = finetuning.write_config(ours, folder / f"{name}.yaml")
+            told = killed_run(file, folder / f"{name}.states")
+        else:
+            told = "two processes, half of each batch each"
+        found = finetuning.launch(ours, processes=1 if name == "killed" else 2)
         columns = [c for c in alone.log if "loss" in c or "vlb" in c or c == "grad_norm"]
         apart = (found.log[columns] - alone.log[columns]).abs().max()
         again = ldm.load_pipeline(found.checkpoint, "cpu").unet.state_dict()
@@ -378,7 +359,8 @@ def study(wanted):
     rulers = [embeddings.get_embedding(name, path) for name, path in names.items()]
     base = finetuning.FinetuneConfig(
         wanted.checkpoint, str(root), "", steps=wanted.steps, learning_rate=1e-3, warmup_steps=20,
-        ema_decay=0.97, val_every=wanted.steps // 8, sample_epochs=2.0, n_samples=24,
+        text_condition_probability=0.5, ema_decay=0.97, val_every=wanted.steps // 8,
+        sample_epochs=2.0, n_samples=24,
         sample_embeddings=tuple(f"{name}={path}".rstrip("=") for name, path in names.items()),
         info=info, data_licence="CC BY 3.0 (ESC-10)",
     )  # fmt: skip

@@ -421,15 +421,15 @@ def mel_filters():
 @lru_cache(maxsize=1)
 def _hann():
     n = np.arange(LOG_MEL_FFT)
-    return (0.5 - 0.5 * np.cos(2 * np.pi * n / LOG_MEL_FFT)).astype(np.float32)
+    return 0.5 - 0.5 * np.cos(2 * np.pi * n / LOG_MEL_FFT)
 
 
 def log_mel(y, sample_rate=LOG_MEL_RATE):
     """Log-mel spectrogram of AudioLDM's trainer, value for value.
 
     16 kHz, reflection padding of 432 samples at each end, periodic Hann window and FFT of 1024,
-    hop 160 (10 ms), magnitude, 64 Slaney mel bands over 0–8 kHz, natural logarithm floored at 1e-5.
-    Signals of another rate are resampled to 16 kHz first.
+    hop 160 (10 ms), magnitude, 64 Slaney mel bands over 0–8 kHz, natural logarithm floored at 1e-5;
+    all of it in float64. Signals of another rate are resampled to 16 kHz first.
 
     Parameters
     ----------
@@ -457,7 +457,12 @@ def log_mel(y, sample_rate=LOG_MEL_RATE):
     >>> log_mel(np.zeros(16000)).shape
     (100, 64)
     """
-    y = resample(check_audio(y, "signal", silent_ok=True), sample_rate, LOG_MEL_RATE)
+    checked = check_audio(y, "signal", silent_ok=True)
+    # in float32 a quiet band is rounded away beneath a loud one of the same frame
+    if sample_rate == LOG_MEL_RATE:
+        y = np.asarray(y, np.float64)
+    else:
+        y = resample(checked, sample_rate, LOG_MEL_RATE).astype(np.float64)
     pad = (LOG_MEL_FFT - LOG_MEL_HOP) // 2
     if y.size <= pad:
         raise AudioError(
@@ -467,7 +472,7 @@ def log_mel(y, sample_rate=LOG_MEL_RATE):
     padded = np.pad(y, pad, mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, LOG_MEL_FFT)[::LOG_MEL_HOP]
     magnitude = np.abs(np.fft.rfft(frames * _hann(), axis=1))
-    return np.log(np.maximum(magnitude @ mel_filters(), np.float32(LOG_MEL_FLOOR)))
+    return np.log(np.maximum(magnitude @ mel_filters(), LOG_MEL_FLOOR)).astype(np.float32)
 
 
 def listen(y, sample_rate, title=None):

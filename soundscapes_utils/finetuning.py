@@ -11,9 +11,8 @@ From the command line, on one device or on several::
     accelerate launch -m soundscapes_utils.finetuning config.yaml
     accelerate launch --multi_gpu --num_processes 2 -m soundscapes_utils.finetuning config.yaml
 
-(the last also on CPUs, where ``--cpu`` would start one process only) and in a fresh notebook
-``accelerate.notebook_launcher(finetune, (config,), num_processes=2)``. The settings of the baseline
-trainer, with caches and a larger batch::
+(the last also on CPUs, where ``--cpu`` would start one process only); from a notebook or a script
+`launch` does the same. The settings of the baseline trainer, with caches and a larger batch::
 
     checkpoint: cvssp/audioldm-s-full-v2
     dataset_root: mixes/metadata/dataset_root.json
@@ -24,6 +23,7 @@ trainer, with caches and a larger batch::
     ema_decay: 0.9999
     segment_s: 10.24
     loudest_of: 1
+    text_condition_probability: 0.0
     val_every: 1000
     sample_epochs: 5
     precision: bf16
@@ -35,10 +35,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import socket
+import subprocess
 import sys
 import time
 import warnings
+from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -59,6 +63,9 @@ _SHARD = 64
 _CLIPS_A_PASS = 8
 # share of the KL divergence in the loss of the autoencoder, for each value of the log-mel
 _KL_WEIGHT = 1e-3
+# clips of the validation split that samples are scored against: more gain little and take long
+_REFERENCE_CLIPS = 512
+_SHARED_DISK = "out_dir and cache_dir must lie on a disk that all machines share"
 # a validation loss of so many times that of the start is no training any more
 _DIVERGED = 10.0
 _CHOICES = {
@@ -74,6 +81,8 @@ _PLACES = (
     *("wandb_project", "keep_states", "data_licence"),
     *("accumulate", "gradient_checkpointing"),
 )
+
+_NO_LICENCE = "see its own page"
 
 # Gaurav et al., DCASE 2024 Challenge, task 7, table 1
 REPORTED = pd.DataFrame(
@@ -146,7 +155,9 @@ class FinetuneConfig:
     vae_learning_rate : float
         Rate of its AdamW.
     text_condition_probability : float
-        How often the condition is the caption's text embedding, not the audio embedding.
+        How often the condition is the caption's text embedding, not the audio embedding. 0 is the
+        way of AudioLDM, whose CLAP was trained on hundreds of thousands of pairs. The small CLAP of
+        the embedded checkpoint leaves a wide gap between texts and sounds, and wants 0.5.
     condition_dropout : float
         How often the condition is that of the empty text, for classifier-free guidance.
     segment_s : float
@@ -208,7 +219,7 @@ class FinetuneConfig:
     vae: str = "keep"
     vae_steps: int = 1000
     vae_learning_rate: float = 1e-5
-    text_condition_probability: float = 0.5
+    text_condition_probability: float = 0.0
     condition_dropout: float = 0.1
     segment_s: float = 2.56
     segments_per_clip: int = 2
@@ -239,16 +250,19 @@ class FinetuneResult:
     checkpoint : Path
         Diffusers folder that ``AudioLDMPipeline.from_pretrained`` opens.
     log : pandas.DataFrame
-        One row a validation: ``step``; ``train_loss`` and ``train_vlb`` (means since the row
-        before); ``val_loss`` of the raw and ``val_loss_ema`` of the averaged weights, likewise
-        ``val_vlb_ema``, ``test_loss``, ``test_loss_ema``; ``val_loss_t1`` to ``val_loss_t4``, the
+        One row a validation: ``step``; ``train_loss``, ``train_simple`` (without the weights of
+        the timesteps) and ``train_vlb``, means since the row before; ``val_loss`` of the raw and
+        ``val_loss_ema`` of the averaged weights, likewise ``val_simple_ema``, ``val_vlb_ema``,
+        ``test_loss``, ``test_loss_ema``; ``val_audio_ema``, ``val_loss_ema`` under the sounds'
+        embeddings instead of the captions'; ``val_loss_t1`` to ``val_loss_t4``, the
         averaged weights' loss in the four quarters of the timesteps, from clean to noisy;
         ``learning_rate``; ``grad_norm`` before clipping; ``seconds`` and ``samples_per_s`` of
         the steps.
     best_step : int
         Of the lowest validation loss of the averaged weights.
     scores : pandas.DataFrame
-        FAD and KAD of the samples, with floors (see `fad.score_table`), and their ``step``.
+        FAD and KAD of the samples, with floors (see `fad.score_table`), and their ``step``; the
+        weights that are kept have theirs.
     """
 
     checkpoint: Path
@@ -298,10 +312,10 @@ def finetune(config):
     out_dir = Path(config.out_dir)
     clips = _read_clips(config)
     key = _run_key(config, clips)
-    done = _finished(out_dir, key)
+    done, team = _finished(out_dir, key), _team()
+    _agree(team, done is not None)
     if done:
         return done
-    team = _team()
     _check_shares(config, team)
     states = _beside(out_dir, "states") / key
     with _memory_advice(config, team, states):
@@ -311,13 +325,101 @@ def finetune(config):
         cache = prepare(pipe, clips, config, _cache_dir(config), team)
         run = _Run(pipe, cache, clips, config, team, states)
         run.restore(key)
+        _agree(team, run.step)
         run.train(key)
     if team.is_main_process:
-        run.keep(run.best if config.keep_best else run.ema)
+        run.keep()
         _save_result(pipe, run, clips, config, key)
         shutil.rmtree(_beside(out_dir, "states"), ignore_errors=True)
     team.wait_for_everyone()
     return _finished(out_dir, key)
+
+
+def launch(config, processes=1):
+    """Fine-tune in several processes, as `accelerate launch` would: from a notebook or a script.
+
+    Parameters
+    ----------
+    config : FinetuneConfig
+        As for `finetune`.
+    processes : int
+        1: `finetune`, in this process; more: as many new ones, a GPU each, or all on the CPU. What
+        they say is printed; their configuration lies in ``<out_dir>.logs/config.yaml``.
+
+    Returns
+    -------
+    FinetuneResult
+        As `finetune`: the loss does not depend on the number of processes.
+
+    Raises
+    ------
+    TrainingError
+        Fewer than one process, more than there are GPUs, or an error in one of them.
+    ldm.CheckpointError
+        If the checkpoint cannot be opened.
+
+    Examples
+    --------
+    >>> config = FinetuneConfig("embedded", "set/dataset_root.json", "out", steps=100)
+    >>> launch(config, processes=2).best_step  # doctest: +SKIP
+    """
+    if processes == 1:
+        return finetune(config)
+    gpus = torch.cuda.device_count()
+    if processes < 1 or 0 < gpus < processes:
+        raise TrainingError(
+            f"processes must be at least 1, and with GPUs one each ({gpus} here); got {processes}"
+        )
+    _check(config)
+    out_dir, key = Path(config.out_dir), _run_key(config, _read_clips(config))
+    done = _finished(out_dir, key)
+    if done:
+        return done
+    file = write_config(config, _beside(out_dir, "logs") / "config.yaml")
+    status, lines = _spoken(_launch_command(file, processes), _launch_environment(processes))
+    if status:
+        told = [line for line in lines if line.startswith("error: ")] or lines[-20:]
+        raise TrainingError(f"{processes} processes ended with status {status}: {' '.join(told)}")
+    return _finished(out_dir, key)
+
+
+def _launch_command(file, processes):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # with --cpu accelerate starts one process only; the trainer itself sees that there is no GPU
+    words = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
+    words += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    words = ["accelerate.commands.launch", *words, "-m", "soundscapes_utils.finetuning"]
+    return [sys.executable, "-m", *words, str(file)]
+
+
+def _launch_environment(processes):
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    ours = {"OMP_NUM_THREADS": threads} | os.environ
+    return ours | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+
+
+def _spoken(command, environment):
+    """Run a command, print what it says as it says it, and give back its status and last lines."""
+    lines = deque(maxlen=200)
+    with subprocess.Popen(
+        command,
+        env=environment,
+        encoding="utf-8",
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line.strip())
+        except BaseException:
+            process.terminate()  # an interrupted notebook leaves no training behind
+            raise
+    return process.returncode, list(lines)
 
 
 def _beside(out_dir, what):
@@ -328,13 +430,19 @@ def _team():
     """Tell what `accelerate launch` has started; one process by default."""
     from accelerate import PartialState
 
-    # a notebook's launcher starts its processes as copies of one that may have trained alone
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if PartialState._shared_state and PartialState().num_processes != started:
-        PartialState._reset_state()
     # samples and validations keep the others waiting for longer than the usual ten minutes
     waits = {"timeout": timedelta(hours=6)}
     return PartialState(cpu=not torch.cuda.is_available(), **waits)
+
+
+def _agree(team, found):
+    """Refuse to go on where the processes see different files."""
+    if team.num_processes == 1:
+        return
+    all_found = [None] * team.num_processes
+    torch.distributed.all_gather_object(all_found, found)
+    if len(set(all_found)) > 1:
+        raise TrainingError(f"the processes find different states of this run: {_SHARED_DISK}")
 
 
 def _check(config):
@@ -351,6 +459,11 @@ def _check(config):
     for name in ("text_condition_probability", "condition_dropout", "ema_decay", "decay_start"):
         if not 0 <= getattr(config, name) <= 1:
             raise TrainingError(f"{name} must be from 0 to 1; got {getattr(config, name)}")
+    if not config.max_grad_norm > 0:
+        raise TrainingError(
+            f"max_grad_norm must be above 0, or nothing is trained; got {config.max_grad_norm}. To "
+            "clip nothing, give a large number"
+        )
     if config.sample_epochs and config.n_samples < 2 and len(config.sample_prompts) < 2:
         raise TrainingError("a score needs two samples or more: raise n_samples")
 
@@ -395,6 +508,15 @@ def _last(states):
     if not files:
         return "No state had been saved."
     return f"The last good state is {files[-1]}; the same command goes on from it."
+
+
+def _calmer(config):
+    # the rate belongs to what identifies a run, so no state can go on with another one
+    return (
+        "It will meet the same batches again, which helps after a fault of the machine only. "
+        f"Otherwise give a lower learning_rate (now {config.learning_rate:g}) or max_grad_norm (now "
+        f"{config.max_grad_norm:g}): that is another run, which starts at step 0."
+    )
 
 
 def _splits(config):
@@ -449,35 +571,38 @@ def _finished(out_dir, key):
 
 def _save_result(pipe, run, clips, config, key):
     info = {**ldm.checkpoint_info(config.checkpoint), **config.info}
-    tower = ldm.load_audio_tower(str(config.checkpoint))[0]
-    own_tower = tower if isinstance(tower, ldm.AudioTower) else None
+    # a published tower that came from the hub is found there again
+    comes_along = (Path(ldm.resolve(config.checkpoint)) / "audio_encoder").is_dir()
+    own_tower = ldm.load_audio_tower(str(config.checkpoint))[0] if comes_along else None
     training = {"key": key, "best_step": run.best_step, "config": asdict(config), "log": run.log}
     training["scores"] = run.scores
-    for place in ("out_dir", "dataset_root", "checkpoint", "cache_dir"):
+    for place in ("out_dir", "dataset_root", "cache_dir"):
         training["config"][place] = Path(training["config"][place]).name
+    training["config"]["checkpoint"] = _base(config.checkpoint)
     pipe.unet.eval()
     texts = {
         "training.json": json.dumps(training),
-        "README.md": _card(info, run, clips, config),
+        ldm.CARD_FILE: _card(info, run, clips, config),
     }
     ldm.save_checkpoint(pipe, config.out_dir, info, own_tower, extra=texts)
 
 
 def _card(info, run, clips, config):
     """Write the model card: data, licence, steps, scores with floors."""
-    kept = run.best_step if config.keep_best else run.step
-    last = run.log[-1]
+    base, licence = _base(config.checkpoint), _licence(config.checkpoint)
+    kept = next(row for row in run.log if row["step"] == run.kept[1])
     told = "\n".join(f"- {name}: {n} clips" for name, n in clips["split"].value_counts().items())
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-audio
-base_model: {Path(config.checkpoint).name}
+base_model: {base}
+license: {_licence_name(licence)}
 ---
 
 # {Path(config.out_dir).name}
 
-A latent diffusion model in the layout of AudioLDM, fine-tuned from `{Path(config.checkpoint).name}`
-(licence of its weights: {_licence(config.checkpoint)}) with `soundscapes_utils.finetuning`.
+A latent diffusion model in the layout of AudioLDM, fine-tuned from `{base}`
+(licence of its weights: {licence}) with `soundscapes_utils.finetuning`.
 
 ## Data
 
@@ -489,17 +614,19 @@ A latent diffusion model in the layout of AudioLDM, fine-tuned from `{Path(confi
 
 - {_what(config)}, {run.step} steps of {config.batch_size} segments of {config.segment_s:g} s,
   {config.precision}, learning rate {config.learning_rate:g}, seed {config.seed}; the weights are the
-  moving average (decay {config.ema_decay:g}) of step {kept}.
+  moving average (decay {config.ema_decay:g}) of step {kept["step"]}.
+- Loss: squared error of the prediction ({run.scheduler.config.prediction_type}), {_weighting(run)}.
+- Autoencoder: {_vae_told(config)}.
 - Condition: text embeddings in {config.text_condition_probability:.0%}, audio embeddings otherwise;
   dropped in {config.condition_dropout:.0%}.
 - Validation loss (fixed noise and timesteps): {run.log[0]["val_loss_ema"]:.4f} before,
-  {min(row["val_loss_ema"] for row in run.log):.4f} at best.
-- Test loss: {_or_none(run.log[0], "test_loss_ema")} before, {_or_none(last, "test_loss_ema")} at the
-  end; it took no part in any choice.
+  {kept["val_loss_ema"]:.4f} at step {kept["step"]}.
+- Test loss: {_or_none(run.log[0], "test_loss_ema")} before, {_or_none(kept, "test_loss_ema")} at
+  step {kept["step"]}; it took no part in any choice.
 
 ## Scores
 
-{_score_lines(run.scores)}
+{_score_lines([row for row in run.scores if row["step"] == kept["step"]])}
 
 ## Use
 
@@ -520,28 +647,102 @@ def _what(config):
     return {"full": "The whole U-Net", "attention": "The attention of the U-Net"}[config.train]
 
 
+def _weighting(run):
+    if run.config.snr_gamma:
+        return f"min-SNR weights with gamma {run.config.snr_gamma:g}"
+    kind = run.scheduler.config.prediction_type
+    return "weighted by the SNR clamped to [0.25, 4]" if kind == "sample" else "unweighted"
+
+
+def _vae_told(config):
+    if config.vae == "keep":
+        return "as in the checkpoint"
+    part = {"decoder": "its decoder", "all": "all of it"}[config.vae]
+    return (
+        f"{part} trained first, {config.vae_steps} steps at a rate of {config.vae_learning_rate:g} "
+        "(a linear one is fitted in closed form)"
+    )
+
+
+def _base(checkpoint):
+    """Name a checkpoint without a place of this machine; a hub name as a whole."""
+    at_the_hub = checkpoint != "embedded" and not Path(checkpoint).exists()
+    return checkpoint if at_the_hub else Path(checkpoint).name
+
+
 def _or_none(row, name):
     return f"{row[name]:.4f}" if row.get(name) is not None else "not taken"
 
 
 def _licence(checkpoint):
-    """Find the licence in the card of the checkpoint that training starts from."""
-    card = Path(ldm.resolve(checkpoint)) / "README.md"
+    """Find the licence of the checkpoint that training starts from: in its card, or as known."""
+    from . import generation
+
+    known = generation.known_checkpoints().set_index("checkpoint")["licence"]
+    if str(checkpoint) in known.index:
+        return known[str(checkpoint)]
+    card = Path(ldm.resolve(checkpoint)) / ldm.CARD_FILE
     if card.is_file():
         for line in card.read_text().splitlines():
             if line.startswith("license:"):
                 return line.removeprefix("license:").strip()
-    return "see its own page"
+    return _NO_LICENCE
+
+
+def _licence_name(licence):
+    # as the hub spells them
+    return licence.split(" (")[0].lower().replace(" ", "-") if licence != _NO_LICENCE else "unknown"
+
+
+def note_scores(checkpoint, scores):
+    r"""Put scores into a model card, in place of what stands under its "Scores".
+
+    Parameters
+    ----------
+    checkpoint : str or Path
+        Folder that `finetune` has made.
+    scores : pandas.DataFrame
+        From `fad.score_table`, with the floors; or several of them concatenated.
+
+    Returns
+    -------
+    Path
+        The card.
+
+    Raises
+    ------
+    TrainingError
+        A folder without such a card.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from soundscapes_utils import fad
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "README.md").write_text("# Model\n\n## Scores\n\nNone yet.\n\n## Use\n")
+    >>> real, ours = np.random.default_rng(0).normal(size=(2, 40, 4))
+    >>> scores = fad.score_table(real, {"ours": ours}, embedding="toy")
+    >>> note_scores(folder, scores).read_text().count("- FAD in toy, ours against real (n 40 / 40)")
+    1
+    """
+    card = Path(checkpoint) / ldm.CARD_FILE
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    head, title, rest = text.partition("## Scores\n")
+    if not title:
+        raise TrainingError(f"{card}: no model card with a part '## Scores'; finetune writes one")
+    tail = re.search(r"^## .*", rest, re.M | re.S)
+    lines = _score_lines(scores.to_dict("records"))
+    text = f"{head}{title}\n{lines}\n\n{tail[0] if tail else ''}"
+    audio.write_whole(card, text.encode())
+    return card
 
 
 def _score_lines(scores):
     from . import fad
 
     if not scores:
-        return "No samples were scored during training."
-    table = pd.DataFrame(scores)
-    last = table[table["step"] == table["step"].max()]
-    rows = fad.beside_floor(last.drop(columns="step"))
+        return "No samples were scored."
+    rows = fad.beside_floor(pd.DataFrame(scores))
     lines = [
         f"- {r.metric} in {r.embedding}, {r.candidate} against {r.reference} (n {r.n}): {r.score}; "
         f"floor, real against real (n {r.floor_n}): {r.floor}"
@@ -571,7 +772,8 @@ def captioned_set(csv_file, out_dir, name="sounds", audio_dir=None, shares=(0.8,
         What relative paths are relative to; by default the folder of the table.
     shares : sequence of float
         Of train, val and test, where the table has no ``split``: each source is assigned by the
-        digest of its name, so that it stays where it is when others come.
+        digest of its name, so that it stays where it is when others come. If none falls to train
+        or to val, the one that comes nearest is moved there.
 
     Returns
     -------
@@ -653,13 +855,7 @@ def _problems(rows):
 
 def _with_splits(rows, csv_file, shares):
     if "split" not in rows.columns:
-        # a place in [0, 1) for each source, which does not depend on the other sources
-        places = [
-            int(hashlib.sha256(s.encode()).hexdigest()[:12], 16) / 16**12 for s in rows.source
-        ]
-        ends = np.cumsum(shares) / np.sum(shares)
-        names = np.array(["train", "val", "test"])
-        rows = rows.assign(split=names[np.searchsorted(ends[:2], places, side="right")])
+        rows = rows.assign(split=rows["source"].map(_hashed_splits(rows["source"], shares)))
     unknown = set(rows["split"]) - {"train", "val", "test"}
     missing = {"train", "val"} - set(rows["split"])
     shared = rows.groupby("source")["split"].nunique()
@@ -672,6 +868,23 @@ def _with_splits(rows, csv_file, shares):
         names = ", ".join(shared.index[shared > 1][:5])
         raise TrainingError(f"{csv_file}: sources in more than one split: {names}")
     return rows
+
+
+def _hashed_splits(sources, shares):
+    # a place in [0, 1) for each source, which does not depend on the other sources
+    digests = {
+        source: hashlib.sha256(source.encode()).hexdigest() for source in sorted(set(sources))
+    }
+    places = pd.Series({s: int(d[:12], 16) / 16**12 for s, d in digests.items()}, dtype=float)
+    ends = np.cumsum([0.0, *shares]) / np.sum(shares)
+    names = np.array(["train", "val", "test"])
+    splits = pd.Series(names[np.searchsorted(ends[1:3], places, side="right")], places.index)
+    for name, low, high in zip(names[:2], ends, ends[1:], strict=False):
+        others = splits.groupby(splits).transform("size") > (splits != "test")
+        if not (splits == name).any() and others.any():
+            away = np.maximum(low - places, places - high)
+            splits[away[others].idxmin()] = name
+    return splits
 
 
 def _caption_columns(clips):
@@ -760,6 +973,10 @@ def _read_split(*files):
 def _read_tensors(file):
     try:
         return load_file(file)
+    except FileNotFoundError as error:
+        raise TrainingError(
+            f"{file}: another process made it, elsewhere; {_SHARED_DISK}"
+        ) from error
     except SafetensorError as error:
         raise TrainingError(
             f"{file}: a damaged file of the cache ({error}); delete it, and it is made again"
@@ -1231,7 +1448,7 @@ class _Run:
         self.model = self._shared()
         self.ema = self._weights()
         self.best, self.best_step, self.step = self._weights(), 0, 0
-        self.log, self.scores, self.ahead = [], [], None
+        self.log, self.scores, self.ahead, self.rulers = [], [], None, {}
 
     def _shared(self):
         """Wrap the U-Net so that the processes average their gradients; one needs no wrapper."""
@@ -1250,18 +1467,25 @@ class _Run:
             value.copy_(weights[name])
 
     @contextmanager
-    def _averaged(self):
-        """Put the averaged weights in place for a while."""
+    def _in_place(self, others):
+        """Put other weights in place for a while."""
         weights = self._weights()
-        self._load(self.ema)
+        self._load(others)
         try:
             yield
         finally:
             self._load(weights)
 
-    def keep(self, weights):
-        """Leave these weights in the pipeline, adapters merged."""
-        self._load(weights)
+    @property
+    def kept(self):
+        """The weights that become the checkpoint, and their step."""
+        if self.config.keep_best:
+            return self.best, self.best_step
+        return self.ema, self.step
+
+    def keep(self):
+        """Leave the weights that are kept in the pipeline, adapters merged."""
+        self._load(self.kept[0])
         if self.config.train == "lora":
             self.unet.fuse_lora()
             self.unet.unload_lora()
@@ -1288,6 +1512,8 @@ class _Run:
                 found, started = [], time.monotonic()
         bar.close()
         if main:
+            if config.sample_epochs and self.kept[1] not in {r["step"] for r in self.scores}:
+                self._score(curves, *self.kept)
             curves.close()
 
     def _idle(self):
@@ -1308,8 +1534,8 @@ class _Run:
             group["lr"] = rate
         batch = draw(self.cache["train"], config, self.step) if self.ahead is None else self.ahead
         self.optimizer.zero_grad(set_to_none=True)
-        # [loss, lower bound], mean over the share of this process
-        means = torch.zeros(2, device=team.device)
+        # [loss, simple loss, lower bound], mean over the share of this process
+        means = torch.zeros(3, device=team.device)
         for number in range(config.accumulate):
             place = team.process_index + number * team.num_processes
             part = _part(batch, place, team.num_processes * config.accumulate)
@@ -1324,10 +1550,10 @@ class _Run:
         if team.num_processes > 1:
             torch.distributed.all_reduce(means)
             means /= team.num_processes
-        loss, bound = means.tolist()
-        self._refuse_broken(loss, float(norm))
+        told = dict(zip(("train_loss", "train_simple", "train_vlb"), means.tolist(), strict=True))
+        self._refuse_broken(told["train_loss"], float(norm))
         self.step += 1
-        return {"train_loss": loss, "train_vlb": bound, "grad_norm": float(norm)}
+        return told | {"grad_norm": float(norm)}
 
     def _backward(self, part, last):
         # processes average their gradients once a step, not once a part
@@ -1337,8 +1563,8 @@ class _Run:
                 found = denoising(self.model, self.scheduler, part, self.config.snr_gamma)
             loss = (found.weight * found.error).mean() / self.config.accumulate
             self.scaler.scale(loss).backward()
-        bound = (found.bound * found.error).mean() / self.config.accumulate
-        return torch.stack([loss.detach(), bound.detach()])
+        plain = torch.stack([found.error.mean(), (found.bound * found.error).mean()]).detach()
+        return torch.cat([loss.detach()[None], plain / self.config.accumulate])
 
     @torch.no_grad()
     def _average(self):
@@ -1352,8 +1578,7 @@ class _Run:
         if math.isfinite(loss) and (math.isfinite(norm) or self.config.precision == "fp16"):
             return
         raise TrainingError(
-            f"the loss is not finite at step {self.step}. {_last(self.states)} Or start anew with a "
-            f"lower learning_rate (now {self.config.learning_rate:g})."
+            f"the loss is not finite at step {self.step}. {_last(self.states)} {_calmer(self.config)}"
         )
 
     def _record(self, means, seconds, curves):
@@ -1369,28 +1594,29 @@ class _Run:
         if self.team.is_main_process:
             curves.write(self.log)
             if self._time_to_sample():
-                self.scores += self._score(curves)
-                curves.write_scores(self.scores)
+                self._score(curves, self.ema, self.step)
         limit = _DIVERGED * self.log[0]["val_loss"]
         if not row["val_loss"] <= limit:
             raise TrainingError(
                 f"training diverged: the validation loss is {row['val_loss']:.4g} at step "
-                f"{self.step}, {self.log[0]['val_loss']:.4g} at the start. {_last(self.states)} Or "
-                f"start anew with a lower learning_rate (now {self.config.learning_rate:g})."
+                f"{self.step}, {self.log[0]['val_loss']:.4g} at the start. {_last(self.states)} "
+                f"{_calmer(self.config)}"
             )
 
     def _row(self, means, seconds):
         config = self.config
         raw, raw_test = self._validate("val"), self._validate("test")
-        with self._averaged():
+        with self._in_place(self.ema):
             averaged, averaged_test = self._validate("val"), self._validate("test")
-        row = {
-            "step": self.step,
-            "train_loss": means.get("train_loss", float("nan")),
-            "train_vlb": means.get("train_vlb", float("nan")),
+            heard = self._validate("val", "audio")
+        names = ("train_loss", "train_simple", "train_vlb")
+        row = {"step": self.step} | {name: means.get(name, float("nan")) for name in names}
+        row |= {
             "val_loss": raw["loss"],
             "val_loss_ema": averaged["loss"],
+            "val_simple_ema": averaged["simple"],
             "val_vlb_ema": averaged["vlb"],
+            "val_audio_ema": heard["loss"],
         }
         if raw_test:
             row |= {"test_loss": raw_test["loss"], "test_loss_ema": averaged_test["loss"]}
@@ -1404,15 +1630,15 @@ class _Run:
         }
 
     @torch.no_grad()
-    def _validate(self, split):
+    def _validate(self, split, condition="right"):
         """Loss at fixed clips, timesteps and noise: comparable from step to step."""
         if split not in self.cache:
             return {}
         config = self.config
         wanted = {"val": config.val_segments, "test": config.test_segments}[split]
-        batch = fixed_batch(self.cache[split], wanted, config.seed)
+        batch = fixed_batch(self.cache[split], wanted, config.seed, condition)
         self.unet.eval()
-        means, losses, bounds = [], [], []
+        means, losses, errors, bounds = [], [], [], []
         size = max(1, config.batch_size // config.accumulate)
         for start in range(0, len(batch["t"]), size):
             part = {k: v[start : start + size] for k, v in batch.items()}
@@ -1421,12 +1647,14 @@ class _Run:
             weighted = found.weight * found.error
             means += [float(weighted.mean())] * len(part["t"])
             losses += weighted.tolist()
+            errors += found.error.tolist()
             bounds += (found.bound * found.error).tolist()
         self.unet.train()
         quarter = (batch["t"] * 4).long().numpy()
         quarters = pd.Series(losses).groupby(quarter).mean().reindex(range(4))
         return {
             "loss": float(np.mean(means)),
+            "simple": float(np.mean(errors)),
             "vlb": float(np.mean(bounds)),
             "quarters": quarters.tolist(),
         }
@@ -1441,43 +1669,47 @@ class _Run:
         due = before < 0 or int(self.step / every) > int(before / every)
         return due or self.step == self.config.steps
 
-    def _score(self, curves):
+    def _score(self, curves, weights, step):
         """Generate fixed prompts with fixed seeds and score them against the validation clips."""
-        from . import embeddings, fad
+        from . import fad
 
         config = self.config
         self.unet.eval()
-        with self._averaged():
+        with self._in_place(weights):
             sounds, rate = _sample(self.pipe, config, self._prompts())
         self.unet.train()
-        curves.write_sounds(sounds, rate, self.step)
-        paths = self.clips.loc[self.clips["split"] == "val", "path"]
-        real = embeddings.excerpts(paths, config.segment_s)
+        curves.write_sounds(sounds, rate, step)
+        options = {"reference_name": "validation", "repeats": 50, "seed": config.seed}
         rows = []
-        for told in config.sample_embeddings:
-            name, _, path = told.partition("=")
-            embedding = embeddings.get_embedding(name, path)
-            ours = embedding.embed(sounds, rate, silence="allow")
-            reference = embedding.embed(real, ldm.SAMPLE_RATE, silence="allow")
-            rows.append(
-                fad.score_table(
-                    reference,
-                    {f"step {self.step}": ours},
-                    embedding=name,
-                    reference_name="validation",
-                    repeats=50,
-                    seed=config.seed,
-                )
-            )
-        table = pd.concat(rows).assign(step=self.step)
-        return table.astype(object).to_dict("records")
+        for name, (embedding, real) in self._rulers().items():
+            ours = {f"step {step}": embedding.embed(sounds, rate, silence="allow")}
+            rows.append(fad.score_table(real, ours, embedding=name, **options))
+        table = pd.concat(rows).assign(step=step).astype(object)
+        self.scores += table.to_dict("records")
+        curves.write_scores(self.scores, step)
+
+    def _rulers(self):
+        """Open the embeddings and embed the reference, once a run."""
+        from . import embeddings
+
+        if not self.rulers:
+            paths = _spread(self._validation["path"].tolist(), _REFERENCE_CLIPS)
+            real = embeddings.excerpts(paths, self.config.segment_s)
+            for told in self.config.sample_embeddings:
+                name, _, path = told.partition("=")
+                ruler = embeddings.get_embedding(name, path)
+                points = ruler.embed(real, ldm.SAMPLE_RATE, silence="allow")
+                self.rulers[name] = (ruler, points)
+        return self.rulers
+
+    @property
+    def _validation(self):
+        return self.clips[self.clips["split"] == "val"]
 
     def _prompts(self):
         if self.config.sample_prompts:
             return list(self.config.sample_prompts)
-        captions = self.clips.loc[self.clips["split"] == "val", "caption"].tolist()
-        places = np.linspace(0, len(captions) - 1, min(self.config.n_samples, len(captions)))
-        return [captions[int(place)] for place in places]
+        return _spread(self._validation["caption"].tolist(), self.config.n_samples)
 
     def _save(self, key):
         groups = {"model": self._weights(), "ema": self.ema, "best": self.best}
@@ -1498,6 +1730,12 @@ class _Run:
         self.scaler.load_state_dict(note["scaler"])
         self.step, self.best_step = note["step"], note["best_step"]
         self.log, self.scores = note["log"], note["scores"]
+
+
+def _spread(items, n):
+    """Take at most `n` of a list, evenly over it."""
+    places = np.linspace(0, len(items) - 1, min(n, len(items)))
+    return [items[int(place)] for place in places]
 
 
 def _means(found):
@@ -1593,24 +1831,25 @@ class _Curves:
         told = {k: v for k, v in log[-1].items() if k != "step" and v == v}
         self._tell(told, log[-1]["step"])
 
-    def write_scores(self, scores):
+    def write_scores(self, scores, step):
         from . import fad
 
         table = pd.DataFrame(scores)
         audio.write_whole(self.folder / "scores.csv", table.to_csv(index=False).encode())
-        last = table[table["step"] == table["step"].max()]
+        last = table[table["step"] == step]
         names = {True: "floor", False: "samples"}
         told = {
             f"{row.metric} {row.embedding} {names[row.candidate == fad.FLOOR_NAME]}": row.value
             for row in last.itertuples()
         }
-        self._tell(told, int(last["step"].iloc[0]))
+        self._tell(told, step)
 
     def _tell(self, numbers, step):
         for name, value in numbers.items():
             self.board.add_scalar(name.replace(" ", "/"), value, step)
         self.board.flush()
-        if self.wandb:
+        # W&B takes no step twice or late; the weights that are kept may be those of an early one
+        if self.wandb and step >= self.wandb.step:
             self.wandb.log(numbers, step=step)
 
     def write_sounds(self, sounds, rate, step):
@@ -1823,6 +2062,38 @@ def read_config(file, changes=()):
     if missing:
         raise TrainingError(f"{file}: {', '.join(missing)} must be given")
     return replace(FinetuneConfig("", "", ""), **{n: _typed(known[n], v) for n, v in told.items()})
+
+
+def write_config(config, file):
+    """Write a configuration to a YAML file, for `read_config` and the command line.
+
+    Parameters
+    ----------
+    config : FinetuneConfig
+        What is written.
+    file : str or Path
+        Its folder is made if need be.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> config = FinetuneConfig("embedded", "set.json", "out", sample_prompts=("rain", "wind"))
+    >>> read_config(write_config(config, Path(tempfile.mkdtemp()) / "config.yaml")) == config
+    True
+    """
+    import yaml
+
+    # through JSON, in which tuples are lists
+    plain = json.loads(json.dumps(asdict(config)))
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    audio.write_whole(file, yaml.safe_dump(plain, sort_keys=False).encode())
+    return file
 
 
 def _typed(told, value):

@@ -32,6 +32,7 @@ HOP = 160
 N_MELS = 64
 EMBEDDED_CHECKPOINT = Path(__file__).resolve().parents[1] / "data" / "checkpoints" / "mini-audioldm"
 INFO_FILE = "soundscapes.json"
+CARD_FILE = "README.md"
 HUB_CLAP = "laion/clap-htsat-unfused"
 HUB_INFO = {
     "training_dataset": "AudioCaps, AudioSet, BBC Sound Effects, Freesound",
@@ -94,7 +95,9 @@ AUDIOLDM_S = {
 # the libraries whose classes a checkpoint's model_index.json may name
 _LIBRARIES = ("diffusers", "transformers", "soundscapes_utils.ldm")
 # tensors that hold no knowledge, which some releases of transformers save and others do not
-_COUNTERS = ("position_ids", "token_type_ids", "num_batches_tracked")
+_COUNTERS = ("position_ids", "token_type_ids", "num_batches_tracked", "relative_position_index")
+# the other half of a published CLAP, which an audio tower is opened without
+_TEXT_HALF = ("text_model.", "text_projection.", "logit_scale")
 # tokens of captions that one pass of the text tower takes
 _TOKENS_A_PASS = 2**17
 
@@ -154,6 +157,7 @@ class PatchVAE(ModelMixin, ConfigMixin):
         PatchVAE
             Itself, fitted.
         """
+        mels = mels.to(self.mean)  # the network may lie on a GPU
         rows = self._patches(mels[:, None]).movedim(1, -1).reshape(-1, self.config.patch**2)
         self.mean.copy_(rows.mean(0))
         centred = (rows - self.mean).double()
@@ -447,7 +451,7 @@ def resolve(checkpoint):
 
 
 def checkpoint_digest(source):
-    """Identify a checkpoint by the content of its files.
+    """Identify a checkpoint by the content of its files, its card apart.
 
     Parameters
     ----------
@@ -468,7 +472,9 @@ def checkpoint_digest(source):
     if not folder.is_dir():
         return str(source)
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    # scores are noted in the card later on, which makes no other model of it
+    card = folder / CARD_FILE
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != card):
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -586,22 +592,33 @@ def _load_parts(source, index):
         parts[part], told = network.from_pretrained(
             source, subfolder=part, dtype=torch.float32, output_loading_info=True
         )
-        for kind in ("missing", "unexpected", "mismatched"):
-            keys = [key for key in told[f"{kind}_keys"] if not str(key).endswith(_COUNTERS)]
-            if keys:
-                faults.append(f"{part}: {kind} {_some(keys)}")
+        faults += _faults(part, told)
+    _refuse_faults(source, faults)
+    return parts
+
+
+def _faults(part, told, elsewhere=()):
+    """List the keys that do not fit, by kind; those that begin as told lie elsewhere rightly."""
+    faults = []
+    for kind in ("missing", "unexpected", "mismatched"):
+        names = (str(key[0] if isinstance(key, tuple) else key) for key in told[f"{kind}_keys"])
+        keys = [n for n in names if not n.endswith(_COUNTERS) and not n.startswith(elsewhere)]
+        if keys:
+            faults.append(f"{part}: {kind} {_some(keys)}")
+    return faults
+
+
+def _refuse_faults(source, faults):
     if faults:
         raise CheckpointError(
             f"{source}: the weights do not fit the configuration ({'; '.join(faults)}). Give a "
             "checkpoint whose parts were saved together, or save it again with save_pretrained."
         )
-    return parts
 
 
 def _some(keys):
-    names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{len(names)} ({', '.join(names[:5])}{more})"
+    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return f"{len(keys)} ({', '.join(sorted(keys)[:5])}{more})"
 
 
 def _first_line(error):
@@ -661,11 +678,10 @@ def waveform_to_mel(y, n_frames):
     >>> waveform_to_mel(np.zeros(16_000, np.float32), 128).shape
     torch.Size([128, 64])
     """
-    y = np.asarray(y, np.float32)[: n_frames * HOP]
+    y = np.asarray(y, np.float64)[: n_frames * HOP]
     y = y - y.mean()
     y = 0.5 * y / max(float(np.abs(y).max()), 1e-8)
-    y = audio.fit_length(y.astype(np.float32), n_frames * HOP, mode="pad")
-    return torch.from_numpy(audio.log_mel(y))
+    return torch.from_numpy(audio.log_mel(np.pad(y, (0, n_frames * HOP - len(y)))))
 
 
 def encode_mel(pipe, mel):
@@ -681,11 +697,11 @@ def encode_mel(pipe, mel):
     Returns
     -------
     torch.Tensor [batch, channels, frames / factor, 64 / factor]
-        Scaled latents (the mode of the VAE's posterior).
+        Scaled latents (the mode of the VAE's posterior), on the CPU.
     """
     with torch.no_grad():
         dist = pipe.vae.encode(mel[:, None].to(pipe.device)).latent_dist
-    return dist.mode() * pipe.vae.config.scaling_factor
+    return (dist.mode() * pipe.vae.config.scaling_factor).cpu()
 
 
 def decode_latents(pipe, latents):
@@ -701,10 +717,10 @@ def decode_latents(pipe, latents):
     Returns
     -------
     torch.Tensor [batch, frames, 64]
-        Log-mel spectrograms.
+        Log-mel spectrograms, on the CPU.
     """
     with torch.no_grad():
-        return pipe.decode_latents(latents.to(pipe.device))[:, 0]
+        return pipe.decode_latents(latents.to(pipe.device))[:, 0].cpu()
 
 
 def vocode(pipe, mel):
@@ -786,22 +802,29 @@ def load_audio_tower(checkpoint):
     Raises
     ------
     CheckpointError
-        If the tower is neither in the folder nor in the hub's reach.
+        If the tower is neither in the folder nor in the hub's reach; or if its weights do not fit
+        its configuration: the message lists the keys.
     """
     own = Path(resolve(checkpoint)) / "audio_encoder"
     if own.is_dir() and json.loads((own / "config.json").read_text()).get("_class_name"):
-        return AudioTower.from_pretrained(own, dtype=torch.float32).eval(), SAMPLE_RATE
-    from transformers import ClapAudioModelWithProjection
+        name, network, rate = str(own), AudioTower, SAMPLE_RATE
+    else:
+        from transformers import ClapAudioModelWithProjection as network
 
-    name = str(own) if own.is_dir() else checkpoint_info(checkpoint)["audio_encoder"]
+        name = str(own) if own.is_dir() else checkpoint_info(checkpoint)["audio_encoder"]
+        rate = 48_000
     try:
         with quiet():
-            return ClapAudioModelWithProjection.from_pretrained(name).eval(), 48_000
-    except (OSError, ValueError) as error:
+            tower, told = network.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{name}: the CLAP audio tower for {checkpoint} cannot be opened "
             f"({_first_line(error)}). It is about 0.6 GB on the Hugging Face hub."
         ) from error
+    _refuse_faults(name, _faults("audio tower", told, _TEXT_HALF))
+    return tower.eval(), rate
 
 
 def embed_audio(waveforms, sample_rate, checkpoint="embedded"):
@@ -1036,8 +1059,8 @@ def save_checkpoint(pipe, out_dir, info, tower=None, half=False, extra=None):
         Replaced if it exists.
     info : dict
         What `checkpoint_info` returns.
-    tower : AudioTower, optional
-        Saved as ``audio_encoder/``.
+    tower : torch.nn.Module, optional
+        As `load_audio_tower` returns it; saved as ``audio_encoder/``.
     half : bool
         Store float16 weights.
     extra : dict of str to str, optional

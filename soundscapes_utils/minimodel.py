@@ -108,6 +108,8 @@ def train(events, foregrounds, backgrounds, out_dir, config, *, dataset, test_fo
             decay_start=0.5,
             ema_decay=0.995,
             segments_per_clip=config.segments_per_clip,
+            # a small CLAP's texts lie far from its sounds
+            text_condition_probability=0.5,
             val_every=250,
             keep_best=False,
             seed=config.seed,

@@ -691,16 +691,41 @@ def caption_similarity(similarity, names):
     return figure
 
 
-def training_curves(log, best_step):
-    """Draw the losses and the learning rate of a training run.
+_LINES = (":", "--", "-", "-.")
+_WATCHED = {
+    "loss": {
+        "train_loss": "training",
+        "val_loss": "validation",
+        "val_loss_ema": "validation, averaged",
+        "test_loss_ema": "test, averaged",
+    },
+    "validation, by condition": {"val_audio_ema": "sound", "val_loss_ema": "caption"},
+    "validation, by noise": {
+        "val_loss_t1": "cleanest quarter",
+        "val_loss_t2": "second",
+        "val_loss_t3": "third",
+        "val_loss_t4": "noisiest",
+    },
+    "variational bound, nats": {"train_vlb": "training", "val_vlb_ema": "validation, averaged"},
+    "gradient norm": {"grad_norm": ""},
+    "learning rate": {"learning_rate": ""},
+    "samples a second": {"samples_per_s": ""},
+}
+
+
+def training_curves(log, best_step, scores=None, floor_name=""):
+    """Draw what is watched in a training run, a panel each.
 
     Parameters
     ----------
     log : pandas.DataFrame
-        ``step, train_loss, val_loss, val_loss_ema, learning_rate``; ``test_loss_ema`` if there is
-        a test split.
+        Of `finetuning.FinetuneResult`.
     best_step : int
         Marked by a line.
+    scores : pandas.DataFrame, optional
+        Of the samples made on the way, likewise; a panel for each distance, if there are any.
+    floor_name : str
+        `fad.FLOOR_NAME`: its rows become a dashed line, their mean.
 
     Returns
     -------
@@ -708,26 +733,38 @@ def training_curves(log, best_step):
     """
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(9.5, 3.2), width_ratios=[2, 1], layout="constrained"
+    drawn = [] if scores is None or scores.empty else list(scores.groupby(["metric", "embedding"]))
+    n_rows = -(-(len(_WATCHED) + len(drawn)) // 3)
+    figure, axes = plt.subplots(
+        n_rows, 3, figsize=(9.5, 2.5 * n_rows), squeeze=False, layout="constrained"
     )
-    names = {
-        "train_loss": "training",
-        "val_loss": "validation",
-        "val_loss_ema": "validation, averaged weights",
-    }
-    if "test_loss_ema" in log:
-        names["test_loss_ema"] = "test, averaged weights"
-    for (column, name), style in zip(names.items(), (":", "--", "-", "-."), strict=False):
-        left.plot(log["step"], log[column], style, marker="o", markersize=4, label=name)
-    left.axvline(best_step, color="0.5", linewidth=1, label="best")
-    left.set(xlabel="step", ylabel="loss")
-    # beside the axes, where it hides no curve
-    figure.legend(loc="outside lower center", ncols=5, fontsize=9)
-    right.plot(log["step"], log["learning_rate"], marker="o", markersize=4)
-    right.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    figure.suptitle("Fine-tuning")
+    axes = iter(axes.flat)
+    for (title, curves), panel in zip(_WATCHED.items(), axes, strict=False):
+        for (column, name), style in zip(curves.items(), _LINES, strict=False):
+            if column in log:
+                panel.plot(log["step"], log[column], style, marker="o", markersize=3, label=name)
+        panel.set_title(title, fontsize="small")
+        if len(curves) > 1:
+            panel.legend(fontsize="x-small")
+        panel.axvline(best_step, color="0.6", linewidth=1)
+    for ((metric, embedding), rows), panel in zip(drawn, axes, strict=False):
+        _distance_over_steps(panel, rows, rows["candidate"] == floor_name)
+        panel.set_title(f"{metric} of samples, {embedding}", fontsize="small")
+        panel.axvline(best_step, color="0.6", linewidth=1)
+    for panel in axes:
+        panel.set_axis_off()
+    figure.supxlabel("step (grey: the best one)", fontsize="small")
     return figure
+
+
+def _distance_over_steps(axes, rows, is_floor):
+    columns = ["step", "value", "ci_low", "ci_high"]
+    ours = rows.loc[~is_floor, columns].astype(float).sort_values("step")
+    axes.plot(ours["step"], ours["value"], marker="o", markersize=3)
+    axes.fill_between(ours["step"], ours["ci_low"], ours["ci_high"], alpha=0.2, linewidth=0)
+    floor = rows.loc[is_floor, "value"].astype(float).mean()
+    axes.axhline(floor, color="0.4", linestyle="--", label="real against real")
+    axes.legend(fontsize="x-small")
 
 
 def loss_by_time(losses, reference="right"):

@@ -24,11 +24,17 @@ def torch_log_mel(y):
     import torch
     from librosa.filters import mel
 
-    basis = torch.from_numpy(mel(sr=16000, n_fft=1024, n_mels=64, fmin=0, fmax=8000))
-    x = torch.from_numpy(np.asarray(y, np.float32))[None, None]
+    basis = torch.from_numpy(mel(sr=16000, n_fft=1024, n_mels=64, fmin=0, fmax=8000)).double()
+    x = torch.from_numpy(np.asarray(y, np.float64))[None, None]
     x = torch.nn.functional.pad(x, (432, 432), mode="reflect")[0]
     spectrum = torch.stft(
-        x, 1024, 160, 1024, torch.hann_window(1024), center=False, return_complex=True
+        x,
+        1024,
+        160,
+        1024,
+        torch.hann_window(1024, dtype=x.dtype),
+        center=False,
+        return_complex=True,
     ).abs()
     return torch.log(torch.clamp(basis @ spectrum, min=1e-5))[0].T.numpy()
 

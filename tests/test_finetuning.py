@@ -1,18 +1,18 @@
 """The trainer: what it draws, what it minimises, how it resumes."""
 
-import os
-import socket
-import subprocess
+import hashlib
+import json
+import struct
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import tiny_checkpoints
 import torch
-import yaml
 from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
@@ -297,6 +297,36 @@ def test_min_snr_gives_every_prediction_the_weights_of_its_paper(kind):
     torch.testing.assert_close(finetuning._loss_weight(kind, snr, 5.0), expected)
 
 
+def test_min_snr_trains_other_weights_and_the_simple_loss_is_told_as_well(config, plain):
+    weighted, unweighted = finetuning.finetune(replace(config, snr_gamma=5.0)), plain
+    assert weighted.best_step == unweighted.best_step > 0
+    a, b = unet_of(weighted.checkpoint), unet_of(unweighted.checkpoint)
+    assert not all(torch.equal(a[name], b[name]) for name in a)
+    first = weighted.log.iloc[0], unweighted.log.iloc[0]
+    # nothing is trained yet: the error is the same, its weights are not
+    assert first[0]["val_simple_ema"] == pytest.approx(first[1]["val_simple_ema"], rel=1e-6)
+    assert first[0]["val_loss_ema"] != pytest.approx(first[1]["val_loss_ema"], rel=1e-3)
+    assert (weighted.log["train_simple"].dropna() > 0).all()
+
+
+def test_simple_loss_is_the_loss_where_no_timestep_is_weighted(config):
+    log = finetuning.finetune(replace(config, prediction_type="epsilon")).log
+    for split in ("train", "val"):
+        end = "" if split == "train" else "_ema"
+        np.testing.assert_allclose(
+            log[f"{split}_simple{end}"], log[f"{split}_loss{end}"], rtol=1e-5
+        )
+
+
+def test_validation_under_the_sounds_embedding_is_told_beside_that_of_the_captions(plain, config):
+    pipe = ldm.load_pipeline(config.checkpoint, device="cpu")
+    data = finetuning.load_data(pipe, config)["val"]
+    table = finetuning.fixed_losses(pipe.unet, pipe.scheduler, data, condition="audio")
+    first = plain.log.iloc[0]
+    assert first["val_audio_ema"] == pytest.approx(table["loss"].mean(), rel=1e-4)
+    assert first["val_audio_ema"] != first["val_loss_ema"]
+
+
 def test_bound_is_the_divergence_of_the_posteriors():
     scheduler = DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear")
     alpha_bar = scheduler.alphas_cumprod.double()
@@ -369,10 +399,33 @@ def test_curves_are_kept_in_csv_and_tensorboard(plain):
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
 
 
-def test_weights_and_biases_work_offline(config, monkeypatch):
+def wandb_history(file):
+    """The numbers in a W&B file: LevelDB's log of records, each in parts of blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, record, rows = file.read_bytes(), 7, b"", []
+    while place + 7 <= len(content):
+        if 2**15 - place % 2**15 < 7:
+            place += 2**15 - place % 2**15
+        _, size, kind = struct.unpack("<IHB", content[place : place + 7])
+        record += content[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            items = Record.FromString(record).history.item
+            rows.append({i.key or i.nested_key[0]: json.loads(i.value_json) for i in items})
+            record = b""
+    return rows
+
+
+def test_weights_and_biases_get_the_numbers_offline(config, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    finetuning.finetune(replace(config, wandb_project="soundscapes", steps=2))
-    assert list(Path(config.out_dir + ".logs").rglob("offline-run-*/*.wandb"))
+    result = finetuning.finetune(replace(config, wandb_project="soundscapes", steps=2))
+    (file,) = Path(config.out_dir + ".logs").rglob("offline-run-*/*.wandb")
+    rows = wandb_history(file)
+    for name in ("val_loss_ema", "train_loss"):
+        found = [(row["_step"], row[name]) for row in rows if name in row]
+        told = result.log[["step", name]].dropna()
+        assert found == list(told.itertuples(index=False, name=None)), name
 
 
 def test_samples_are_the_same_captions_and_scored_beside_a_floor(config):
@@ -387,13 +440,61 @@ def test_samples_are_the_same_captions_and_scored_beside_a_floor(config):
     files = sorted(Path(config.out_dir + ".logs", "samples").rglob("*.wav"))
     assert len(files) == 4 * 3
     card = (result.checkpoint / "README.md").read_text()
-    assert "floor, real against real" in card and "FAD in logmel-stats" in card
+    assert "floor, real against real" in card
+    kept = f"step {result.best_step} against validation"
+    assert card.count("FAD in logmel-stats") == card.count(f"FAD in logmel-stats, {kept}") == 1
 
 
-def test_card_tells_data_licence_and_steps(config):
-    result = finetuning.finetune(replace(config, data_licence="CC BY 3.0", val_every=6))
+def test_weights_that_are_kept_are_scored_and_the_card_speaks_of_them(config):
+    # stopped early, between two times of sampling: nothing is gained at a rate of zero
+    options = {"learning_rate": 0.0, "patience": 1, "keep_best": False, "steps": 9, "val_every": 3}
+    options |= {"sample_epochs": 1e6, "n_samples": 2, "test_segments": 4}
+    result = finetuning.finetune(replace(config, **options))
+    assert result.log["step"].tolist() == [0, 3]
+    assert set(result.scores["step"]) == {0, 3}
     card = (result.checkpoint / "README.md").read_text()
-    for told in ("noise; licence: CC BY 3.0", "6 steps of 4 segments", "- train: 4 clips"):
+    test_loss = result.log["test_loss_ema"].iloc[-1]
+    assert f"{test_loss:.4f} at\n  step 3;" in card and "of step 3." in card
+    assert "FAD in logmel-stats, step 3 " in card and "step 0 against" not in card
+
+
+def test_scores_of_later_are_noted_in_the_card(plain, tmp_path):
+    import shutil
+
+    from soundscapes_utils import fad
+
+    folder = shutil.copytree(plain.checkpoint, tmp_path / "copy")
+    before = (folder / "README.md").read_text()
+    assert "No samples were scored." in before
+    real, made = np.random.default_rng(0).normal(size=(2, 30, 4))
+    for name in ("once", "twice"):
+        scores = fad.score_table(real, {name: made}, embedding="toy", reference_name="mixes")
+        finetuning.note_scores(folder, scores)
+    card = (folder / "README.md").read_text()
+    assert "FAD in toy, twice against mixes (n 30 / 30)" in card and "once" not in card
+    for part in before.split("## Scores")[0], before[before.index("## Use") :]:
+        assert part in card
+    with pytest.raises(finetuning.TrainingError, match="no model card"):
+        finetuning.note_scores(tmp_path, scores)
+
+
+def test_card_names_the_hub_checkpoint_as_a_whole_and_its_licence(checkpoint):
+    name = "cvssp/audioldm-s-full-v2"
+    assert finetuning._base(name) == name
+    assert finetuning._licence_name(finetuning._licence(name)) == "cc-by-nc-sa-4.0"
+    assert finetuning._base(str(checkpoint)) == "small"
+    assert finetuning._licence_name(finetuning._licence(str(checkpoint))) == "unknown"
+    assert finetuning._licence("embedded") == "mit"
+
+
+def test_card_tells_data_licence_steps_and_loss(config):
+    told = {"data_licence": "CC BY 3.0", "val_every": 6, "snr_gamma": 5.0, "vae": "all"}
+    result = finetuning.finetune(replace(config, prediction_type="v_prediction", **told))
+    card = (result.checkpoint / "README.md").read_text()
+    for told in (
+        *("noise; licence: CC BY 3.0", "6 steps of 4 segments", "- train: 4 clips"),
+        *("(v_prediction), min-SNR weights with gamma 5", "Autoencoder: all of it trained first"),
+    ):
         assert told in card
     assert str(result.checkpoint.parent) not in card
 
@@ -491,7 +592,8 @@ def test_broken_loss_names_the_state_from_which_the_command_goes_on(
         return found._replace(error=found.error * float("nan")) if broken else found
 
     monkeypatch.setattr(finetuning, "denoising", breaks_after_a_state)
-    with pytest.raises(finetuning.TrainingError, match=r"at step 4\..*step-00000004\.safetensors;"):
+    told = r"at step 4\..*step-00000004\.safetensors;.*lower learning_rate.*starts at step 0"
+    with pytest.raises(finetuning.TrainingError, match=told):
         finetuning.finetune(parted)
     monkeypatch.undo()
     a, b = unet_of(plain.checkpoint), unet_of(finetuning.finetune(parted).checkpoint)
@@ -548,6 +650,7 @@ def test_other_errors_pass_as_they_are(config, monkeypatch):
         ({"vae_steps": 0}, "vae_steps must be at least 1"),
         ({"learning_rate": float("nan")}, "learning_rate must be at least 0"),
         ({"condition_dropout": 10}, "condition_dropout must be from 0 to 1; got 10"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be above 0"),
     ],
 )
 def test_wrong_settings_are_one_clear_error(config, wrong, told):
@@ -679,6 +782,17 @@ def test_autoencoder_loss_is_absolute_error_and_divergence(convolutional):
     assert float(loss - error) == pytest.approx(1e-3 * float(divergence) / 4096, rel=1e-3)
 
 
+def test_published_audio_tower_goes_with_the_fine_tuned_checkpoint(config, checkpoint, tmp_path):
+    pipe = ldm.load_pipeline(checkpoint, device="cpu")
+    clap = tiny_checkpoints.audio_tower(projection_dim=128)
+    start = ldm.save_checkpoint(pipe, tmp_path / "published", {}, clap)
+    result = finetuning.finetune(replace(config, checkpoint=str(start), steps=1))
+    tower, rate = ldm.load_audio_tower(str(result.checkpoint))
+    assert rate == 48_000
+    for a, b in zip(tower.parameters(), clap.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_linear_latent_is_fitted_anew_in_closed_form(config, checkpoint):
     result = finetuning.finetune(replace(config, vae="all"))
     before, after = (
@@ -712,6 +826,28 @@ def test_table_becomes_a_set_whose_splits_share_no_source(sounds):
     assert len(clips) == 12 and {"train", "val"} <= set(clips["split"])
     source = [int(Path(path).stem) // 2 for path in clips["path"]]
     assert clips.groupby(source)["split"].nunique().max() == 1
+
+
+@pytest.mark.parametrize("n", [3, 10])
+def test_small_folders_have_training_and_validation_clips(sounds, n):
+    folder, table = sounds
+    for start in range(6):
+        names = [f"s{start + i}" for i in range(n)]
+        splits = finetuning._hashed_splits(names, (0.8, 0.1, 0.1))
+        assert {"train", "val"} <= set(splits)
+    table = table.head(n).assign(source=[f"s{i}" for i in range(n)])
+    root = finetuning.captioned_set(written(folder, table), folder / "set")
+    assert {"train", "val"} <= set(metadata.read_audiocaps(root)["split"])
+
+
+def test_source_nearest_to_a_share_is_moved_into_it_and_no_other():
+    names = [f"source {i}" for i in range(9)]
+    digests = {n: int(hashlib.sha256(n.encode()).hexdigest(), 16) / 16**64 for n in names}
+    last = max(digests, key=digests.get)
+    # shares in which all fall to train: the last one of them lies nearest to val
+    ends = (1 + digests[last]) / 2, (3 + digests[last]) / 4
+    splits = finetuning._hashed_splits(names, (ends[0], ends[1] - ends[0], 1 - ends[1]))
+    assert splits[last] == "val" and (splits.drop(last) == "train").all()
 
 
 def test_rows_that_cannot_be_used_are_set_aside_and_told(sounds):
@@ -777,57 +913,53 @@ def test_command_without_configuration_is_a_wrong_call(capsys):
     assert "give a configuration" in capsys.readouterr().err
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def test_notebook_that_has_trained_alone_can_start_two_processes(tmp_path):
-    from accelerate import notebook_launcher
-
-    assert finetuning._team().num_processes == 1
-
-    def meet(folder):
-        team = finetuning._team()
-        ranks = torch.ones(1) * (team.process_index + 1)
-        torch.distributed.all_reduce(ranks)
-        (folder / f"{team.process_index}").write_text(f"{team.num_processes} {ranks.item():g}")
-
-    notebook_launcher(meet, (tmp_path,), num_processes=2, use_port=free_port())
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 3", "2 3"]
-    assert finetuning._team().num_processes == 1
-
-
-def test_two_processes_have_the_loss_of_one(config, plain, tmp_path):
+def test_two_processes_have_the_loss_of_one(config, plain, checkpoint, capsys, monkeypatch):
+    # as in a notebook: the package may be on the path of this process only
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     alone = plain
-    told = asdict(replace(config, out_dir=str(tmp_path / "two")))
-    told |= {name: list(value) for name, value in told.items() if isinstance(value, tuple)}
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(told))
-    # with --cpu accelerate starts one process only; the trainer itself sees that there is no GPU
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", free_port()]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, "-m", "soundscapes_utils.finetuning", str(file)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("Checkpoint:") == 1, "one process speaks"
-    assert "processes: 2" in done.stdout
-    both = finetuning._finished(
-        tmp_path / "two", finetuning._run_key(config, finetuning._read_clips(config))
-    )
+    both = finetuning.launch(replace(config, accumulate=2), processes=2)
+    said = capsys.readouterr().out
+    assert said.count("Checkpoint:") == 1, "one process speaks"
+    assert "processes: 2" in said
     columns = [*NUMBERS, "grad_norm"]
-    pd.testing.assert_frame_equal(both.log[columns], alone.log[columns], rtol=1e-5)
+    pd.testing.assert_frame_equal(both.log[columns], alone.log[columns], rtol=1e-4)
     # together, not one by one: AdamW blows up the rounding of gradients that are zero but for it
     start, one, two = (
         torch.cat([w.flatten() for w in unet_of(folder).values()])
         for folder in (checkpoint, alone.checkpoint, both.checkpoint)
     )
     assert (two - one).norm() < 0.01 * (one - start).norm()
+
+
+def test_launch_in_one_process_is_the_trainer_itself(config, monkeypatch):
+    monkeypatch.setattr(finetuning, "finetune", lambda told: told)
+    assert finetuning.launch(config) is config
+    with pytest.raises(finetuning.TrainingError, match="processes must be"):
+        finetuning.launch(config, processes=0)
+
+
+def test_launched_processes_tell_what_went_wrong(config, monkeypatch, capsys):
+    code = "import sys; print('at work'); sys.exit('error: the set is empty')"
+    monkeypatch.setattr(finetuning, "_launch_command", lambda *_: [sys.executable, "-c", code])
+    with pytest.raises(finetuning.TrainingError, match=r"status 1: error: the set is empty"):
+        finetuning.launch(config, processes=2)
+    assert "at work" in capsys.readouterr().out
+    file = Path(config.out_dir + ".logs") / "config.yaml"
+    assert finetuning.read_config(file) == config
+
+
+def test_machines_with_disks_of_their_own_are_refused(tmp_path, monkeypatch):
+    team = SimpleNamespace(num_processes=2)
+
+    def gather(into, ours):
+        into[:] = [ours, 4]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    finetuning._agree(team, 4)
+    with pytest.raises(
+        finetuning.TrainingError, match="must lie on a disk that all machines share"
+    ):
+        finetuning._agree(team, 0)
+    with pytest.raises(finetuning.TrainingError, match=r"train-0.*disk that all machines share"):
+        finetuning._read_tensors(tmp_path / "train-0.safetensors")

@@ -147,6 +147,22 @@ def _clap(tokenizer):
     return ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=16))
 
 
+def audio_tower(projection_dim=16):
+    """The audio half of a CLAP of the published kind, untrained."""
+    import torch
+    from transformers import ClapAudioConfig, ClapAudioModelWithProjection
+
+    torch.manual_seed(0)
+    config = ClapAudioConfig(
+        hidden_size=64,
+        patch_embeds_hidden_size=8,
+        depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 1, 1, 1],
+        projection_dim=projection_dim,
+    )
+    return ClapAudioModelWithProjection(config).eval()
+
+
 def _film_unet():
     from diffusers import UNet2DConditionModel
 
