@@ -13,6 +13,7 @@ from soundscapes_utils.networks import MODELS
 RESULT_COLUMNS = [
     *("arm", "model", "backend", "prompt_family", "ratio", "fold", "run", "seed", "n_real"),
     *("n_synthetic", "accuracy", "macro_f1", "epochs", "seconds"),
+    *("steps", "note"),
 ]
 
 
@@ -28,10 +29,10 @@ def summarise(results):
     -------
     pandas.DataFrame
         `arm, ratio, model, backend, prompt_family, n, n_runs, accuracy, half_width, ci_low, ci_high,
-        macro_f1, n_real, n_synthetic`. `n` counts trained classifiers (folds × runs); `half_width`,
-        1.96·SD/√runs of the runs' means over the folds, as the paper draws its error bars: how
-        training scatters (NaN of one run); `ci_low` and `ci_high` are a 95 % bootstrap interval of the
-        mean over all classifiers (NaN of one).
+        macro_f1, n_real, n_synthetic, steps`. `n` counts trained classifiers (folds × runs);
+        `half_width`, 1.96·SD/√runs of the runs' means over the folds, as the paper draws its error
+        bars: how training scatters (NaN of one run); `ci_low` and `ci_high` are a 95 % bootstrap
+        interval of the mean over all classifiers (NaN of one); clips and optimiser steps are means.
 
     Notes
     -----
@@ -57,7 +58,7 @@ def summarise(results):
             | {"n": len(values), "n_runs": len(runs), "accuracy": values.mean()}
             | {"half_width": _half_width(runs), "ci_low": low, "ci_high": high}
             | {"macro_f1": part["macro_f1"].mean()}
-            | {name: round(part[name].mean()) for name in ("n_real", "n_synthetic")}
+            | {name: round(part[name].mean()) for name in ("n_real", "n_synthetic", "steps")}
         )
     return pd.DataFrame(rows)
 
