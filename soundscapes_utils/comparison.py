@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from soundscapes_utils import stats
-from soundscapes_utils.networks import MODELS
 
 RESULT_COLUMNS = [
     *("arm", "model", "backend", "prompt_family", "ratio", "fold", "run", "seed", "n_real"),
@@ -735,6 +734,7 @@ mixed AudioLDM2 simple: 64.56 63.00 61.67 59.55 58.10 53.00 45.51 29.96 / \
 mixed AudioLDM2 gpt: 64.34 63.38 63.46 61.87 59.85 58.05 51.05 36.91 / \
 61.80 60.11 59.03 57.78 55.68 52.61 46.02 33.62
 """
+_PUBLISHED_MODELS = ("sbcnn", "crnn")
 
 
 def published():
@@ -762,7 +762,7 @@ def published():
     for line in _PUBLISHED.strip().splitlines():
         about, values = line.split(":")
         arm, backend, family = about.split()
-        for model, series in zip(MODELS, values.split("/"), strict=True):
+        for model, series in zip(_PUBLISHED_MODELS, values.split("/"), strict=True):
             for amount, value in enumerate(series.split(), start=1):
                 accuracy = round(float(value) / 100, 4)
                 rows.append((arm, float(amount), model, backend, family, accuracy, np.nan))

@@ -418,7 +418,8 @@ def plan_units(
     arms : list of str
         See :func:`parse_arm`.
     models : sequence of str
-        Keys of :data:`MODELS`, also with ``":faithful"``; rows of :data:`BASELINES`;
+        Keys of :data:`MODELS`; those of :data:`FAITHFUL` with ``":faithful"``; rows of
+        :data:`BASELINES`;
         ``"probe:<embedding>"``; ``"ast:<checkpoint>"``.
     test_folds : sequence of int
         Folds to test on, one after the other; the next fold, cyclically, validates.
@@ -508,12 +509,13 @@ def plan_units(
 
 
 def _check_design(wanted, arms, models, validation):
-    known = {*MODELS, *(f"{name}:faithful" for name in MODELS), *BASELINES.index}
+    faithful = [f"{name}:faithful" for name in FAITHFUL]
+    known = {*MODELS, *faithful, *BASELINES.index}
     unknown = [m for m in models if m not in known and not re.match(r"(probe|ast):.", m)]
     if unknown or not wanted or not models:
         raise ValueError(
-            f"models {list(models)}, arms {list(arms)}: models are {list(MODELS)}, each also with "
-            f"':faithful', {list(BASELINES.index)}, 'probe:<embedding>' and 'ast:<checkpoint>'"
+            f"models {list(models)}, arms {list(arms)}: models are {list(MODELS)}, {faithful}, "
+            f"{list(BASELINES.index)}, 'probe:<embedding>' and 'ast:<checkpoint>'"
         )
     if validation not in ("real", "faithful", "none"):
         raise ValueError(f"validation must be 'real', 'faithful' or 'none', got {validation!r}")

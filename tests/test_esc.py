@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from toy_clips import CLASSES, RATE, tone, write_clips
+from toy_clips import CLASSES, RATE, killed_by_its_name, tone, write_clips
 
 from soundscapes_utils import audio, esc, networks
 
@@ -444,6 +444,30 @@ def test_equal_steps_are_more_epochs(clips, tmp_path):
         quick_run(clips, None, tmp_path, ["steps:2"], patches_per_epoch=8)
 
 
+class Linear(torch.nn.Module):
+    """A classifier of one's own, entered as CONTRIBUTING.md says."""
+
+    def __init__(self, n_classes):
+        super().__init__()
+        self.head = torch.nn.Linear(esc.PATCH_FRAMES * esc.N_MELS, n_classes)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+
+def test_a_third_network_joins_the_study(clips, generated, tmp_path, monkeypatch):
+    from soundscapes_utils import plots
+
+    before = esc.published()
+    monkeypatch.setitem(networks.MODELS, "linear", Linear)
+    results = quick_run(clips, generated, tmp_path, models=["linear", "sbcnn"])
+    assert results["model"].tolist() == ["linear", "sbcnn"] * 2
+    pd.testing.assert_frame_equal(esc.published(), before)
+    assert len(plots.beside_published(results).axes) == 6
+    with pytest.raises(ValueError, match=r"models are \['sbcnn', 'crnn', 'linear'\]"):
+        esc.plan_units(clips, None, ["real"], models=["linear:faithful"])
+
+
 def test_learning_curves_are_kept(clips, generated, tmp_path):
     results = quick_run(clips, generated, tmp_path, epochs=3)
     curves = pd.read_csv(tmp_path / "curves.csv")
@@ -554,23 +578,21 @@ def test_a_lost_worker_is_reported_and_the_rest_goes_on(clips, generated, tmp_pa
     assert pd.read_csv(tmp_path / "out/results.csv")["arm"].tolist() == ["real"]
 
 
-_work = esc._work
-
-
-def killed_by_both(unit, folder, out_dir, device):
-    if unit["about"]["arm"] == "both":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return _work(unit, folder, out_dir, device)
-
-
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no process can be killed so here")
-def test_a_killed_process_costs_its_own_unit_only(clips, generated, tmp_path, monkeypatch):
-    monkeypatch.setattr(esc, "_work", killed_by_both)
-    # the longest come first: one of four in the first pool kills it, the others have not begun
-    arms = ["real", "both:1", "real/1", "real/2", "real/3", "real/4"]
-    with pytest.raises(esc.UnitsFailed, match=r"1 of 6 units failed(?s:.*)both-1-.*was killed"):
-        quick_run(clips, generated, tmp_path, arms, workers=2)
-    assert pd.read_csv(tmp_path / "results.csv")["arm"].tolist() == [arms[0], *arms[2:]]
+def test_a_killed_process_costs_its_own_unit_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(esc, "_work", killed_by_its_name)
+    (tmp_path / "units").mkdir()
+    # two at once: the killer takes the second with it, the others have not begun
+    about = {"model": "sbcnn", "epochs": 1, "patches_per_epoch": 1}
+    names = ["killer", "beside it", "later", "last"]
+    units = [{"name": name, "key": name, "about": about} for name in names]
+    shared = {"x": {}, "y": [], "classes": [], "clip_ids": [], "n_real": 0}
+    found = [(u["name"], why) for u, why in esc._in_processes(units, shared, tmp_path, ["cpu"], 1)]
+    assert sorted(found[:2], key=str) == [
+        ("beside it", None),
+        ("killer", "its process was killed (too little memory?)"),
+    ]
+    assert sorted(found[2:]) == [("last", None), ("later", None)]
 
 
 def test_only_so_many_units_wait_with_an_executor(clips, tmp_path, monkeypatch):
