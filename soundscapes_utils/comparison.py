@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 
 from soundscapes_utils import stats
-from soundscapes_utils.networks import MODELS
 
 RESULT_COLUMNS = [
     *("arm", "model", "backend", "prompt_family", "ratio", "fold", "run", "seed", "n_real"),
     *("n_synthetic", "accuracy", "macro_f1", "epochs", "seconds"),
+    *("steps", "note"),
 ]
 
 
@@ -28,10 +28,10 @@ def summarise(results):
     -------
     pandas.DataFrame
         `arm, ratio, model, backend, prompt_family, n, n_runs, accuracy, half_width, ci_low, ci_high,
-        macro_f1, n_real, n_synthetic`. `n` counts trained classifiers (folds × runs); `half_width`,
-        1.96·SD/√runs of the runs' means over the folds, as the paper draws its error bars: how
-        training scatters (NaN of one run); `ci_low` and `ci_high` are a 95 % bootstrap interval of the
-        mean over all classifiers (NaN of one).
+        macro_f1, n_real, n_synthetic, steps`. `n` counts trained classifiers (folds × runs);
+        `half_width`, 1.96·SD/√runs of the runs' means over the folds, as the paper draws its error
+        bars: how training scatters (NaN of one run); `ci_low` and `ci_high` are a 95 % bootstrap
+        interval of the mean over all classifiers (NaN of one); clips and optimiser steps are means.
 
     Notes
     -----
@@ -57,7 +57,7 @@ def summarise(results):
             | {"n": len(values), "n_runs": len(runs), "accuracy": values.mean()}
             | {"half_width": _half_width(runs), "ci_low": low, "ci_high": high}
             | {"macro_f1": part["macro_f1"].mean()}
-            | {name: round(part[name].mean()) for name in ("n_real", "n_synthetic")}
+            | {name: round(part[name].mean()) for name in ("n_real", "n_synthetic", "steps")}
         )
     return pd.DataFrame(rows)
 
@@ -734,6 +734,7 @@ mixed AudioLDM2 simple: 64.56 63.00 61.67 59.55 58.10 53.00 45.51 29.96 / \
 mixed AudioLDM2 gpt: 64.34 63.38 63.46 61.87 59.85 58.05 51.05 36.91 / \
 61.80 60.11 59.03 57.78 55.68 52.61 46.02 33.62
 """
+_PUBLISHED_MODELS = ("sbcnn", "crnn")
 
 
 def published():
@@ -761,7 +762,7 @@ def published():
     for line in _PUBLISHED.strip().splitlines():
         about, values = line.split(":")
         arm, backend, family = about.split()
-        for model, series in zip(MODELS, values.split("/"), strict=True):
+        for model, series in zip(_PUBLISHED_MODELS, values.split("/"), strict=True):
             for amount, value in enumerate(series.split(), start=1):
                 accuracy = round(float(value) / 100, 4)
                 rows.append((arm, float(amount), model, backend, family, accuracy, np.nan))

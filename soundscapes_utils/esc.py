@@ -43,11 +43,7 @@ import threading
 import time
 import traceback
 import zlib
-from concurrent.futures import (
-    BrokenExecutor,
-    ProcessPoolExecutor,
-    as_completed,
-)
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import chain
@@ -422,7 +418,8 @@ def plan_units(
     arms : list of str
         See :func:`parse_arm`.
     models : sequence of str
-        Keys of :data:`MODELS`, also with ``":faithful"``; rows of :data:`BASELINES`;
+        Keys of :data:`MODELS`; those of :data:`FAITHFUL` with ``":faithful"``; rows of
+        :data:`BASELINES`;
         ``"probe:<embedding>"``; ``"ast:<checkpoint>"``.
     test_folds : sequence of int
         Folds to test on, one after the other; the next fold, cyclically, validates.
@@ -444,9 +441,10 @@ def plan_units(
     -------
     pandas.DataFrame
         One row a unit: `arm, ratio, model, fold, run, seed, n_real, n_synthetic, n_validation,
-        n_test` and the row numbers `real_rows, synthetic_rows, validation_rows, test_rows`; with
-        faithful validation also `validation_synthetic_rows`. `ratio` is the number that the arm
-        carries. Synthetic rows count through all tables, one after the other.
+        n_test`, the row numbers (arrays) `real_rows, synthetic_rows, validation_rows, test_rows`, with
+        faithful validation also `validation_synthetic_rows`; and `note`, which says where early
+        stopping looks at recordings that the generator learnt from. `ratio` is the number that the
+        arm carries. Synthetic rows count through all tables, one after the other.
 
     Raises
     ------
@@ -474,7 +472,7 @@ def plan_units(
     for fold in test_folds:
         rows = _rows_by_split(clips, fold)
         if validation == "none":
-            rows |= {"train": sorted(rows["train"] + rows["val"]), "val": []}
+            rows |= {"train": np.union1d(rows["train"], rows["val"]), "val": _NO_ROWS}
         for run in range(runs):
             rng = np.random.default_rng([seed, fold, run])
             real = _spread_choice(clips, rows["train"], real_per_class, rng)
@@ -486,18 +484,21 @@ def plan_units(
                 chance = np.random.default_rng([seed, fold, run, 1])
                 base = _spread_choice(clips, rows["train"], few, chance) if few else real
                 kind = arm_parts(arm)[0]
-                beside = rows["val"] if validation == "faithful" and kind != "mixed" else []
+                stops_by_both = validation == "faithful" and kind != "mixed"
+                beside = rows["val"] if stops_by_both else _NO_ROWS
                 usable = _usable(pools, synthetic, clips, base)
                 drawn = _draw(clips, base, beside, folds, usable, arm, amount, chance)
-                chosen, added, made_beside = drawn
-                held = [] if beside and kind == "synthetic" else rows["val"]
+                # four bytes a row, and one array for all models
+                chosen, added, made_beside = (np.asarray(part, np.int32) for part in drawn)
+                held = _NO_ROWS if stops_by_both and kind == "synthetic" else rows["val"]
+                note = _note(arm, set(clips["fold"].iloc[held]), generator_folds)
                 for model in models:
                     unit_seed = _unit_seed(seed, model.partition(":")[0], fold, run)
                     about = (arm, amount, model, int(fold), run, unit_seed)
-                    units.append((*about, chosen, added, held, rows["test"], made_beside))
+                    units.append((*about, chosen, added, held, rows["test"], made_beside, note))
     named = ["arm", "ratio", "model", "fold", "run", "seed"]
     parts = ["real", "synthetic", "validation", "test"]
-    columns = [*named, *(f"{part}_rows" for part in parts), "validation_synthetic_rows"]
+    columns = [*named, *(f"{part}_rows" for part in parts), "validation_synthetic_rows", "note"]
     plan = pd.DataFrame(units, columns=columns)
     for place, part in enumerate(parts):
         plan.insert(len(named) + place, f"n_{part}", plan[f"{part}_rows"].map(len))
@@ -508,12 +509,13 @@ def plan_units(
 
 
 def _check_design(wanted, arms, models, validation):
-    known = {*MODELS, *(f"{name}:faithful" for name in MODELS), *BASELINES.index}
+    faithful = [f"{name}:faithful" for name in FAITHFUL]
+    known = {*MODELS, *faithful, *BASELINES.index}
     unknown = [m for m in models if m not in known and not re.match(r"(probe|ast):.", m)]
     if unknown or not wanted or not models:
         raise ValueError(
-            f"models {list(models)}, arms {list(arms)}: models are {list(MODELS)}, each also with "
-            f"':faithful', {list(BASELINES.index)}, 'probe:<embedding>' and 'ast:<checkpoint>'"
+            f"models {list(models)}, arms {list(arms)}: models are {list(MODELS)}, {faithful}, "
+            f"{list(BASELINES.index)}, 'probe:<embedding>' and 'ast:<checkpoint>'"
         )
     if validation not in ("real", "faithful", "none"):
         raise ValueError(f"validation must be 'real', 'faithful' or 'none', got {validation!r}")
@@ -555,6 +557,9 @@ def _tables(generated, wanted):
     return tables
 
 
+HEARD_VALIDATION = "the generator learnt from the validation fold"
+
+
 def _folds_of(generator_folds, name):
     if isinstance(generator_folds, dict):
         return generator_folds.get(name)
@@ -574,9 +579,23 @@ def _refuse_leak(generated, test_folds, generator_folds):
         )
 
 
+def _note(arm, held, generator_folds):
+    """What a table says of classifiers whose early stopping sees what their generator learnt."""
+    heard = {
+        int(fold)
+        for name in _sources([(arm, 0)])
+        for fold in _folds_of(generator_folds, name) or ()
+    }
+    return HEARD_VALIDATION if heard & held else ""
+
+
+_NO_ROWS = np.zeros(0, np.int32)
+
+
 def _rows_by_split(clips, fold):
     split = np.asarray(datasets.assign_splits(clips, fold))
-    return {name: np.flatnonzero(split == name).tolist() for name in ("train", "val", "test")}
+    splits = ("train", "val", "test")
+    return {name: np.flatnonzero(split == name).astype(np.int32) for name in splits}
 
 
 def _unit_seed(seed, model, fold, run):
@@ -597,7 +616,7 @@ def _spread_choice(clips, rows, per_class, rng):
             f"real_per_class is {per_class}, but {few.idxmin()!r} has {few.min()} training clips: "
             "lower it, or leave it out to take all"
         )
-    return sorted(chosen["row"].tolist())
+    return np.sort(chosen["row"].to_numpy())
 
 
 def _pools(tables, fold, rng, seed):
@@ -648,12 +667,14 @@ def _draw(clips, real, beside, folds, pools, arm, amount, chance):
     if leaves_out and amount > len(folds):
         raise ValueError(f"{arm}:{amount:g} replaces more folds than the {len(folds)} in training")
     gone = set(folds[: int(amount)]) if leaves_out else set()
-    kept = [row for row in real if row_folds[row] not in gone]
+    left_out = np.isin(row_folds[real], list(gone))
+    # the same array in all arms that keep all
+    kept = real[~left_out] if gone else real
     if kind == "repeat":
-        kept = sorted(kept + _repeated(labels, kept, amount, chance))
+        kept = np.sort(np.concatenate([kept, _repeated(labels, kept, amount, chance)]))
     if kind not in _NEED_SYNTHETIC:
         return kept, [], []
-    base = [row for row in real if row_folds[row] in gone] if kind == "mixed" else real
+    base = real[left_out] if kind == "mixed" else real
     needed = _wanted(labels[base], 1.0 if kind == "mixed" else amount)
     further = _wanted(labels[beside], amount)
     added, held = {}, {}
@@ -752,8 +773,9 @@ def run_arms(
     -------
     pandas.DataFrame
         Table *results*: `arm, model, backend, prompt_family, ratio, fold, run, seed, n_real,
-        n_synthetic, accuracy, macro_f1, epochs, seconds`; accuracy and macro F1 from 0 to 1 on the
-        real clips of the test fold.
+        n_synthetic, accuracy, macro_f1, epochs, seconds, steps, note`; accuracy and macro F1 from 0 to
+        1 on the real clips of the test fold; `epochs` and `steps` of the optimiser as they were taken,
+        which early stopping makes fewer than allowed; `note` of :func:`plan_units`.
 
     Raises
     ------
@@ -799,7 +821,7 @@ def run_arms(
     team = _team() if places == ["accelerate"] else None
     with team.main_process_first() if team else contextlib.nullcontext():
         shared = _gather(clips, synthetic, out_dir, workers, kinds, embeddings)
-    units = [_complete(unit, shared, training) for unit in plan.to_dict("records")]
+    units = [_complete(unit, shared, training) for unit in _records(plan)]
     missing = [unit for unit in units if not _is_done(out_dir, unit)]
     workers = min(workers or os.cpu_count(), max(1, len(missing)))
     if team is None or team.is_main_process:
@@ -809,17 +831,17 @@ def run_arms(
         failed = _train_my_share(missing, shared, out_dir, team)
     else:
         failed = _train_units(missing, shared, out_dir, workers, places, executor)
-    collected = _collect(out_dir, units)
+    results = _results(out_dir, units)
     if team is None or team.is_main_process:
-        for name, table in collected.items():
-            audio.write_whole(out_dir / f"{name}.csv", table.to_csv(index=False).encode())
+        audio.write_whole(out_dir / "results.csv", results.to_csv(index=False).encode())
+        _write_predictions_and_curves(out_dir, units)
     if failed:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         raise UnitsFailed(
             f"{len(failed)} of {len(units)} units failed; the others are kept in {out_dir}. "
             f"Run again to repeat only these:\n{listed}"
         )
-    return collected["results"]
+    return results
 
 
 def _gather(clips, synthetic, out_dir, workers, kinds, embedded):
@@ -873,12 +895,11 @@ def _inputs(kind, paths, cache_dir, workers, embedded):
 
 def _complete(unit, shared, training):
     """Add to a planned unit its training rows, its source and the key of all that it depends on."""
-    offset = shared["n_real"]
-    beside = unit.get("validation_synthetic_rows", [])
+    # the plan's own arrays: joined, each unit would hold a copy
     rows = {
-        "train": unit["real_rows"] + [offset + row for row in unit["synthetic_rows"]],
-        "validation": unit["validation_rows"] + [offset + row for row in beside],
-        "test": unit["test_rows"],
+        "train": (unit["real_rows"], unit["synthetic_rows"]),
+        "validation": (unit["validation_rows"], unit.get("validation_synthetic_rows", _NO_ROWS)),
+        "test": (unit["test_rows"], _NO_ROWS),
     }
     named = ("arm", "ratio", "model", "fold", "run", "seed", "n_real", "n_synthetic")
     source = {
@@ -887,7 +908,8 @@ def _complete(unit, shared, training):
     }
     keys = shared["keys"][_input_kind(unit["model"])]
     content = {
-        name: [(keys[row], int(shared["y"][row])) for row in part] for name, part in rows.items()
+        name: [(keys[row], int(shared["y"][row])) for row in _joined(part, shared)]
+        for name, part in rows.items()
     }
     if arm_parts(unit["arm"])[0] == "steps":
         longer = {
@@ -895,12 +917,26 @@ def _complete(unit, shared, training):
         }
         training = training | longer
     about = {name: unit[name] for name in named} | source | training
-    kept = [about, content, shared["classes"], [shared["clip_ids"][row] for row in rows["test"]]]
+    tested = [shared["clip_ids"][row] for row in unit["test_rows"]]
+    kept = [about, content, shared["classes"], tested]
     digest = hashlib.sha256(json.dumps([_RECIPE, kept]).encode()).hexdigest()[:12]
     name = "{arm}-{ratio:g}-{model}-fold{fold}-run{run}".format(**unit)
     # a checkpoint's path can be long, and file names end at 255 bytes
     file = re.sub(r"[^\w.@+-]", "_", name)[:150]
-    return {"name": name, "key": f"{file}-{digest}", "about": about, "rows": rows}
+    key = f"{file}-{digest}"
+    return {"name": name, "key": key, "about": about, "rows": rows, "note": unit["note"]}
+
+
+def _joined(rows, shared):
+    """Places of real and of synthetic clips in what all units share: real ones first."""
+    real, synthetic = rows
+    return np.concatenate([real, shared["n_real"] + synthetic])
+
+
+def _records(plan):
+    names = list(plan)
+    # one by one: all at once, a plan's numbers would lie in memory once more
+    return (dict(zip(names, row, strict=True)) for row in plan.itertuples(index=False, name=None))
 
 
 def _unit_file(out_dir, unit, ending):
@@ -919,6 +955,15 @@ def _print_plan(plan, missing, where):
     print(table.to_string(index=False))
     kept = len(plan) - missing
     print(f"{len(plan)} classifiers: {missing} to train in {where}, {kept} kept")
+    noted = plan[plan["note"] != ""]
+    if len(noted):
+        folds = sorted(noted["fold"].unique().tolist())
+        print(
+            f"note: {len(noted)} classifiers, test folds {folds}: {HEARD_VALIDATION}; their early"
+        )
+        print(
+            "stopping favours what it made. Results say which; train it without that fold as well"
+        )
 
 
 # torch's random state belongs to the process: two units at once would draw from each other's
@@ -954,7 +999,8 @@ def _share(shared, folder):
     for i, x in enumerate(shared["x"].values()):
         np.save(folder / f"x{i}.npy", x)
     np.save(folder / "y.npy", shared["y"])
-    small = {name: shared[name] for name in ("classes", "clip_ids")} | {"kinds": list(shared["x"])}
+    small = {name: shared[name] for name in ("classes", "clip_ids", "n_real")}
+    small |= {"kinds": list(shared["x"])}
     (folder / "shared.json").write_text(json.dumps(small))
 
 
@@ -982,13 +1028,14 @@ def _run_unit(unit, shared, out_dir, device):
     started = time.perf_counter()
     about = unit["about"]
     x = shared["x"][_input_kind(about["model"])]
-    parts = {name: (np.array(x[rows]), shared["y"][rows]) for name, rows in unit["rows"].items()}
+    rows = {name: _joined(part, shared) for name, part in unit["rows"].items()}
+    parts = {name: (np.array(x[places]), shared["y"][places]) for name, places in rows.items()}
     classify = _fit_and_classify if _is_baseline(about["model"]) else _train_and_classify
     chosen, log = classify(about, parts, len(shared["classes"]), device)
     names = np.array(shared["classes"])
     predictions = pd.DataFrame(
         {
-            "clip_id": [shared["clip_ids"][row] for row in unit["rows"]["test"]],
+            "clip_id": [shared["clip_ids"][row] for row in rows["test"]],
             "label": names[parts["test"][1]],
             "predicted": names[chosen],
         }
@@ -1032,7 +1079,7 @@ def _accuracies(truth, chosen, n_classes):
     return {"accuracy": float((truth == chosen).mean()), "macro_f1": float(f1)}
 
 
-def _train_units(units, shared, out_dir, workers, devices, executor):
+def _train_units(units, shared, out_dir, workers, devices, executor, leads=True):
     from tqdm import tqdm
 
     if executor is not None:
@@ -1041,14 +1088,15 @@ def _train_units(units, shared, out_dir, workers, devices, executor):
         outcomes = _here if workers == 1 else partial(_in_processes, workers=workers)
     failed, timed = {}, set()
     # disable=None: a bar on a terminal, nothing in a notebook or a log
-    with tqdm(total=len(units), unit="classifier", disable=None, leave=False) as bar:
+    hidden = None if leads else True
+    with tqdm(total=len(units), unit="classifier", disable=hidden, leave=False) as bar:
         for unit, reason in outcomes(units, shared, out_dir, devices):
             bar.update()
             model = unit["about"]["model"]
             if reason:
                 failed[unit["name"]] = reason
                 tqdm.write(f"failed, going on: {unit['name']}: {reason}")
-            elif model not in timed:
+            elif leads and model not in timed:
                 timed.add(model)
                 same = [other for other in units if other["about"]["model"] == model]
                 tqdm.write(_estimate(unit, same, out_dir, 1 if executor else workers))
@@ -1069,7 +1117,8 @@ def _train_my_share(units, shared, out_dir, team):
     # all have looked for what is missing before the first adds to what is done
     team.wait_for_everyone()
     mine = _longest_first(units)[team.process_index :: team.num_processes]
-    failed = _train_units(mine, shared, out_dir, 1, [str(team.device)], None)
+    place = [str(team.device)]
+    failed = _train_units(mine, shared, out_dir, 1, place, None, team.is_main_process)
     return dict(gather_object(list(failed.items())))
 
 
@@ -1085,7 +1134,8 @@ def _estimate(unit, units, out_dir, workers):
 
 def _patches(unit):
     about = unit["about"]
-    return about["epochs"] * (about["patches_per_epoch"] or max(1, len(unit["rows"]["train"])))
+    clips = max(1, about["n_real"] + about["n_synthetic"])
+    return about["epochs"] * (about["patches_per_epoch"] or clips)
 
 
 def _here(units, shared, out_dir, devices):
@@ -1109,58 +1159,124 @@ def _processes():
     return context
 
 
+_KILLED = "its process was killed (too little memory?)"
+_NOT_STARTED = "never started: its executor is broken"
+# more than a cluster has cores, and few enough to wait in memory
+_AT_ONCE = 500
+
+
 def _in_processes(units, shared, out_dir, devices, workers):
+    left = _longest_first(units)
+    with _shared_folder(shared, out_dir) as folder:
+        while left:
+            suspects, later = [], []
+            for unit, reason in _in_pool(left, folder, out_dir, devices, workers):
+                if reason == _NOT_STARTED:
+                    later.append(unit)
+                elif reason == _KILLED and not _is_done(out_dir, unit):
+                    suspects.append(unit)
+                else:
+                    yield unit, None if reason == _KILLED else reason
+            # one killed process takes all others of its pool with it: which unit it was shows alone
+            for unit in suspects:
+                yield from _in_pool([unit], folder, out_dir, devices, 1)
+            left = later
+
+
+def _in_pool(units, folder, out_dir, devices, workers):
     pool = ProcessPoolExecutor(workers, mp_context=_processes(), initializer=_start_worker)
     try:
-        yield from _in_executor(units, shared, out_dir, devices, pool)
+        yield from _outcomes(units, folder, out_dir, devices, pool, 2 * workers)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _in_executor(units, shared, out_dir, devices, executor):
     units = _longest_first(units)
+    with _shared_folder(shared, out_dir) as folder:
+        yield from _outcomes(units, folder, out_dir, devices, executor, _AT_ONCE)
+
+
+@contextlib.contextmanager
+def _shared_folder(shared, out_dir):
     with tempfile.TemporaryDirectory(dir=out_dir, prefix="shared-") as folder:
         _share(shared, Path(folder))
-        waiting = {
-            executor.submit(_work, unit, Path(folder), out_dir, devices[i % len(devices)]): unit
-            for i, unit in enumerate(units)
-        }
+        yield Path(folder)
+
+
+def _outcomes(units, folder, out_dir, devices, executor, at_once):
+    """Each unit and what went wrong with it, or None; no more than `at_once` are handed over."""
+    running = {}
+    try:
+        for i, unit in enumerate(units):
+            if len(running) == at_once:
+                yield from _finished(running)
+            device = devices[i % len(devices)]
+            try:
+                running[executor.submit(_work, unit, folder, out_dir, device)] = unit
+            except BrokenExecutor:
+                yield unit, _NOT_STARTED
+        while running:
+            yield from _finished(running)
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def _finished(running):
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        unit = running.pop(future)
         try:
-            for future in as_completed(waiting):
-                try:
-                    yield waiting[future], future.result()
-                except BrokenExecutor:
-                    yield waiting[future], "its process was killed (too little memory?)"
-                except Exception as error:
-                    yield waiting[future], f"its worker was lost ({type(error).__name__}: {error})"
-        finally:
-            for future in waiting:
-                future.cancel()
+            yield unit, future.result()
+        except BrokenExecutor:
+            yield unit, _KILLED
+        except Exception as error:
+            yield unit, f"its worker was lost ({type(error).__name__}: {error})"
 
 
-def _collect(out_dir, units):
-    """Results, predictions and learning curves of all units that are done."""
-    results, predictions, curves = [], [], []
-    for unit in (unit for unit in units if _is_done(out_dir, unit)):
-        result = json.loads(_unit_file(out_dir, unit, "json").read_text())
-        results.append(result)
-        where = {name: result[name] for name in ("arm", "ratio", "model", "fold", "run")}
-        # a class may be called "None" or "NA"
-        one = pd.read_csv(_unit_file(out_dir, unit, "csv"), dtype=str, keep_default_na=False)
-        predictions.append(one.assign(**where))
-        if result["epochs"]:
-            curves.append(pd.read_csv(_unit_file(out_dir, unit, "log.csv")).assign(**where))
-    where = ["arm", "ratio", "model", "fold", "run"]
-    return {
-        "results": pd.DataFrame(results, columns=RESULT_COLUMNS),
-        "predictions": _stacked(predictions, ["clip_id", "label", "predicted", *where]),
-        "curves": _stacked(curves, [*LOG_COLUMNS, *where]),
-    }
+_PLACE = ("arm", "ratio", "model", "fold", "run")
 
 
-def _stacked(tables, columns):
-    together = pd.concat(tables) if tables else pd.DataFrame(columns=columns)
-    return together.reset_index(drop=True)
+def _done_results(out_dir, units):
+    """Units that are done, each with its result."""
+    for unit in units:
+        if _is_done(out_dir, unit):
+            yield unit, json.loads(_unit_file(out_dir, unit, "json").read_text())
+
+
+def _results(out_dir, units):
+    rows = [
+        result | {"steps": _steps(result), "note": unit["note"]}
+        for unit, result in _done_results(out_dir, units)
+    ]
+    return pd.DataFrame(rows, columns=RESULT_COLUMNS)
+
+
+def _steps(result):
+    """Steps that the optimiser took."""
+    patches = result["patches_per_epoch"] or result["n_real"] + result["n_synthetic"]
+    return result["epochs"] * -(-patches // result["batch_size"])
+
+
+def _write_predictions_and_curves(out_dir, units):
+    files = {"predictions": "csv", "curves": "log.csv"}
+    columns = {"predictions": ["clip_id", "label", "predicted"], "curves": LOG_COLUMNS}
+    for name, ending in files.items():
+        # table by table: all predictions of a large study would fill the memory
+        chunks = _stacked(out_dir, units, ending, [*columns[name], *_PLACE])
+        audio.write_whole(out_dir / f"{name}.csv", chunks)
+
+
+def _stacked(out_dir, units, ending, columns):
+    """Bytes of one CSV file with the tables of all units that are done."""
+    yield pd.DataFrame(columns=columns).to_csv(index=False).encode()
+    # a class may be called "None" or "NA"
+    options = {"dtype": str, "keep_default_na": False} if ending == "csv" else {}
+    for unit, result in _done_results(out_dir, units):
+        if ending == "csv" or result["epochs"]:
+            table = pd.read_csv(_unit_file(out_dir, unit, ending), **options)
+            table = table.assign(**{name: result[name] for name in _PLACE})
+            yield table.to_csv(index=False, header=False).encode()
 
 
 # --- command line --------------------------------------------------------------------------------

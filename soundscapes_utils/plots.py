@@ -984,29 +984,23 @@ def beside_published(results, title=""):
     Parameters
     ----------
     results : pandas.DataFrame
-        Table *results* of `esc.run_arms`; arms on few real clips a class are left out.
+        Table *results* of `esc.run_arms`; arms on few real clips a class, and models that the paper
+        does not have, are left out.
     title : str, optional
         Above all panels.
 
     Returns
     -------
     matplotlib.figure.Figure
-        One row a network, one column an arm. Dashed: `esc.published`, UrbanSound8K; solid: own, bars
-        1.96·SD/√n. They compare only where the recordings are the same.
+        One row a network, one column an arm. Dashed: `esc.published`, UrbanSound8K, with its margins
+        where it prints them; solid: own, one colour and marker for each source and variant, bars
+        1.96·SD/√runs. They compare only where the recordings are the same, and `:faithful` ones best.
     """
     import matplotlib.pyplot as plt
-    import pandas as pd
-    import seaborn as sns
 
     from . import esc
 
-    parts = [esc.arm_parts(arm) for arm in results.arm]
-    own = results.assign(kind=[p[0] for p in parts], source=[p[1] for p in parts])
-    own = esc.summarise(
-        own[[p[2] is None for p in parts]].assign(arm=lambda t: t.kind + "@" + t.source)
-    )
-    own[["kind", "source"]] = own.arm.str.split("@", n=1, expand=True)
-    theirs = esc.published()
+    theirs, own = esc.published(), _own_lines(results, esc)
     xlabels = {
         "both": "synthetic clips for each real one",
         "mixed": "training folds replaced",
@@ -1015,34 +1009,71 @@ def beside_published(results, title=""):
     figure, axes = plt.subplots(
         2, 3, figsize=(13, 6.4), sharey=True, sharex="col", layout="constrained"
     )
-    for row, model in zip(axes, esc.MODELS, strict=True):
+    legend = {}
+    for row, network in zip(axes, theirs.model.unique(), strict=True):
         for panel, kind in zip(row, xlabels, strict=True):
-            start = [] if kind == "synthetic" else ["real"]
-            paper = theirs[(theirs.model == model) & theirs.arm.isin([*start, kind])]
-            lines = paper[paper.arm == kind].groupby(["backend", "prompt_family"])
-            colours = sns.color_palette("colorblind", len(lines))
-            for (name, line), colour in zip(lines, colours, strict=True):
-                line = pd.concat([paper[paper.arm == "real"], line])
-                label = f"paper: {name[0]}, {name[1]} prompt"
-                panel.plot(line.ratio, line.accuracy, "--o", ms=3, color=colour, label=label)
-            mine = own[own.model == model]
-            for source, line in mine[mine.kind == kind].groupby("source"):
-                line = pd.concat([mine[mine.kind.isin(start)], line]).sort_values("ratio")
-                label = f"own{': ' + source if source else ''}"
-                panel.errorbar(
-                    line.ratio, line.accuracy, line.half_width.fillna(0.0), marker="s", capsize=3,
-                    color="black", label=label,
-                )  # fmt: skip
-            panel.set(title=f"{model}, {kind}")
+            kinds = [kind] if kind == "synthetic" else ["real", kind]
+            shown = [table[(table.model == network) & table.kind.isin(kinds)]
+                     for table in (theirs.assign(kind=theirs.arm), own)]  # fmt: skip
+            _draw_published(panel, shown[0], kind)
+            _draw_own(panel, shown[1], kind, list(own.label[own.kind != "real"].unique()))
+            handles, labels = panel.get_legend_handles_labels()
+            legend |= dict(zip(labels, handles, strict=True))
+            panel.set(title=f"{network}, {kind}")
     for panel, xlabel in zip(axes[-1], xlabels.values(), strict=True):
         panel.set(xlabel=xlabel)
         panel.xaxis.get_major_locator().set_params(integer=True)
     for row in axes:
         row[0].set(ylabel="accuracy", ylim=(0, 1))
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(title)
     return figure
+
+
+def _own_lines(results, esc):
+    """Own means by network, kind of arm and what the legend calls their line."""
+    parts = [esc.arm_parts(arm) for arm in results.arm]
+    own = esc.summarise(results[[few is None for _, _, few in parts]])
+    own[["kind", "source"]] = [esc.arm_parts(arm)[:2] for arm in own.arm]
+    own[["model", "variant"]] = [model.partition(":")[::2] for model in own.model]
+    own["label"] = [
+        ": ".join(filter(None, ["own", ", ".join(filter(None, names))]))
+        for names in zip(own.source, own.variant, strict=True)
+    ]
+    return own
+
+
+def _draw_published(panel, paper, kind):
+    import pandas as pd
+    import seaborn as sns
+
+    lines = paper[paper.kind == kind].groupby(["backend", "prompt_family"])
+    colours = sns.color_palette("colorblind", len(lines))
+    for ((backend, family), line), colour in zip(lines, colours, strict=True):
+        line = pd.concat([paper[paper.kind == "real"], line])
+        label = f"paper: {backend}, {family} prompt"
+        panel.plot(line.ratio, line.accuracy, "--o", ms=3, color=colour, label=label)
+    sure = paper.dropna(subset="half_width")
+    if len(sure):
+        panel.errorbar(sure.ratio, sure.accuracy, sure.half_width, fmt="none", ecolor="0.3",
+                       capsize=4, label="paper: 95 % margin")  # fmt: skip
+
+
+def _draw_own(panel, own, kind, labels):
+    import pandas as pd
+    import seaborn as sns
+
+    colours = ["black", *sns.color_palette("dark")]
+    for place, label in enumerate(labels):
+        line = own[(own.label == label) & (own.kind == kind)]
+        if line.empty:
+            continue
+        same = own[(own.kind == "real") & (own.variant == line.variant.iloc[0])]
+        line = pd.concat([same, line]).sort_values("ratio")
+        panel.errorbar(
+            line.ratio, line.accuracy, line.half_width, marker="sD^vPX*"[place % 7], capsize=3,
+            color=colours[place % len(colours)], label=label,
+        )  # fmt: skip
 
 
 def learning_curves(curves, title=""):

@@ -310,17 +310,68 @@ def test_published_table_is_complete():
     assert table["accuracy"].between(0.29, 0.72).all()
 
 
-def test_the_papers_figures_hold_both_its_numbers_and_ours():
+def study_results(models, arms, runs=(0,)):
+    """Results of which each arm, model and run has an accuracy of its own."""
+    row = dict.fromkeys(esc.RESULT_COLUMNS, 0) | {"backend": "", "prompt_family": ""}
+    return pd.DataFrame(
+        [
+            row
+            | {"model": model, "arm": arm, "ratio": ratio, "run": run}
+            | {"accuracy": 0.5 + 0.1 * i + 0.02 * j + 0.01 * run}
+            for i, model in enumerate(models)
+            for j, (arm, ratio) in enumerate(arms)
+            for run in runs
+        ]
+    )
+
+
+def test_the_papers_figures_hold_all_its_numbers():
     from soundscapes_utils import plots
 
-    row = dict.fromkeys(esc.RESULT_COLUMNS, 0) | {"model": "sbcnn", "backend": "", "ratio": 0.0}
-    rows = [row | {"arm": "real", "accuracy": 0.8}, row | {"arm": "real/2", "accuracy": 0.1}]
-    rows.append(row | {"arm": "both", "ratio": 1.0, "accuracy": 0.7})
-    figure = plots.beside_published(pd.DataFrame(rows).assign(prompt_family=""))
-    panel = figure.axes[0]
-    lines = {line.get_label(): line for line in panel.lines}
-    simple = lines["paper: AudioGen, simple prompt"].get_ydata()
-    np.testing.assert_allclose(simple, [0.6468, 0.6842, 0.6979, 0.6973, 0.7006])
-    own = panel.containers[0].lines[0]
-    assert own.get_xydata().tolist() == [[0.0, 0.8], [1.0, 0.7]]
+    results = study_results(["sbcnn"], [("real", 0.0), ("both", 1.0)])
+    drawn, margins = [], []
+    for panel in plots.beside_published(results).axes:
+        model, kind = panel.get_title().split(", ")
+        for line in panel.lines:
+            if line.get_label().startswith("paper: ") and line.get_linestyle() == "--":
+                backend, family = line.get_label()[len("paper: ") : -len(" prompt")].split(", ")
+                for ratio, accuracy in line.get_xydata():
+                    about = (kind, backend, family) if ratio else ("real", "", "")
+                    drawn.append((about[0], ratio, model, *about[1:], accuracy))
+        for container in panel.containers:
+            if container.get_label() == "paper: 95 % margin":
+                (ends,) = container.lines[2][0].get_segments()
+                margins.append((model, kind, *np.round(ends[:, 1], 4)))
+    table = esc.published().drop(columns="half_width")
+    assert set(drawn) == set(table.itertuples(index=False, name=None)) and len(set(drawn)) == 130
+    # 64.68 ± 0.82 and 62.70 ± 0.65 %
+    assert margins == [("sbcnn", "both", 0.6386, 0.655), ("sbcnn", "mixed", 0.6386, 0.655),
+                       ("crnn", "both", 0.6205, 0.6335), ("crnn", "mixed", 0.6205, 0.6335)]  # fmt: skip
+
+
+def test_own_sources_and_variants_can_be_told_apart_in_the_papers_figures():
+    from soundscapes_utils import plots
+
+    arms = [("real", 0.0), ("both@mini", 1.0), ("both@ps1", 1.0), ("synthetic@mini", 2.0)]
+    models = ["sbcnn", "sbcnn:faithful", "knn"]
+    figure = plots.beside_published(study_results(models, [*arms, ("real/2", 0.0)], runs=(0, 1)))
+    figure.canvas.draw()
+    own = {
+        (panel.get_title(), line.get_label()): line.lines[0]
+        for panel in figure.axes
+        for line in panel.containers
+        if line.get_label().startswith("own")
+    }
+    both = [f"own: {name}" for name in ("mini", "ps1", "mini, faithful", "ps1, faithful")]
+    assert set(own) == {("sbcnn, both", label) for label in both} | {
+        ("sbcnn, synthetic", label) for label in both[::2]
+    }
+    faithful = own["sbcnn, both", "own: mini, faithful"].get_xydata()
+    np.testing.assert_allclose(faithful, [[0, 0.605], [1, 0.625]])
+    looks = {label: {(line.get_marker(), str(line.get_color())) for (_, name), line in own.items()
+                     if name == label} for label in both}  # fmt: skip
+    assert all(len(look) == 1 for look in looks.values()) and len(set.union(*looks.values())) == 4
+    assert {*both, "paper: AudioLDM2, gpt prompt"} < {
+        text.get_text() for text in figure.legends[0].get_texts()
+    }
     assert [axis.get_xlabel() != "" for axis in figure.axes] == [False] * 3 + [True] * 3

@@ -2,13 +2,14 @@
 
 import os
 import re
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from toy_clips import CLASSES, RATE, tone, write_clips
+from toy_clips import CLASSES, RATE, killed_by_its_name, tone, write_clips
 
 from soundscapes_utils import audio, esc, networks
 
@@ -94,7 +95,8 @@ def test_controls_have_as_many_clips_as_their_arms(clips, generated):
     assert set(counts.index) == set(real) and set(counts) == {2, 3}
     assert clips["label"].iloc[repeat["real_rows"]].value_counts().tolist() == [15, 15]
     mixed, dropped = (one_unit(clips, generated, f"{name}:2") for name in ("mixed", "dropped"))
-    assert dropped["real_rows"] == mixed["real_rows"] and dropped["n_synthetic"] == 0
+    np.testing.assert_array_equal(dropped["real_rows"], mixed["real_rows"])
+    assert dropped["n_synthetic"] == 0
     thinned = one_unit(clips, generated, "thinned:2")
     assert thinned["n_real"] + thinned["n_synthetic"] == len(real)
     assert 0 < thinned["n_real"] < len(real)
@@ -102,7 +104,7 @@ def test_controls_have_as_many_clips_as_their_arms(clips, generated):
     labels += [*generated["label"].iloc[thinned["synthetic_rows"]]]
     assert labels.count("hum") == labels.count("whistle")
     for arm in ("steps:2", "specaugment:1", "mixup:0.2"):
-        assert one_unit(clips, None, arm)["real_rows"] == real
+        np.testing.assert_array_equal(one_unit(clips, None, arm)["real_rows"], real)
 
 
 def test_few_real_clips_are_an_axis_of_nested_sets(clips, generated):
@@ -120,9 +122,8 @@ def test_merged_generators_take_turns(clips, generated):
     backends = pd.concat(tables.values())["backend"].iloc[merged["synthetic_rows"]]
     assert backends.value_counts().to_dict() == {"a": 6, "b": 6}
     # a table's own order does not depend on the tables beside it
-    assert (
-        one_unit(clips, {"a": tables["a"]}, "both@a:1")["synthetic_rows"] == alone["synthetic_rows"]
-    )
+    only = one_unit(clips, {"a": tables["a"]}, "both@a:1")
+    np.testing.assert_array_equal(only["synthetic_rows"], alone["synthetic_rows"])
     with pytest.raises(ValueError, match=r"called 'c'.*\['a', 'b'\]"):
         one_unit(clips, tables, "both@c:1")
     with pytest.raises(ValueError, match="both@name:1"):
@@ -155,6 +156,26 @@ def test_leaks_are_looked_for_table_by_table(clips, generated):
     esc.plan_units(clips, tables, ["both@b:1"], generator_folds=seen)
     with pytest.raises(esc.LeakError, match=r"fold \[5\]"):
         esc.plan_units(clips, tables, ["both@a+b:1"], generator_folds=seen)
+
+
+def test_stopping_early_by_what_the_generator_learnt_is_noted(clips, generated, tmp_path, capsys):
+    tables, seen = {"a": generated, "b": generated}, {"a": [1, 2], "b": [2, 3]}
+    options = {"models": ["knn"], "test_folds": [4, 5], "generator_folds": seen}
+    # fold 5 validates where fold 4 tests, fold 1 where fold 5 does
+    results = quick_run(clips, tables, tmp_path, ["real", "both@a:1", "both@b:1"], **options)
+    noted = results[results["note"] != ""]
+    assert noted[["arm", "fold"]].to_numpy().tolist() == [["both@a", 5]]
+    assert set(noted["note"]) == {"the generator learnt from the validation fold"}
+    assert "note: 1 classifiers, test folds [5]: the generator" in capsys.readouterr().out
+    quick_run(clips, tables, tmp_path, ["both@b:1"], **options)
+    assert "note:" not in capsys.readouterr().out
+    # what validates nothing, or is synthetic, has nothing to be noted
+    alone = one_unit(clips, tables, "synthetic@a:1", validation="faithful", generator_folds=seen)
+    assert alone["note"] == ""
+    none = one_unit(
+        clips, tables, "both@a:1", models=["svm"], validation="none", generator_folds={"a": [2]}
+    )
+    assert none["note"] == ""
 
 
 def test_validation_as_the_released_code_has_it(clips, generated):
@@ -414,8 +435,37 @@ def test_the_transformer_is_fine_tuned_as_a_unit(tiny_transformer, clips, tmp_pa
 def test_equal_steps_are_more_epochs(clips, tmp_path):
     results = quick_run(clips, None, tmp_path, ["real", "steps:2"], epochs=2)
     assert results["epochs"].tolist() == [2, 6]
+    # 12 clips in batches of 8
+    assert results["steps"].tolist() == [2 * 2, 6 * 2]
+    assert esc.summarise(results)["steps"].tolist() == [4, 12]
+    few = quick_run(clips, None, tmp_path, ["real"], epochs=2, patches_per_epoch=3)
+    assert few["steps"].tolist() == [2]
     with pytest.raises(ValueError, match="equal steps already"):
         quick_run(clips, None, tmp_path, ["steps:2"], patches_per_epoch=8)
+
+
+class Linear(torch.nn.Module):
+    """A classifier of one's own, entered as CONTRIBUTING.md says."""
+
+    def __init__(self, n_classes):
+        super().__init__()
+        self.head = torch.nn.Linear(esc.PATCH_FRAMES * esc.N_MELS, n_classes)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+
+def test_a_third_network_joins_the_study(clips, generated, tmp_path, monkeypatch):
+    from soundscapes_utils import plots
+
+    before = esc.published()
+    monkeypatch.setitem(networks.MODELS, "linear", Linear)
+    results = quick_run(clips, generated, tmp_path, models=["linear", "sbcnn"])
+    assert results["model"].tolist() == ["linear", "sbcnn"] * 2
+    pd.testing.assert_frame_equal(esc.published(), before)
+    assert len(plots.beside_published(results).axes) == 6
+    with pytest.raises(ValueError, match=r"models are \['sbcnn', 'crnn', 'linear'\]"):
+        esc.plan_units(clips, None, ["real"], models=["linear:faithful"])
 
 
 def test_learning_curves_are_kept(clips, generated, tmp_path):
@@ -451,7 +501,7 @@ def test_the_time_to_come_follows_the_patches(tmp_path, patches, epochs, told):
     units = []
     for clips, rounds in ((20, 10), (40, epochs), (60, epochs)):
         about = {"model": "sbcnn", "epochs": rounds, "patches_per_epoch": patches}
-        units.append({"key": "first", "about": about, "rows": {"train": list(range(clips))}})
+        units.append({"key": "first", "about": about | {"n_real": clips - 5, "n_synthetic": 5}})
     audio.write_whole(tmp_path / "units/first.json", b'{"seconds": 10.0}')
     line = esc._estimate(units[0], units, tmp_path, 1)
     assert line == f"sbcnn: the first took 10.0 s; about {told} for 2 more"
@@ -526,6 +576,39 @@ def test_a_lost_worker_is_reported_and_the_rest_goes_on(clips, generated, tmp_pa
     with Flaky(1) as pool, pytest.raises(esc.UnitsFailed, match=r"(?s)1 of 2.*its worker was lost"):
         quick_run(clips, generated, tmp_path / "out", executor=pool)
     assert pd.read_csv(tmp_path / "out/results.csv")["arm"].tolist() == ["real"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no process can be killed so here")
+def test_a_killed_process_costs_its_own_unit_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(esc, "_work", killed_by_its_name)
+    (tmp_path / "units").mkdir()
+    # two at once: the killer takes the second with it, the others have not begun
+    about = {"model": "sbcnn", "epochs": 1, "patches_per_epoch": 1}
+    names = ["killer", "beside it", "later", "last"]
+    units = [{"name": name, "key": name, "about": about} for name in names]
+    shared = {"x": {}, "y": [], "classes": [], "clip_ids": [], "n_real": 0}
+    found = [(u["name"], why) for u, why in esc._in_processes(units, shared, tmp_path, ["cpu"], 1)]
+    assert sorted(found[:2], key=str) == [
+        ("beside it", None),
+        ("killer", "its process was killed (too little memory?)"),
+    ]
+    assert sorted(found[2:]) == [("last", None), ("later", None)]
+
+
+def test_only_so_many_units_wait_with_an_executor(clips, tmp_path, monkeypatch):
+    waiting = []
+
+    class Counted(ThreadPoolExecutor):
+        def submit(self, *args):
+            waiting.append(self._work_queue.qsize())
+            return super().submit(*args)
+
+    monkeypatch.setattr(esc, "_AT_ONCE", 3)
+    with Counted(1) as pool:
+        results = quick_run(
+            clips, None, tmp_path, ["real"], models=["knn"], runs=8, executor=pool
+        )  # fmt: skip
+    assert len(results) == len(waiting) == 8 and max(waiting) <= 2
 
 
 # --- command line ------------------------------------------------------------------------------------

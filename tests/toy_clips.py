@@ -1,5 +1,8 @@
 """Small sounds of two classes that tests of features, arms and units share."""
 
+import os
+import signal
+
 import numpy as np
 import pandas as pd
 
@@ -28,3 +31,9 @@ def write_clips(folder, classes, folds, each, first_seed):
 
 
 CLASSES = {"hum": 200, "whistle": 3000}
+
+
+def killed_by_its_name(unit, folder, out_dir, device):
+    """Stands for a unit of a study: here, as processes of their own import it by its name."""
+    if unit["name"] == "killer":
+        os.kill(os.getpid(), signal.SIGKILL)
