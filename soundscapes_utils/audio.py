@@ -276,8 +276,8 @@ def write_whole(path, content):
     ----------
     path : str or Path
         Missing folders are made; a file of that name is replaced in one step.
-    content : bytes or iterable of bytes
-        What it shall hold, at once or piece by piece.
+    content : bytes
+        What it shall hold.
 
     Returns
     -------
@@ -300,20 +300,16 @@ def write_whole(path, content):
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         try:
-            file = part.open("wb")
+            part.write_bytes(content)
         except (
             FileNotFoundError
         ):  # asking for the folder before each file costs as much as some files
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = part.open("wb")
-        with file:
-            file.writelines([content] if isinstance(content, bytes) else content)
+            part.write_bytes(content)
         part.replace(path)
-    except BaseException as error:
+    except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
         raise AudioError(
             f"{path}: cannot be written ({error}); free some space or choose another folder"
         ) from error

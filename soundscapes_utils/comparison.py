@@ -470,17 +470,20 @@ def confusion_difference(predictions, arm, ratio, model, against=("real", 0.0)):
     return shares[0] - shares[1]
 
 
-def choice_on_test(predictions, n=2000, seed=0):
+def choice_on_test(predictions, clips=None, n=2000, seed=0):
     """What it adds to an accuracy to have chosen the best classifier on the same test clips.
 
-    The clips are halved at random, again and again. The classifier that is best on one half is scored
-    there, as somebody does who chooses on the test clips, and on the other half, as is right.
+    The recordings are halved at random, again and again. The classifier that is best on one half is
+    scored there, as somebody does who chooses on the test clips, and on the other half, as is right.
 
     Parameters
     ----------
     predictions : pandas.DataFrame
         ``predictions.csv`` of :func:`run_arms`. Candidates are all that it holds: every arm, ratio,
         model and run that was tested on all clips.
+    clips : pandas.DataFrame, optional
+        Table *clips*: clips of one `source_id` then stay in one half. Without it each clip counts as
+        a recording of its own.
     n : int, default 2000
         Halvings.
     seed : int, default 0
@@ -489,13 +492,14 @@ def choice_on_test(predictions, n=2000, seed=0):
     Returns
     -------
     pandas.Series
-        `candidates`, `clips`; mean accuracies `chosen_here` (on the half of the choice),
+        `candidates`, `clips`, `sources`; mean accuracies `chosen_here` (on the half of the choice),
         `elsewhere` (on the other) and their difference `bias`.
 
     Raises
     ------
     ValueError
-        Fewer than two candidates or clips: there is nothing to choose, or nothing to halve.
+        Fewer than two candidates or recordings: there is nothing to choose, or nothing to halve; a
+        clip of `predictions` is not in `clips`.
 
     Notes
     -----
@@ -509,21 +513,27 @@ def choice_on_test(predictions, n=2000, seed=0):
     >>> choice_on_test(pd.concat([one.assign(arm="real"), one.assign(arm="both")]))["bias"]
     np.float64(0.0)
     """
-    table = _recognised(predictions, None)
+    table = _recognised(predictions, clips)
+    each = ["fold", "source_id", "clip_id"]
     right = table.pivot_table(
-        index=["fold", "clip_id"], columns=["arm", "ratio", "model", "run"], values="right"
+        index=each, columns=["arm", "ratio", "model", "run"], values="right"
     ).dropna(axis=1)
-    clips, candidates = right.shape
-    if min(clips, candidates) < 2:
-        raise ValueError(f"{candidates} classifiers on {clips} clips: a choice needs two of each")
+    # half of a recording would tell what the other half is
+    source = right.groupby(each[:2], sort=False).ngroup().to_numpy()
+    sources, candidates = source.max(initial=-1) + 1, right.shape[1]
+    if min(sources, candidates) < 2:
+        raise ValueError(
+            f"{candidates} classifiers on {sources} recordings: a choice needs two of each"
+        )
     rng, scores = np.random.default_rng(seed), right.to_numpy()
-    first = rng.permuted(np.tile(np.arange(clips) < clips // 2, (n, 1)), axis=1)
-    here, there = first @ scores / (clips // 2), ~first @ scores / (clips - clips // 2)
+    half = np.tile(np.arange(sources) < sources // 2, (n, 1))
+    first = rng.permuted(half, axis=1)[:, source]
+    here, there = (side @ scores / side.sum(axis=1, keepdims=True) for side in (first, ~first))
     best = here.argmax(axis=1)
     chosen, elsewhere = (part[np.arange(n), best].mean() for part in (here, there))
     return pd.Series(
-        {"candidates": candidates, "clips": clips, "chosen_here": chosen}
-        | {"elsewhere": elsewhere, "bias": chosen - elsewhere}
+        {"candidates": candidates, "clips": len(right), "sources": sources}
+        | {"chosen_here": chosen, "elsewhere": elsewhere, "bias": chosen - elsewhere}
     )
 
 
@@ -541,7 +551,7 @@ def class_distances(real, generated, embedding="", candidate=""):
     Returns
     -------
     pandas.DataFrame
-        Rows of a table *scores*, one a class that both hold: `metric` ("KAD"), `embedding`,
+        Rows of a table *scores*, two a class that both hold: `metric` ("KAD", "FAD"), `embedding`,
         `reference` (the class), `candidate`, `value`, `n_reference, n_candidate`. For
         :func:`class_correlation`.
 
@@ -553,13 +563,15 @@ def class_distances(real, generated, embedding="", candidate=""):
     Notes
     -----
     KAD (:func:`fad.kernel_distance`), as its expectation does not depend on the number of clips,
-    which is small for a class.
+    which is small for a class; FAD (:func:`fad.frechet_distance`) beside it, as most print it: it
+    ranks classes only where their clips are equally many.
 
     Examples
     --------
     >>> x, y = np.random.default_rng(0).normal(size=(8, 3)), ["dog"] * 8
-    >>> class_distances((x, y), (x + 9, y))["value"].item() > 50
-    True
+    >>> table = class_distances((x, y), (x + 9, y)).set_index("metric")["value"]
+    >>> table.round().tolist()  # FAD: 9² in each of three dimensions
+    [117.0, 243.0]
     """
     from soundscapes_utils import fad
 
@@ -571,11 +583,12 @@ def class_distances(real, generated, embedding="", candidate=""):
             raise ValueError(
                 f"{str(label)!r} has {len(pair[0])} real and {len(pair[1])} synthetic clips"
             )
-        rows.append(
-            {"metric": "KAD", "embedding": embedding, "reference": label, "candidate": candidate}
-            | {"value": float(fad.kernel_distance(*pair))}
+        rows += [
+            {"metric": metric, "embedding": embedding, "reference": label, "candidate": candidate}
+            | {"value": float(distance(*pair))}
             | {"n_reference": len(pair[0]), "n_candidate": len(pair[1])}
-        )
+            for metric, distance in (("KAD", fad.kernel_distance), ("FAD", fad.frechet_distance))
+        ]
     return pd.DataFrame(rows)
 
 

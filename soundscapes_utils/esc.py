@@ -33,6 +33,7 @@ under a name that holds a hash of all that went into it, so that a run can be st
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -53,7 +54,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from soundscapes_utils import audio, datasets
+from soundscapes_utils import audio, datasets, stats
 from soundscapes_utils.comparison import (
     RESULT_COLUMNS,
     choice_on_test,
@@ -200,6 +201,9 @@ PROTOCOLS = pd.DataFrame(
     columns=["dataset", "n_folds", "n_classes"],
 ).set_index("dataset")
 """Folds and classes of each data set; the fold after the test fold validates, see `protocol`."""
+
+_NO_ROWS = np.zeros(0, np.int32)
+_HEARD_VALIDATION = "the generator learnt from the fold that early stopping looks at"
 
 # part of every unit's key: raise it when training changes in a way that its inputs do not show
 _RECIPE = 1
@@ -557,9 +561,6 @@ def _tables(generated, wanted):
     return tables
 
 
-HEARD_VALIDATION = "the generator learnt from the validation fold"
-
-
 def _folds_of(generator_folds, name):
     if isinstance(generator_folds, dict):
         return generator_folds.get(name)
@@ -586,10 +587,7 @@ def _note(arm, held, generator_folds):
         for name in _sources([(arm, 0)])
         for fold in _folds_of(generator_folds, name) or ()
     }
-    return HEARD_VALIDATION if heard & held else ""
-
-
-_NO_ROWS = np.zeros(0, np.int32)
+    return _HEARD_VALIDATION if heard & held else ""
 
 
 def _rows_by_split(clips, fold):
@@ -958,12 +956,7 @@ def _print_plan(plan, missing, where):
     noted = plan[plan["note"] != ""]
     if len(noted):
         folds = sorted(noted["fold"].unique().tolist())
-        print(
-            f"note: {len(noted)} classifiers, test folds {folds}: {HEARD_VALIDATION}; their early"
-        )
-        print(
-            "stopping favours what it made. Results say which; train it without that fold as well"
-        )
+        print(f"note: {len(noted)} of them (test folds {folds}): {_HEARD_VALIDATION}")
 
 
 # torch's random state belongs to the process: two units at once would draw from each other's
@@ -1262,9 +1255,10 @@ def _write_predictions_and_curves(out_dir, units):
     files = {"predictions": "csv", "curves": "log.csv"}
     columns = {"predictions": ["clip_id", "label", "predicted"], "curves": LOG_COLUMNS}
     for name, ending in files.items():
-        # table by table: all predictions of a large study would fill the memory
-        chunks = _stacked(out_dir, units, ending, [*columns[name], *_PLACE])
-        audio.write_whole(out_dir / f"{name}.csv", chunks)
+        # as text, a fifth of what the tables of a large study would take in memory
+        content = io.BytesIO()
+        content.writelines(_stacked(out_dir, units, ending, [*columns[name], *_PLACE]))
+        audio.write_whole(out_dir / f"{name}.csv", content.getvalue())
 
 
 def _stacked(out_dir, units, ending, columns):
@@ -1416,12 +1410,17 @@ def _executor(address):
 def _print_tables(out_dir, clips):
     text = {"clip_id": str, "label": str, "predicted": str}
     predictions = pd.read_csv(out_dir / "predictions.csv", dtype=text, keep_default_na=False)
-    tables = {"intervals": intervals(predictions, clips)}
-    if (
-        len(tables["intervals"][["arm", "ratio"]].drop_duplicates()) > 1
-        and (predictions["arm"] == "real").any()
-    ):
+    summary = summarise(pd.read_csv(out_dir / "results.csv", keep_default_na=False))
+    shown = ["arm", "ratio", "model", "n", "n_runs", "n_real", "n_synthetic", "steps"]
+    tables = {"arms": summary[[*shown, "accuracy", "half_width", "macro_f1"]]}
+    tables["intervals"] = intervals(predictions, clips)
+    arms = predictions[["arm", "ratio"]].drop_duplicates().itertuples(index=False, name=None)
+    others = [arm for arm in arms if arm != ("real", 0.0)]
+    if others and (predictions["arm"] == "real").any():
         tables["tests"] = compare_all(predictions, by="source", clips=clips)
+        single = pd.concat([mcnemar_runs(predictions, *arm) for arm in others], ignore_index=True)
+        # corrected once more, over all arms
+        tables["mcnemar"] = single.assign(p_holm=stats.holm(single["p_value"]))
     for name, table in tables.items():
         print(f"\n{name}")
         print(table.round(4).to_string(index=False))

@@ -40,6 +40,9 @@ TRANSFORMS = {
 }
 """Signal-processing augmentation with the paper's values: semitones, and speeds."""
 
+# bad clips that an error names, one a line
+_NAMED = 50
+
 # two threads that hold copies of one clip write the same file
 _WRITING = threading.Lock()
 
@@ -160,7 +163,8 @@ def load_kept(paths, cache_dir, workers, settings, compute):
     Raises
     ------
     audio.AudioError
-        A file is missing, or the cache cannot be written.
+        Files are missing, unreadable or silent (all of them are named), or the cache cannot be
+        written.
 
     Examples
     --------
@@ -172,7 +176,16 @@ def load_kept(paths, cache_dir, workers, settings, compute):
     """
     # decoding and resampling let go of Python's lock, so threads do here
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        found = list(pool.map(lambda p: _kept(Path(p), Path(cache_dir), settings, compute), paths))
+        jobs = [pool.submit(_kept, Path(p), Path(cache_dir), settings, compute) for p in paths]
+    bad = [job.exception() for job in jobs if isinstance(job.exception(), audio.AudioError)]
+    if bad:
+        named = "\n".join(f"  {error}" for error in bad[:_NAMED])
+        more = f"\n  and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        raise audio.AudioError(
+            f"{len(bad)} of {len(jobs)} clips cannot be used; make them again, or leave their rows out "
+            f"of the table:\n{named}{more}"
+        ) from bad[0]
+    found = [job.result() for job in jobs]
     return [item[0] for item in found], [item[1] for item in found]
 
 

@@ -1063,7 +1063,7 @@ def _draw_own(panel, own, kind, labels):
     import pandas as pd
     import seaborn as sns
 
-    colours = ["black", *sns.color_palette("dark")]
+    colours = ["black", *sns.color_palette("dark")[1:]]
     for place, label in enumerate(labels):
         line = own[(own.label == label) & (own.kind == kind)]
         if line.empty:

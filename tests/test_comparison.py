@@ -245,19 +245,36 @@ def test_choosing_among_equals_adds_what_the_largest_of_them_has_by_luck():
     # half by as much the other way, and the largest of 10 normals lies 1.54 SD above their mean
     assert found["bias"] == pytest.approx(2 * 1.54 * np.sqrt(0.25 / 199), rel=0.05)
     assert found["bias"] == pytest.approx(found["chosen_here"] - found["elsewhere"])
-    with pytest.raises(ValueError, match="1 classifiers on 200 clips"):
+    with pytest.raises(ValueError, match="1 classifiers on 200 recordings"):
         esc.choice_on_test(parts[0].assign(model="sbcnn"))
 
 
-def test_distances_of_classes_are_kad():
+def test_a_choice_halves_recordings_not_their_clips():
+    # ten clips of each of 20 recordings, all right or all wrong: as 20 clips that stand for ten
+    rng = np.random.default_rng(0)
+    clips = pd.DataFrame({"source_id": np.repeat([f"s{i}" for i in range(20)], 10), "label": "a"})
+    clips = clips.assign(clip_id=[f"c{i}" for i in range(200)], fold=5)
+    tests = [clips.drop(columns="source_id").assign(arm="real", ratio=0.0, run=i, model="svm",
+             predicted=np.repeat(rng.permutation(list("ab" * 10)), 10)) for i in range(6)]  # fmt: skip
+    predictions = pd.concat(tests)
+    found = esc.choice_on_test(predictions, clips, n=4000)
+    one = predictions[predictions["clip_id"].isin(clips["clip_id"][::10])]
+    assert (found["clips"], found["sources"]) == (200, 20)
+    assert found["bias"] == pytest.approx(esc.choice_on_test(one, n=4000)["bias"], abs=0.01)
+    assert found["bias"] > 2 * esc.choice_on_test(predictions, n=4000)["bias"]
+
+
+def test_distances_of_classes_are_kad_and_fad():
     from soundscapes_utils import fad
 
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 4)), np.repeat(["a", "b"], 20)
     made = x + np.where(y == "b", 3.0, 0.0)[:, None]
-    table = esc.class_distances((x, y), (made[::2], y[::2]), "toy", "mini").set_index("reference")
-    assert table.loc["b", "value"] == fad.kernel_distance(x[20:], made[20::2])
-    assert table["value"].idxmax() == "b" and table["n_candidate"].tolist() == [10, 10]
+    both = esc.class_distances((x, y), (made[::2], y[::2]), "toy", "mini")
+    for metric, distance in (("KAD", fad.kernel_distance), ("FAD", fad.frechet_distance)):
+        table = both[both["metric"] == metric].set_index("reference")
+        assert table.loc["b", "value"] == distance(x[20:], made[20::2])
+        assert table["value"].idxmax() == "b" and table["n_candidate"].tolist() == [10, 10]
     with pytest.raises(ValueError, match="'a' has 20 real and 1 synthetic"):
         esc.class_distances((x, y), (made[19:], y[19:]))
 

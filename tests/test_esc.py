@@ -165,8 +165,9 @@ def test_stopping_early_by_what_the_generator_learnt_is_noted(clips, generated, 
     results = quick_run(clips, tables, tmp_path, ["real", "both@a:1", "both@b:1"], **options)
     noted = results[results["note"] != ""]
     assert noted[["arm", "fold"]].to_numpy().tolist() == [["both@a", 5]]
-    assert set(noted["note"]) == {"the generator learnt from the validation fold"}
-    assert "note: 1 classifiers, test folds [5]: the generator" in capsys.readouterr().out
+    told = "the generator learnt from the fold that early stopping looks at"
+    assert set(noted["note"]) == {told}
+    assert f"note: 1 of them (test folds [5]): {told}" in capsys.readouterr().out
     quick_run(clips, tables, tmp_path, ["both@b:1"], **options)
     assert "note:" not in capsys.readouterr().out
     # what validates nothing, or is synthetic, has nothing to be noted
@@ -583,7 +584,7 @@ def test_a_killed_process_costs_its_own_unit_only(tmp_path, monkeypatch):
     monkeypatch.setattr(esc, "_work", killed_by_its_name)
     (tmp_path / "units").mkdir()
     # two at once: the killer takes the second with it, the others have not begun
-    about = {"model": "sbcnn", "epochs": 1, "patches_per_epoch": 1}
+    about = {"model": "sbcnn", "epochs": 1, "patches_per_epoch": 1, "n_real": 1, "n_synthetic": 0}
     names = ["killer", "beside it", "later", "last"]
     units = [{"name": name, "key": name, "about": about} for name in names]
     shared = {"x": {}, "y": [], "classes": [], "clip_ids": [], "n_real": 0}
@@ -605,9 +606,7 @@ def test_only_so_many_units_wait_with_an_executor(clips, tmp_path, monkeypatch):
 
     monkeypatch.setattr(esc, "_AT_ONCE", 3)
     with Counted(1) as pool:
-        results = quick_run(
-            clips, None, tmp_path, ["real"], models=["knn"], runs=8, executor=pool
-        )  # fmt: skip
+        results = quick_run(clips, None, tmp_path, ["real"], models=["knn"], runs=8, executor=pool)
     assert len(results) == len(waiting) == 8 and max(waiting) <= 2
 
 
@@ -645,8 +644,11 @@ def test_a_study_from_the_command_line(small_esc10, tmp_path, capsys):
     assert "validation_fold" in capsys.readouterr().out and not (tmp_path / "units").exists()
     assert esc.main([*command, "--test-folds", "4", "5"]) == 0
     printed = capsys.readouterr().out
-    assert "intervals" in printed and "p_holm" in printed
+    for name in ("arms", "steps", "intervals", "p_holm", "mcnemar", "odds_ratio"):
+        assert name in printed
     assert pd.read_csv(tmp_path / "tests.csv")["n"].tolist() == [40]
+    single = pd.read_csv(tmp_path / "mcnemar.csv")
+    assert single["n"].tolist() == [40] and single["p_holm"].equals(single["p_value"])
     assert esc.main([*command, "--generator-folds", "4"]) == 2
     assert "was trained on fold [4]" in capsys.readouterr().err
 

@@ -121,3 +121,14 @@ def test_stretched_copies_last_as_long_as_they_should(clips, tmp_path):
     made = esc.transform_clips(clips.head(1), "ts", tmp_path, workers=1)
     lengths = [len(audio.load_audio(path)[0]) / RATE for path in made["path"]]
     assert lengths == pytest.approx([1 / speed for speed in (0.81, 0.93, 1.07, 1.23)], rel=0.01)
+
+
+def test_all_clips_that_cannot_be_used_are_named_at_once(tmp_path):
+    paths = [tmp_path / name for name in ("good.wav", "silent.wav", "text.wav", "gone.wav")]
+    for path, level in zip(paths, (0.1, 0.0), strict=False):
+        audio.save_audio(path, level * np.sin(np.arange(8000) * 0.3), 16_000)
+    paths[2].write_text("no sound")
+    for load in (esc.load_features, esc.load_mfcc_statistics):
+        with pytest.raises(audio.AudioError, match="3 of 4 clips cannot be used") as caught:
+            load(paths, tmp_path / "cache")
+        assert [path.name in str(caught.value) for path in paths] == [False, True, True, True]

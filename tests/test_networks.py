@@ -43,7 +43,7 @@ def test_crnn_has_the_published_parameters():
     blocks = sum(conv(3, a, b) + 2 * b + conv(1, b, b) for a, b in pairs)
     layer = [2 * 3 * 128 * (width + 128 + 2) for width in (128, 256)]
     head = 23 * 256 * 10 + 10  # 94 frames / 2 / 2
-    assert count(esc.CRNN(10)) == blocks + sum(layer) + head
+    assert count(esc.CRNN(10)) == blocks + sum(layer) + head == 1_166_170
     # the released code keeps 45 frames and states 2816 inputs of its linear layer
     assert esc.CRNN(10, n_frames=45).head.in_features == 2816
 
@@ -52,9 +52,10 @@ def test_faithful_networks_have_the_released_codes_parameters():
     pairs = list(pairwise([1, 16, 32, 64, 128, 128, 128, 128]))
     blocks = sum(conv(3, a, b) + 2 * b for a, b in pairs)  # no weights in the gate
     gru = sum(2 * 3 * 128 * (width + 128 + 2) for width in (128, 256))
-    assert count(esc.FAITHFUL["crnn"](10)) == blocks + gru + 2816 * 10 + 10
+    assert count(esc.FAITHFUL["crnn"](10)) == blocks + gru + 2816 * 10 + 10 == 1_063_914
     convolutions = conv(5, 1, 24) + conv(5, 24, 48) + conv(5, 48, 48)
-    assert count(esc.FAITHFUL["sbcnn"](10)) == convolutions + 1536 * 64 + 64 + 64 * 10 + 10
+    linear = 1536 * 64 + 64 + 64 * 10 + 10
+    assert count(esc.FAITHFUL["sbcnn"](10)) == convolutions + linear == 186_138
     patch = torch.zeros(2, 1, 45, 64)
     assert all(network(7)(patch).shape == (2, 7) for network in esc.FAITHFUL.values())
 
@@ -178,7 +179,8 @@ def test_training_stops_when_validation_no_longer_improves():
     assert len(log) == log["validation_loss"].idxmin() + 1 + 2 < 30
 
 
-def test_faithful_and_corrected_see_the_same_batches(monkeypatch):
+@pytest.mark.parametrize("model", esc.FAITHFUL)
+def test_faithful_and_corrected_see_the_same_batches(monkeypatch, model):
     seen, loss = [], networks._loss
 
     def recorded(network, batch, y, augment):
@@ -190,8 +192,8 @@ def test_faithful_and_corrected_see_the_same_batches(monkeypatch):
     # every clip is a class of its own, so that the classes tell which clips were drawn
     y = np.arange(12)
     for name, x in (
-        ("sbcnn", esc.standardise(raw)),
-        ("sbcnn:faithful", esc.divide_by_variance(raw)),
+        (model, esc.standardise(raw)),
+        (f"{model}:faithful", esc.divide_by_variance(raw)),
     ):
         seen.append([])
         esc.train_classifier(name, (x, y), (x[:2], y[:2]), 12, epochs=2, batch_size=4, seed=5)
