@@ -265,7 +265,7 @@ def test_out_of_memory_halves_the_pass_and_goes_on(backends, name, monkeypatch):
 def test_out_of_memory_with_one_clip_gives_the_remedies(backends, monkeypatch):
     backend = backends["audioldm"]
     monkeypatch.setattr(backend, "_one_pass", out_of_memory_above(0, backend._one_pass))
-    with pytest.raises(GenerationError, match=r"one clip.*float16.*shorter clips"):
+    with pytest.raises(GenerationError, match=r"one clip.*float16.*smaller batch.*shorter clips"):
         backend.generate(["rain"], [1], 0.3)
 
 
@@ -298,6 +298,22 @@ def test_too_little_memory_is_said_before_a_download(monkeypatch):
         generation.get_backend("audioldm2", device="cpu")
     with pytest.raises(GenerationError, match=r"offload='model'"):
         generation.get_backend("stable-audio", device="cuda")
+
+
+def test_remedies_fit_the_device_and_the_precision(checkpoints, monkeypatch):
+    from diffusers import AudioLDM2Pipeline
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(AudioLDM2Pipeline, "from_pretrained", full)
+    options = {"checkpoint": checkpoints["audioldm2"], "device": "cpu"}
+    for dtype, halves in (("float16", False), ("float32", True)):
+        with pytest.raises(GenerationError, match="does not suffice to load") as error:
+            generation.get_backend("audioldm2", dtype=dtype, **options)
+        assert ("halves it" in str(error.value)) == halves
+        assert "offload" not in str(error.value)
+    assert "offload" in generation._remedy("cuda:0", "float16")
 
 
 def test_offload_is_for_gpus(checkpoints, monkeypatch):
@@ -580,6 +596,42 @@ def test_batch_size_order_and_shards_leave_the_files_alone(backends, tmp_path):
     assert whole.clip_id.tolist() == plan.clip_id.tolist()
 
 
+@pytest.mark.parametrize("name", ["audioldm", "audioldm2", "audiogen"])
+def test_no_pass_is_filled_up_but_the_last_of_each_length(backends, tmp_path, monkeypatch, name):
+    backend, passes = backends[name], []
+
+    def counted(rows, duration_s):
+        passes.append(len({seed for _, seed, *_ in rows}))
+        tone = np.sin(np.arange(round(duration_s * backend.sample_rate)) / 10)
+        return [tone.astype(np.float32)] * len(rows)
+
+    monkeypatch.setitem(backend.settings, "clips_per_pass", 8)
+    monkeypatch.setattr(backend, "_one_pass", counted)
+    # three lengths of prompt that take turns in the plan
+    plan = pd.concat(
+        [small_plan(20, ["dog"]), small_plan(9, ["rain"]), small_plan(11, ["helicopter"])]
+    ).sample(frac=1, random_state=0)
+    generation.generate_clips(plan, backend, tmp_path)
+    # CLAP's text tower pads all prompts to one length, T5 does not
+    assert sum(passes) == 40
+    assert len(passes) == (5 if name == "audioldm" else 3 + 2 + 2)
+
+
+@pytest.mark.parametrize(("per_pass", "calls"), [(1, [16, 16, 8]), (4, [32, 8]), (32, [40])])
+def test_a_call_is_of_eight_passes_or_of_sixteen_clips(tmp_path, per_pass, calls):
+    sizes = []
+
+    class Counted(Tones):
+        def generate(self, prompts, *request):
+            sizes.append(len(prompts))
+            return super().generate(prompts, *request)
+
+    backend = Counted()
+    backend.settings = {"clips_per_pass": per_pass}
+    generation.generate_clips(small_plan(20), backend, tmp_path)
+    assert sizes == calls
+
+
 @given(st.integers(1, 40), st.integers(1, 9))
 def test_shards_share_out_the_plan(n, total):
     plan = pd.DataFrame({"clip_id": range(n)})
@@ -686,6 +738,67 @@ def test_a_dask_cluster_makes_the_same_bytes(tones_by_name, tmp_path):
         assert table.clip_id.tolist() == plan.clip_id.tolist()
         with pytest.raises(GenerationError, match="unknown backend 'none'"):
             generation.generate_with_workers(plan, "none", tmp_path, runner="dask")
+
+
+class Stateful(Tones):
+    """A model that keeps its place in itself, as samplers do."""
+
+    def generate(self, prompts, seeds, duration_s, negative_prompts=None):
+        sounds = []
+        for seed in seeds:
+            self.pitch = seed
+            time.sleep(0.005)
+            sounds += super().generate(prompts[:1], [self.pitch], duration_s)
+        return sounds
+
+
+def test_threads_take_turns_at_the_model(monkeypatch, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.setitem(generation.BACKENDS, "stateful", Stateful)
+    generation._loaded.cache_clear()
+    plan = small_plan(6)
+    generation.generate_clips(plan, Stateful(), tmp_path / "alone")
+    with ThreadPoolExecutor(2) as threads:
+        tasks = [
+            threads.submit(generation._make_part, part, "stateful", {}, tmp_path / "shared", {})
+            for part in (plan[::2], plan[1::2])
+        ]
+        assert [task.result()[1] for task in tasks] == [None, None]
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+
+
+def test_whatever_stops_a_part_reaches_those_that_gather(monkeypatch, tmp_path):
+    def broken():
+        raise TypeError("of no kind that one thinks of")
+
+    monkeypatch.setitem(generation.BACKENDS, "broken", broken)
+    generation._loaded.cache_clear()
+    with pytest.raises(GenerationError, match="TypeError: of no kind"):
+        generation.generate_with_workers(small_plan(1), "broken", tmp_path, workers=1)
+    table, problem = generation._make_part(small_plan(1), "broken", {}, tmp_path, {})
+    assert table is None and "in broken" in problem
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_progress_without_a_terminal_is_a_line_a_minute(monkeypatch, capsys, tmp_path, bar):
+    seconds = 0.0
+
+    class Slow(Tones):
+        def generate(self, *request):
+            nonlocal seconds
+            seconds += 25.0
+            return super().generate(*request)
+
+    monkeypatch.setattr(generation, "_clock", lambda: seconds)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: bar, raising=False)
+    generation.generate_clips(small_plan(5), Slow(), tmp_path, batch_size=1)
+    told = capsys.readouterr()
+    lines = ["none: 3 of 10 clips, 0.04 clips/s, 3 min left"]
+    lines += ["none: 6 of 10 clips, 0.04 clips/s, 2 min left"]
+    lines += ["none: 9 of 10 clips, 0.04 clips/s, 0 min left"]
+    assert told.out.splitlines() == ([] if bar else lines)
+    assert bool(told.err) == bar
 
 
 def test_dask_asks_for_its_extra(tmp_path, monkeypatch):
