@@ -210,14 +210,16 @@ def event_texts(label):
     Returns
     -------
     list of str
-        The prompts of all families, each once; the plain one first.
+        The prompts of `captions.FAMILIES`, each once; the plain one first, and of "varied" those
+        of its templates.
 
     Examples
     --------
     >>> event_texts("dog")[0]
     'dog'
     """
-    families = [(family, 20 if family == "varied" else 1) for family in captions.FAMILIES]
+    n_varied = len(captions.VARIED_TEMPLATES)
+    families = [(family, n_varied if family == "varied" else 1) for family in captions.FAMILIES]
     texts = [
         text
         for family, n in families
