@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 import sys
 import threading
 import time
@@ -681,6 +682,48 @@ def get_backend(name, **options):
     return BACKENDS[name](**options)
 
 
+def preset(name, checkpoint="embedded", duration_s=2.56):
+    """Tell what goes with a back-end or preset beside the options of `get_backend`.
+
+    Parameters
+    ----------
+    name : str
+        As for `get_backend`.
+    checkpoint : str
+        The default stands for what was left open: the embedded model for ``audioldm``, the
+        published checkpoint for every other back-end, the preset's own for a preset.
+    duration_s : float
+        Seconds of a clip; the default, the length of the embedded model, stands for what was left
+        open: the preset's, if it is one.
+
+    Returns
+    -------
+    dict
+        ``checkpoint, duration_s``; ``candidates``, clips made for each one that is kept;
+        ``loudness``, as for `generate_clips`.
+
+    Examples
+    --------
+    >>> preset("audioldm-B")["checkpoint"], preset("audioldm-B")["duration_s"]
+    ('cvssp/audioldm-s-full-v2', 4.0)
+    >>> preset("audioldm-B", "mini", 5.0)
+    {'checkpoint': 'mini', 'duration_s': 5.0, 'candidates': 3, 'loudness': 'peak'}
+    """
+    known = PRESETS.get(name, {"backend": name, "options": {}})
+    if checkpoint == "embedded":
+        opener = inspect.signature(BACKENDS.get(known["backend"], _audioldm))
+        default = opener.parameters["checkpoint"].default
+        # `auto` has none, and says so when it is opened
+        default = "" if default is inspect.Parameter.empty else default
+        checkpoint = known["options"].get("checkpoint", default)
+    return {
+        "checkpoint": checkpoint,
+        "duration_s": known.get("duration_s", duration_s) if duration_s == 2.56 else duration_s,
+        "candidates": known.get("candidates", 1),
+        "loudness": known.get("loudness", "peak"),
+    }
+
+
 def known_checkpoints():
     """What is known of the public checkpoints before they are downloaded.
 
@@ -920,6 +963,53 @@ def class_counts(source, percent=100):
     if not percent > 0:
         raise GenerationError(f"percent is {percent}: must be positive")
     return {label: max(1, round(number * percent / 100)) for label, number in source.items()}
+
+
+def read_counts(text, clips, n):
+    """Read how many clips each class should have from a line of a profile or a command.
+
+    Parameters
+    ----------
+    text : str
+        ``"200%"`` of the clips there are, ``"urbansound8k-A"``, ``"urbansound8k-A 400%"``; empty
+        for `n` clips each.
+    clips : pandas.DataFrame
+        Real clips; of it the column ``label`` is used.
+    n : int
+        Clips of each class where the text is empty.
+
+    Returns
+    -------
+    dict
+        Class to number, for the classes of `clips`: for `plan_clips`.
+
+    Raises
+    ------
+    GenerationError
+        If the text says none of these, or a class of `clips` has no number.
+
+    Examples
+    --------
+    >>> clips = pd.DataFrame({"label": ["siren", "siren", "gun_shot"]})
+    >>> read_counts("300%", clips, 10)
+    {'gun_shot': 3, 'siren': 6}
+    >>> read_counts("urbansound8k-A", clips, 10)["siren"], read_counts("", clips, 10)["siren"]
+    (929, 10)
+    """
+    labels = sorted(clips["label"].unique())
+    if not text:
+        return dict.fromkeys(labels, n)
+    found = re.fullmatch(r"(urbansound8k-A)?\s*(?:(\d+(?:\.\d+)?)\s*%)?", text.strip())
+    if not found:
+        raise GenerationError(
+            f"counts is {text!r}: give '200%' of the real clips, 'urbansound8k-A', "
+            "'urbansound8k-A 400%', or leave it empty"
+        )
+    counts = class_counts(found[1] or clips, float(found[2] or 100))
+    without = [label for label in labels if label not in counts]
+    if without:
+        raise GenerationError(f"counts {text!r} has no number for the class {without[0]!r}")
+    return {label: counts[label] for label in labels}
 
 
 def plan_captions(mixes, *, duration_s, seed=0):

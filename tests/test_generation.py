@@ -554,6 +554,48 @@ def test_impossible_counts_are_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", {"car_horn": 5, "siren": 5}),
+        ("150%", {"car_horn": 2, "siren": 3}),
+        ("urbansound8k-A", {"car_horn": 429, "siren": 929}),
+        (" urbansound8k-A 400 % ", {"car_horn": 1716, "siren": 3716}),
+    ],
+)
+def test_counts_are_read_from_a_line(text, wanted):
+    clips = pd.DataFrame({"label": ["siren", "car_horn", "siren"]})
+    assert generation.read_counts(text, clips, 5) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "message"),
+    [
+        ("esc50", "siren", "counts is 'esc50': give '200%'"),
+        ("0%", "siren", "must be positive"),
+        ("urbansound8k-A", "dog", "no number for the class 'dog'"),
+    ],
+)
+def test_impossible_lines_of_counts_are_refused(text, label, message):
+    with pytest.raises(GenerationError, match=message):
+        generation.read_counts(text, pd.DataFrame({"label": [label]}), 5)
+
+
+def test_a_preset_fills_in_what_was_left_open():
+    ours = generation.preset("audioldm2-A")
+    assert (ours["checkpoint"], ours["duration_s"]) == ("cvssp/audioldm2", 4.0)
+    assert generation.preset("audiogen-A")["loudness"] == -14.0
+    mine = generation.preset("audioldm-B", "my/folder", 8.0)
+    assert (mine["checkpoint"], mine["duration_s"], mine["candidates"]) == ("my/folder", 8.0, 3)
+    for name, checkpoint in [
+        ("audioldm", "embedded"),
+        ("audiogen", "facebook/audiogen-medium"),
+        ("auto", ""),
+    ]:
+        plain = {"duration_s": 2.56, "candidates": 1, "loudness": "peak"}
+        assert generation.preset(name) == {"checkpoint": checkpoint} | plain
+
+
 def test_captions_of_mixes_become_a_plan():
     mixes = pd.DataFrame(
         {"mix_id": ["m1", "m2"], "foreground_label": ["dog", "rain"], "caption": ["same", "same"]}
@@ -848,7 +890,9 @@ def test_command_line_makes_a_plan_in_shards(tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "clips").glob("*.wav")}
     assert main(["generate", path, out, *options]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert "4 clips are in" in capsys.readouterr().out
+    first, _, last, _ = capsys.readouterr().out.splitlines()
+    assert re.search("2 clips .*: 2 made, 0 kept, 0 outputs set aside; .* s, .* clips/s$", first)
+    assert re.search("4 clips .*: 0 made, 4 kept, 0 outputs set aside; .* s, 0.00 clips/s$", last)
     table = pd.read_csv(tmp_path / "clips/generated.csv")
     assert table.clip_id.tolist() == plan.clip_id.tolist()
     assert (table.lufs <= -29.9).all()
@@ -881,6 +925,46 @@ def test_command_line_takes_the_level_of_a_preset(tmp_path, monkeypatch):
     assert main([*arguments, "--backend", "audiogen-A"]) == 0
     table = pd.read_csv(tmp_path / "clips/generated.csv")
     np.testing.assert_allclose(table.lufs, -14, atol=0.1)
+
+
+def test_command_line_keeps_the_candidate_that_suits_its_prompt_best(tmp_path, monkeypatch, capsys):
+    from soundscapes_utils import choosing
+    from soundscapes_utils.__main__ import main
+
+    small_plan(1).drop(columns="duration_s").to_csv(tmp_path / "plan.csv", index=False)
+    monkeypatch.setattr(generation, "get_backend", lambda name, **options: Tones())
+    asked = []
+
+    def last(candidates, generated, clap):
+        asked.append(clap)
+        return choosing.best_candidates(candidates, generated, np.arange(len(generated)))
+
+    monkeypatch.setattr(choosing, "best_by_clap", last)
+    arguments = ["generate", str(tmp_path / "plan.csv"), str(tmp_path / "clips")]
+    assert main([*arguments, "--backend", "audioldm-B", "--clap", "mini-clap"]) == 0
+    assert asked == ["mini-clap"]
+    table = pd.read_csv(tmp_path / "clips/generated.csv")
+    assert table.score.tolist() == [2, 5]
+    assert (table.duration_s == 4.0).all(), "the preset's, where the plan says nothing"
+    assert "2 clips chosen of 6 candidates" in capsys.readouterr().out
+    small_plan(1).to_csv(tmp_path / "plan.csv", index=False)
+    assert main([*arguments, "--backend", "audioldm-B", "--best-of", "1"]) == 0
+    assert "other durations than the 4.0 s of audioldm-B" in capsys.readouterr().out
+
+
+def test_command_line_plans_what_a_preset_and_the_counts_say(tmp_path, capsys):
+    from soundscapes_utils.__main__ import main
+
+    clips, out = tmp_path / "clips.csv", tmp_path / "plan.csv"
+    pd.DataFrame({"label": ["dog", "dog", "rain"]}).to_csv(clips, index=False)
+    arguments = ["plan", str(clips), str(out), "--counts", "200%", "--backend", "audioldm2-A"]
+    assert main([*arguments, "--family", "task"]) == 0
+    plan = pd.read_csv(out)
+    assert plan.label.value_counts().to_dict() == {"dog": 4, "rain": 2}
+    assert (plan.duration_s == 4.0).all() and (plan.prompt_family == "task").all()
+    assert "6 clips of 2 classes, 4.0 s each" in capsys.readouterr().out
+    assert main([*arguments, "--counts", "many"]) == 2
+    assert capsys.readouterr().err.startswith("error: counts is 'many'")
 
 
 def test_command_line_leaves_the_shares_to_accelerate(tmp_path, monkeypatch, capsys):
