@@ -76,7 +76,12 @@ def show(title, rows):
 def invariance():
     """Compare every back-end's clips under all ways of sharing out the work."""
     cases = [(name, {}) for name in generation.BACKENDS]
-    cases += [(name, {"dtype": "float16"}) for name in generation.BACKENDS if name != "audiogen"]
+    cases += [
+        (name, {"dtype": dtype})
+        for name in generation.BACKENDS
+        for dtype in ("float16", "bfloat16")
+        if name != "audiogen"
+    ]
     makers = {"stable-audio": "stable_audio", "auto": "longcat"}
     tables = []
     with tempfile.TemporaryDirectory() as folder, tiny_checkpoints.contextlib.chdir(folder):

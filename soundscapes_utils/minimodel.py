@@ -378,6 +378,11 @@ predicts the latent. Its latent is linear (`PatchVAE`) and its vocoder scales th
 - Made by `python -m soundscapes_utils train-mini` (see its `--help`).
 - Use: for teaching and for testing pipelines. It knows the classes that it was trained on and no
   others; it is no substitute for AudioLDM.
+
+## Scores
+
+Not measured when this card was written: `python benchmarks/generation.py mini --yamnet FILE` tells how
+class-consistent its clips are and how far from real ones (`--checkpoint FOLDER` for another model).
 """
 
 
