@@ -4,13 +4,16 @@
     python benchmarks/generation.py cpu            the embedded model, by clips in a pass
     python benchmarks/generation.py resume         200 clips, killed in the middle
     python benchmarks/generation.py gpu            AudioLDM 2 and AudioLDM-S at their public sizes
+    python benchmarks/generation.py mini --yamnet FILE [--checkpoint FOLDER --esc10 FOLDER]
+                                                   class consistency, FAD and KAD of a mini model
     python benchmarks/generation.py stages --esc10 FOLDER --yamnet FILE --checkpoint FOLDER
                                                    where a class is lost: latent, vocoder or U-Net
 
-Without a GPU, seconds are those of the processor: with one thread, what a free core would take,
-however busy the machine is. The last part needs a GPU; `--tiny` runs the same code with tiny
-models, on a CPU as well. Public sizes have random weights: the time of a clip does not depend on
-them. The peer is the loop of work A: one clip a call, half precision, 200 steps.
+Without a GPU, seconds are those of the processor unless a column says wall; part cpu uses one
+thread, so that they are what a free core would take, however busy the machine is. Part gpu needs a
+GPU; `--tiny` runs the same code with tiny models, on a CPU as well. Public sizes have random
+weights: the time of a clip does not depend on them. The peer is the loop of work A: one clip a
+call, half precision, 200 steps.
 """
 
 import argparse
@@ -29,7 +32,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from soundscapes_utils import datasets, embeddings, esc, generation, ldm, stats
+from soundscapes_utils import datasets, embeddings, esc, fad, generation, ldm, stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import tiny_checkpoints
@@ -73,7 +76,12 @@ def show(title, rows):
 def invariance():
     """Compare every back-end's clips under all ways of sharing out the work."""
     cases = [(name, {}) for name in generation.BACKENDS]
-    cases += [(name, {"dtype": "float16"}) for name in generation.BACKENDS if name != "audiogen"]
+    cases += [
+        (name, {"dtype": dtype})
+        for name in generation.BACKENDS
+        for dtype in ("float16", "bfloat16")
+        if name != "audiogen"
+    ]
     makers = {"stable-audio": "stable_audio", "auto": "longcat"}
     tables = []
     with tempfile.TemporaryDirectory() as folder, tiny_checkpoints.contextlib.chdir(folder):
@@ -132,25 +140,31 @@ def timed_parts(pipe):
 
 
 def rate(backend, n, duration_s):
-    """Clips a second over n clips, after a first pass that warms up."""
+    """Clips a second over n clips, after a first pass that warms up; and the same by the wall."""
     size = backend.settings["clips_per_pass"]
     backend.generate([PROMPT] * size, list(range(size)), duration_s)
-    begin = now()
+    begin, begin_wall = now(), time.perf_counter()
     backend.generate([PROMPT] * n, list(range(n)), duration_s)
-    return n / (now() - begin)
+    return n / (now() - begin), n / (time.perf_counter() - begin_wall)
+
+
+# clips in a pass that notebook 02 chooses with the embedded model
+NOTEBOOK = {1: "real set", 10: "trials"}
 
 
 def cpu_case(size, n, steps):
     """Measure the embedded model with so many clips in a pass; print a row as JSON."""
+    torch.set_num_threads(1)
     backend = generation.get_backend("audioldm", steps=steps, device="cpu", clips_per_pass=size)
     clip_s = 2.56
     seconds = timed_parts(backend.pipe)
-    fast = rate(backend, n, clip_s)
+    fast, wall = rate(backend, n, clip_s)
     total = sum(seconds.values())
     shares = {f"{name} %": round(100 * s / total, 1) for name, s in seconds.items()}
     row = {
         "clips in a pass": size,
         "clips/s": round(fast, 2),
+        "clips/s, wall": round(wall, 2),
         **shares,
         "peak MB": round(peak_mb()),
     }
@@ -160,6 +174,7 @@ def cpu_case(size, n, steps):
 def cpu(n, steps, sizes):
     """Measure each size of pass in a process of its own, for its peak memory."""
     rows = []
+    torch.set_num_threads(1)  # for the name in the heading: the processes have one each
     for size in sizes:
         call = [sys.executable, __file__, "cpu", "--size", str(size), "--n", str(n)]
         call += ["--steps", str(steps)]
@@ -167,6 +182,7 @@ def cpu(n, steps, sizes):
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     table = pd.DataFrame(rows)
     table.insert(2, "× batch 1", (table["clips/s"] / table["clips/s"].iloc[0]).round(2))
+    table["notebook 02"] = table["clips in a pass"].map(NOTEBOOK).fillna("")
     show(f"embedded model, {steps} steps, 2.56 s, {device_name()}", table)
 
 
@@ -381,7 +397,7 @@ def batched(pipe, size, n, steps, compiled, peer):
         "random", "random weights", 16_000, settings, pipe, lambda prompts: [0] * len(prompts)
     )
     # four passes at most: small ones would take hours
-    fast = rate(backend, max(size, min(n, 4 * size)), SECONDS)
+    fast, _ = rate(backend, max(size, min(n, 4 * size)), SECONDS)
     way = f"{size} in a pass" + (", compiled, channels last" if compiled else "")
     way += f" (memory: {backend.pass_limit})" if backend.pass_limit else ""
     row = {"way": way, "clips/s": fast, "× A": fast / peer, "peak MB": peak_mb()}
@@ -405,15 +421,86 @@ def sizes_of_public_models():
     show("parameters of the configurations written out here", table)
 
 
+# --- what becomes of a class -----------------------------------------------------------------------
+
 TEST_FOLD = 5
 
 
-def judge_of(clips, listen, folds):
-    """Train a classifier on recordings of some folds; give back its verdict on sounds."""
-    train = clips[clips["fold"].isin(folds)]
-    known = listen(embeddings.excerpts(train["path"], 2.56))
-    classifier = esc.fit_baseline("probe", known, train["label"])
-    return lambda sounds, labels: classifier.predict(listen(sounds)) == np.asarray(labels)
+def opened(name, path=""):
+    """Embed sounds at one level, so that nothing is told by it."""
+    network = embeddings.get_embedding(name, path)
+
+    def listen(sounds):
+        level = [0.9 * y / max(np.abs(y).max(), 1e-6) for y in sounds]
+        return network.embed(level, ldm.SAMPLE_RATE, silence="allow")
+
+    return listen
+
+
+def real_parts(dataset, esc10):
+    """Recordings of the folds to learn from, and those held out."""
+    clips = datasets.load_clips(dataset, esc50_root=esc10)
+    held_out = clips["fold"] == TEST_FOLD
+    return clips[~held_out], clips[held_out]
+
+
+def refuse_test_fold(checkpoint, told):
+    """End here if a model has heard the recordings that are to examine it."""
+    if told["training_dataset"] == "esc10" and TEST_FOLD in told["training_folds"]:
+        raise SystemExit(f"{checkpoint} has heard fold {TEST_FOLD}: take another one")
+
+
+def mini(esc10, yamnet, checkpoint, n):
+    """Print how class-consistent and how far from real a mini model's clips are."""
+    told = ldm.checkpoint_info(checkpoint)
+    refuse_test_fold(checkpoint, told)
+    dataset = "esc10" if told["training_dataset"] == "esc10" else "embedded"
+    train, test = real_parts(dataset, esc10)
+    torch.set_num_threads(1)
+    backend = generation.get_backend("audioldm", checkpoint=checkpoint, device="cpu")
+    plan = generation.plan_clips(sorted(train["label"].unique()), n, duration_s=2.56)
+    begin = now()
+    made = backend.generate(plan["prompt"].tolist(), plan["seed"].tolist(), 2.56)
+    seconds = (now() - begin) / len(plan)
+    parts = {"train": train, "held out": test}
+    sounds = {key: embeddings.excerpts(part["path"], 2.56) for key, part in parts.items()}
+    sounds["made"] = made
+    labels = [train["label"], plan["label"], test["label"]]
+    distances = []
+    for name, path in (("yamnet", yamnet), ("logmel-stats", "")):
+        listen = opened(name, path)
+        x, real, y = (listen(sounds[key]) for key in ("train", "held out", "made"))
+        judged = esc.class_consistency(*zip((x, y, real), labels, strict=True))
+        if name == "yamnet":
+            show(f"YAMNet judge of {dataset}, folds but {TEST_FOLD}", with_intervals(judged))
+        # as many clips of a class as are held out: both distances depend on the number
+        equal = plan.groupby("label").cumcount() < test["label"].value_counts().min()
+        distances.append(
+            fad.score_table(
+                x,
+                {"generated": y[equal]},
+                embedding=name,
+                reference_name="training folds",
+                floor=real,
+                groups={"training folds": train["source_id"], "generated": plan["clip_id"][equal]},
+            )
+        )
+    columns = ["metric", "embedding", "candidate", "value", "ci_low", "ci_high", "n_candidate"]
+    table = pd.concat(distances)[columns].round(3)
+    show("distance from the training folds, and that of as many held-out recordings", table)
+    print(f"\n{seconds:.2f} s a clip, {device_name()}, {backend.settings['steps']} steps")
+
+
+def with_intervals(judged):
+    """Wilson intervals of the last row, which stands for all clips."""
+    from scipy.stats import binomtest
+
+    row = {"label": "all, 95 %"}
+    for name in ("held_out", "generated"):
+        n = int(judged[f"n_{name}"].iloc[-1])
+        right = round(judged[name].iloc[-1] * n)
+        row[name] = "{:.2f} to {:.2f}".format(*binomtest(right, n).proportion_ci(method="wilson"))
+    return pd.concat([judged.round(2).astype(object), pd.DataFrame([row])]).fillna("")
 
 
 def generated_mels(backend, plan):
@@ -431,25 +518,26 @@ def generated_mels(backend, plan):
     return torch.cat(mels)[: len(plan)]
 
 
-def stages(esc10, yamnet, checkpoint, n):
-    """Print how often a judge is right on what each stage leaves of the class."""
-    folds = ldm.checkpoint_info(checkpoint)["training_folds"]
-    if TEST_FOLD in folds:
-        raise SystemExit(f"{checkpoint} has heard fold {TEST_FOLD}: take another one")
-    clips = datasets.load_clips("esc10", esc50_root=esc10)
-    network = embeddings.get_embedding("yamnet", yamnet)
+def stages(esc10, yamnet, checkpoint, n, iterations):
+    """Print how often a judge is right on what each stage leaves of each class."""
+    told = ldm.checkpoint_info(checkpoint)
+    refuse_test_fold(checkpoint, told)
+    train, test = real_parts("esc10", esc10)
+    train = train[train["fold"].isin(told["training_folds"])]
+    listen = opened("yamnet", yamnet)
+    judge = esc.fit_baseline(
+        "probe", listen(embeddings.excerpts(train["path"], 2.56)), train["label"]
+    )
 
-    def listen(sounds):
-        level = [0.9 * y / max(np.abs(y).max(), 1e-6) for y in sounds]
-        return network.embed(level, ldm.SAMPLE_RATE, silence="allow")
+    def right(sounds, labels):
+        answers = judge.predict(listen(sounds)) == np.asarray(labels)
+        return pd.Series(answers, np.asarray(labels))
 
-    right = judge_of(clips, listen, folds)
-    test = clips[clips["fold"] == TEST_FOLD]
     sounds = embeddings.excerpts(test["path"], 2.56)
     backend = generation.get_backend(
         "audioldm", checkpoint=checkpoint, device="cpu", clips_per_pass=8
     )
-    plan = generation.plan_clips(sorted(clips["label"].unique()), n, duration_s=2.56)
+    plan = generation.plan_clips(sorted(train["label"].unique()), n, duration_s=2.56)
     mels = torch.stack([ldm.waveform_to_mel(y, 256) for y in sounds])
     latents = ldm.encode_mel(backend.pipe, mels)
     kinds = {
@@ -457,17 +545,21 @@ def stages(esc10, yamnet, checkpoint, n):
         "latent": (ldm.decode_latents(backend.pipe, latents), test["label"]),
         "generated": (generated_mels(backend, plan), plan["label"]),
     }
-    rows = [accuracy("recordings as they are", "", right(sounds, test["label"]))]
-    for k in (1, 2, 6, 16, 32):
+    found = {("recordings as they are", ""): right(sounds, test["label"])}
+    for k in iterations:
         backend.pipe.vocoder.register_to_config(iterations=k)
         for kind, (mel, labels) in kinds.items():
-            rows.append(accuracy(kind, k, right(ldm.vocode(backend.pipe, mel), labels)))
-    show(f"YAMNet judge of folds {folds}, test fold {TEST_FOLD}", rows)
+            found[kind, k] = right(ldm.vocode(backend.pipe, mel), labels)
+    named = f"YAMNet judge of folds {told['training_folds']}, test fold {TEST_FOLD}"
+    show(named, [accuracy(*key, answers) for key, answers in found.items()])
+    by_class = {key: answers.groupby(level=0).mean() for key, answers in found.items()}
+    table = pd.DataFrame(by_class).T.rename_axis(["stage", "vocoder iterations"]).reset_index()
+    show(f"{named}: accuracy of each class", table)
 
 
 def accuracy(stage, iterations, right):
     """One row of `stages`."""
-    low, high = stats.bootstrap_ci(right)
+    low, high = stats.bootstrap_ci(right.to_numpy())
     row = {"stage": stage, "vocoder iterations": iterations, "n": len(right)}
     return row | {"accuracy": right.mean(), "low": low, "high": high}
 
@@ -479,11 +571,18 @@ def main():
     )
     parts = ["invariance", "cpu", "resume", "gpu"]
     parser.add_argument(
-        "parts", nargs="*", help=f"of {', '.join(parts)} (all by default), or stages"
+        "parts", nargs="*", help=f"of {', '.join(parts)} (all by default), mini or stages"
     )
-    parser.add_argument("--esc10", default="data/ESC-50", help="ESC-10 or ESC-50, in part stages")
-    parser.add_argument("--yamnet", default="yamnet.tflite", help="YAMNet's file, in part stages")
-    parser.add_argument("--checkpoint", help="mini-AudioLDM of ESC-10, in part stages")
+    parser.add_argument("--esc10", default="data/ESC-50", help="ESC-10 or ESC-50, for its models")
+    parser.add_argument("--yamnet", default="yamnet.tflite", help="file, in parts mini and stages")
+    parser.add_argument("--checkpoint", help="mini-AudioLDM: stages needs one of ESC-10")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        nargs="+",
+        default=[1, 2, 6, 16, 32],
+        help="of the vocoder, stages",
+    )
     parser.add_argument("--n", type=int, help="clips: 16 on a CPU, 200 resumed, 128 on a GPU")
     parser.add_argument("--steps", type=int, help="25 for the embedded model, 200 on a GPU")
     parser.add_argument("--sizes", type=int, nargs="+", help="clips in a pass")
@@ -499,7 +598,7 @@ def main():
         if part == "invariance":
             invariance()
         elif part == "cpu":
-            cpu(options.n or 16, options.steps or 25, options.sizes or [1, 2, 4, 8, 16])
+            cpu(options.n or 16, options.steps or 25, options.sizes or [1, 2, 4, 8, 10, 16])
         elif part == "resume":
             resume(options.n or 200, options.steps or 25)
         elif part == "gpu":
@@ -512,9 +611,17 @@ def main():
                 options.models,
             )
         elif part == "stages" and options.checkpoint:
-            stages(options.esc10, options.yamnet, options.checkpoint, options.n or 12)
+            stages(
+                options.esc10,
+                options.yamnet,
+                options.checkpoint,
+                options.n or 12,
+                options.iterations,
+            )
+        elif part == "mini":
+            mini(options.esc10, options.yamnet, options.checkpoint or "embedded", options.n or 12)
         else:
-            parser.error(f"{part}: choose of {', '.join(parts)}, or stages with --checkpoint")
+            parser.error(f"{part}: choose of {', '.join(parts)}, mini, or stages with --checkpoint")
 
 
 if __name__ == "__main__":

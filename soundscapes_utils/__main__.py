@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 import textwrap
+import time
 import webbrowser
 from pathlib import Path
 
@@ -25,6 +26,7 @@ examples
   ./run_all.sh esc10 -p esc50_root ~/ESC-50              real recordings
   ./run_all.sh quick -p seed 1 --name quick-seed1        a second run beside the first
   python -m soundscapes_utils mix plan.csv mixes --shard 1/4   a quarter of a large set of mixes
+  python -m soundscapes_utils plan runs/quick/tables/clips.csv plan.csv --counts 200%
   python -m soundscapes_utils generate plan.csv clips --backend audioldm2-A --shard 1/4
   accelerate launch -m soundscapes_utils generate plan.csv clips   on every GPU of this machine
 """
@@ -114,6 +116,22 @@ def _parser():
     mixing.add_argument("--stems", action="store_true", help="foreground and background as well")
     mixing.add_argument("--shard", metavar="i/n", help="this part only; parts may run at once")
     mixing.set_defaults(action=_mix)
+    planning = commands.add_parser("plan", help="plan clips of every class, for generate")
+    planning.add_argument(
+        "clips", help="CSV file of real clips, such as runs/quick/tables/clips.csv"
+    )
+    planning.add_argument("out", help="CSV file to write")
+    planning.add_argument("-n", type=int, default=10, help="clips of each class")
+    planning.add_argument(
+        "--counts", default="", help="instead of -n: 200%% of the real clips, or urbansound8k-A"
+    )
+    planning.add_argument("--family", nargs="+", default=["simple"], help="of prompts, or a file")
+    planning.add_argument("--negative-prompt", default="", metavar="TEXT")
+    planning.add_argument("--dataset", default="embedded", help="part of each clip's identity")
+    planning.add_argument("--backend", default="audioldm", help="a preset gives the duration")
+    planning.add_argument("--duration", type=float, metavar="S", help="seconds of each clip")
+    planning.add_argument("--seed", type=int, default=0)
+    planning.set_defaults(action=_plan)
     generating = commands.add_parser("generate", help="make the clips of a plan, or a part of it")
     generating.add_argument("plan", help="CSV file, as written from generation.plan_clips")
     generating.add_argument("out_dir", help="gets the clips, and generated.csv once all are there")
@@ -127,9 +145,17 @@ def _parser():
         metavar=("NAME", "VALUE"),
         help="further options of the back-end, such as -o steps 100 -o dtype float16",
     )
-    generating.add_argument("--batch-size", type=int, default=16, metavar="N")
+    generating.add_argument(
+        "--batch-size", type=int, metavar="N", help="clips a call; 16 or eight passes by default"
+    )
     generating.add_argument("--max-attempts", type=int, default=3, metavar="N", help="seeds tried")
     generating.add_argument("--loudness", help="peak, none, or a level in LUFS such as -23")
+    generating.add_argument(
+        "--best-of", type=int, metavar="N", help="candidates a clip; the preset's, else 1"
+    )
+    generating.add_argument(
+        "--clap", default="laion-clap", help="what chooses among them: laion-clap or mini-clap"
+    )
     sharing = generating.add_mutually_exclusive_group()
     sharing.add_argument("--shard", metavar="i/n", help="this part only; parts may run at once")
     sharing.add_argument("--workers", type=int, help="processes of this machine, a thread each")
@@ -220,17 +246,26 @@ def _mix(options):
 def _generate(options):
     import os
 
-    from . import audio, generation
+    import yaml
 
+    from . import audio, choosing, generation
+
+    out_dir = Path(options.out_dir)
+    begin, before = time.monotonic(), _made_in(out_dir)
     try:
-        plan = _read_plan(options.plan)
-        done = _generated(options, plan, int(os.environ.get("WORLD_SIZE", 1)))
+        preset = generation.preset(options.backend)
+        plan = _read_plan(options.plan, options.backend, preset)
+        candidates = choosing.plan_candidates(plan, options.best_of or preset["candidates"])
+        level = yaml.safe_load(options.loudness) if options.loudness else preset["loudness"]
+        n_processes = int(os.environ.get("WORLD_SIZE", 1))
+        done = _generated(options, candidates, level, n_processes)
         if os.environ.get("RANK", "0") != "0":
             return 0
-        out_dir = Path(options.out_dir)
-        print(f"{len(done)} clips are in {out_dir}", end="")
-        print(f", {len(generation.rejected_clips(out_dir))} outputs were set aside")
+        _tell_generated(done, out_dir, before, time.monotonic() - begin)
         if options.shard is None:
+            if len(candidates) > len(plan):
+                done = choosing.best_by_clap(candidates, done, options.clap)
+                print(f"{len(done)} clips chosen of {len(candidates)} candidates")
             content = done.to_csv(index=False).encode()
             print(f"Table: {audio.write_whole(out_dir / 'generated.csv', content)}")
     except (ValueError, OSError) as error:
@@ -239,14 +274,38 @@ def _generate(options):
     return 0
 
 
-def _read_plan(path):
+def _made_in(out_dir):
+    from . import generation
+
+    made = {path.name for path in out_dir.glob("*.wav")}
+    return made, len(generation.rejected_clips(out_dir))
+
+
+def _tell_generated(done, out_dir, before, seconds):
+    files, set_aside = before
+    new = sum(Path(path).name not in files for path in done["path"])
+    print(f"{len(done)} clips are in {out_dir}: {new} made, {len(done) - new} kept, ", end="")
+    print(f"{_made_in(out_dir)[1] - set_aside} outputs set aside", end="")
+    print(f"; {seconds:.0f} s, {new / max(seconds, 1e-9):.2f} clips/s")
+
+
+def _read_plan(path, backend, preset):
     import pandas as pd
 
+    from . import generation
+
     texts = dict.fromkeys(("clip_id", "label", "prompt", "prompt_family", "negative_prompt"), str)
-    return pd.read_csv(path, dtype=texts, float_precision="round_trip")
+    plan = pd.read_csv(path, dtype=texts, float_precision="round_trip")
+    if "duration_s" not in plan.columns:
+        return plan.assign(duration_s=preset["duration_s"])
+    if backend in generation.PRESETS and (plan["duration_s"] != preset["duration_s"]).any():
+        print(
+            f"note: {path} asks for other durations than the {preset['duration_s']} s of {backend}"
+        )
+    return plan
 
 
-def _generated(options, plan, n_processes):
+def _generated(options, plan, level, n_processes):
     import yaml
 
     from . import generation
@@ -254,9 +313,6 @@ def _generated(options, plan, n_processes):
     name = options.backend
     chosen = {key: yaml.safe_load(value) for key, value in options.o}
     chosen |= {"checkpoint": options.checkpoint} if options.checkpoint else {}
-    level = generation.PRESETS.get(name, {}).get("loudness", "peak")
-    if options.loudness:
-        level = yaml.safe_load(options.loudness)
     how = {
         "batch_size": options.batch_size,
         "max_attempts": options.max_attempts,
@@ -271,6 +327,32 @@ def _generated(options, plan, n_processes):
         return generation.generate_with_workers(plan, name, options.out_dir, options=chosen, **how)
     backend = generation.get_backend(name, **chosen)
     return generation.generate_clips(plan, backend, options.out_dir, shard=options.shard, **how)
+
+
+def _plan(options):
+    import pandas as pd
+
+    from . import audio, generation
+
+    try:
+        clips = pd.read_csv(options.clips, dtype={"label": str})
+        counts = generation.read_counts(options.counts, clips, options.n)
+        told = generation.preset(options.backend, duration_s=options.duration or 2.56)
+        plan = generation.plan_clips(
+            list(counts),
+            counts,
+            options.family,
+            duration_s=told["duration_s"],
+            dataset=options.dataset,
+            negative_prompt=options.negative_prompt,
+            seed=options.seed,
+        )
+        path = audio.write_whole(options.out, plan.to_csv(index=False).encode())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(plan)} clips of {len(counts)} classes, {told['duration_s']} s each: {path}")
+    return 0
 
 
 def _profiles(_):

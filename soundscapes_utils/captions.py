@@ -496,8 +496,8 @@ VARIED_TEMPLATES = (
     "{clause} in a quiet place",
 )
 FAMILIES = ("label", "simple", "gpt", "varied")
-# The families above are what the embedded model has learned; those that follow came later.
-ALL_FAMILIES = (*FAMILIES, "task", "grammar")
+# The embedded model has learned the families above, of "varied" the templates; "task" came later.
+ALL_FAMILIES = (*FAMILIES, "task")
 
 # Captions beyond the third: {clause} or {noun} of the events, {scene} or {place} of the background.
 CAPTION_FORMS = (
@@ -841,19 +841,18 @@ def prompts(labels, family="simple", n=1, seed=0):
     ----------
     labels : iterable of str
         Class names; each once.
-    family : {"label", "simple", "gpt", "varied", "task", "grammar"} or path
+    family : {"label", "simple", "gpt", "varied", "task"} or path
         The bare class name; one of the two fixed templates of Ronchini et al. (with their wording
         for the ten UrbanSound8K classes, and without their "urban" ending for all others);
-        different sentences from :data:`VARIED_TEMPLATES`, none twice before all were used; "task",
-        sentences that name the number of sources, the place, the distance and the microphone, none
-        twice before all were used; "grammar", sentences of a grammar over the lexicon, never one
-        twice (:func:`grammar_size` of them a class); or a file of prompts, .csv or .jsonl (see
-        :func:`read_prompts`), taken in its order, its family the name of the file.
+        "varied", sentences of which none comes twice, first those of :data:`VARIED_TEMPLATES`, then
+        those of a grammar over the lexicon (:func:`varied_size` of them a class); "task", sentences
+        that name the number of sources, the place, the distance and the microphone, none twice
+        before all were used; or a file of prompts, .csv or .jsonl (see :func:`read_prompts`), taken
+        in its order, its family the name of the file.
     n : int
         Prompts a class. The fixed families repeat their one sentence.
     seed : int
-        Order in which "varied", "task" and "grammar" use their sentences, for each class of its
-        own.
+        Order in which "varied" and "task" use their sentences, for each class of its own.
 
     Returns
     -------
@@ -864,7 +863,7 @@ def prompts(labels, family="simple", n=1, seed=0):
     Raises
     ------
     ValueError
-        Unknown family, no labels, a label twice, `n` below 1, or more prompts than the grammar or
+        Unknown family, no labels, a label twice, `n` below 1, or more prompts than "varied" or
         the file has for a class.
 
     Examples
@@ -896,8 +895,6 @@ def _prompts(label, family, n, seed):
         return _varied(label, n, seed)
     if family == "task":
         return _task(label, n, seed)
-    if family == "grammar":
-        return _grammar(label, n, seed)
     templates = STUDY_TEMPLATES if label in STUDY_PHRASES else GENERAL_TEMPLATES
     return [templates[family].format(x=STUDY_PHRASES.get(label) or _doing(label))] * n
 
@@ -908,12 +905,23 @@ def _key(label):
 
 
 def _varied(label, n, seed):
-    event = event_words(label)
     rng = np.random.default_rng([seed, _key(label)])
-    order = [
-        t for _ in range(-(-n // len(VARIED_TEMPLATES))) for t in rng.permutation(VARIED_TEMPLATES)
-    ]
-    return [t.format(clause=event.clause, noun=event.noun, x=_doing(label)) for t in order[:n]]
+    first = [_from_template(label, template) for template in rng.permutation(VARIED_TEMPLATES)]
+    first = list(dict.fromkeys(first))
+    rng = np.random.default_rng([seed, _key(label), 2])
+    more = _texts(GRAMMAR_FORMS, _grammar_slots(label), rng, taken=first)
+    found = list(itertools.islice(itertools.chain(first, more), n))
+    if len(found) < n:
+        raise ValueError(
+            f"{label}: there are {len(found)} different prompts of the family varied, {n} are "
+            "wanted; ask for fewer, or take a family that repeats its prompts (task)"
+        )
+    return found
+
+
+def _from_template(label, template):
+    event = event_words(label)
+    return template.format(clause=event.clause, noun=event.noun, x=_doing(label))
 
 
 def distances(label):
@@ -988,8 +996,8 @@ def _grammar_slots(label):
     }
 
 
-def grammar_size(label):
-    """Count the different prompts that the "grammar" family has for a class.
+def varied_size(label):
+    """Count the different prompts that the "varied" family has for a class.
 
     Parameters
     ----------
@@ -1003,21 +1011,12 @@ def grammar_size(label):
 
     Examples
     --------
-    >>> grammar_size("dog"), grammar_size("rain"), grammar_size("steam_whistle")
-    (7680, 6720, 2240)
+    >>> varied_size("dog"), varied_size("rain"), varied_size("steam_whistle")
+    (7687, 6727, 2246)
     """
-    return _n_texts(GRAMMAR_FORMS, _grammar_slots(label))
-
-
-def _grammar(label, n, seed):
-    slots, size = _grammar_slots(label), grammar_size(label)
-    if n > size:
-        raise ValueError(
-            f"{label}: the grammar has {size} different prompts, {n} are wanted; ask for fewer, "
-            "or take a family that repeats its prompts (varied, task)"
-        )
-    rng = np.random.default_rng([seed, _key(label), 2])
-    return list(itertools.islice(_texts(GRAMMAR_FORMS, slots, rng), n))
+    slots, templates = _grammar_slots(label), [_from_template(label, t) for t in VARIED_TEMPLATES]
+    made = {_text(GRAMMAR_FORMS, slots, rank) for rank in range(_n_texts(GRAMMAR_FORMS, slots))}
+    return len(made.union(templates))
 
 
 def _doing(label):

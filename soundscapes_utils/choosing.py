@@ -516,6 +516,120 @@ def make_filters(labels, criteria, n, embeddings=None, seed=0):
     return kept
 
 
+def share_of_each(labels, share):
+    """Turn a share into the number of clips that a filter keeps of each class.
+
+    Parameters
+    ----------
+    labels : sequence of str, shape (clips,)
+        Class of each clip.
+    share : float
+        Above 0, at most 1.
+
+    Returns
+    -------
+    dict of str to int
+        Rounded down, but at least one of each class.
+
+    Raises
+    ------
+    ValueError
+        A share that is none.
+
+    Examples
+    --------
+    >>> share_of_each(["dog"] * 5 + ["rain"], 0.5)
+    {'dog': 2, 'rain': 1}
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}: it must be above 0 and at most 1")
+    counts = pd.Series(_names(labels, len(labels), "labels")).value_counts().sort_index()
+    return {label: max(1, int(number * share)) for label, number in counts.items()}
+
+
+def filters_at_shares(labels, criteria, shares, seed=0):
+    """Apply the filters by criteria at several thresholds, stated as shares of each class.
+
+    Parameters
+    ----------
+    labels, criteria, seed
+        As for `make_filters`.
+    shares : sequence of float
+        See `share_of_each`.
+
+    Returns
+    -------
+    dict of str to np.ndarray, bool [clips]
+        As from `make_filters` for each share, under names such as ``"joint 25%"``.
+
+    Examples
+    --------
+    >>> list(filters_at_shares(["dog"] * 4, {"score": [1, 2, 3, 4]}, [0.25, 0.75]))
+    ['random 25%', 'score 25%', 'random 75%', 'score 75%']
+    """
+    return {
+        f"{name} {share:.0%}": mask
+        for share in shares
+        for name, mask in make_filters(
+            labels, criteria, share_of_each(labels, share), seed=seed
+        ).items()
+    }
+
+
+def offer_filters(filters, made, labels, criteria, judged="agreement", seed=0):
+    """Make filters ready for `choose_filter`: a judge must not have heard the fold that validates.
+
+    Parameters
+    ----------
+    filters : mapping of str to array_like of bool, shape (clips,)
+        As from `make_filters` and `filters_at_shares`, under their names.
+    made : array_like, shape (clips, d)
+        Embeddings of the clips, in which the judge listens.
+    labels : sequence of str, shape (clips,)
+        Class of each clip.
+    criteria : mapping of str to array_like, shape (clips,)
+        As given to `make_filters`.
+    judged : str
+        Which criterion is a judge's `agreement`.
+    seed : int
+        Of the judge.
+
+    Returns
+    -------
+    dict
+        The filters without the random drops (`choose_filter` draws its own). Those by `judged`, and
+        ``"joint"`` if it is among the criteria, are functions that train their judge anew; what
+        they keep is as much of each class as the mask kept.
+
+    Examples
+    --------
+    >>> masks = make_filters(["dog"] * 2, {"score": [1, 2], "agreement": [0.1, 0.9]}, 1)
+    >>> offered = offer_filters(masks, [[0.0], [1.0]], ["dog"] * 2, {"score": [1, 2]})
+    >>> [name for name, given in offered.items() if callable(given)]
+    ['agreement', 'joint']
+    """
+    labels = _names(labels, len(labels), "labels")
+    others = [values for name, values in criteria.items() if name != judged]
+
+    def judging(mask, *beside):
+        counts = pd.Series(labels[mask]).value_counts().to_dict()
+
+        def keep(x, y):
+            likes = agreement((x, y), made, labels, seed)["agreement"]
+            return keep_best(labels, joint_rank(labels, likes, *beside), counts)
+
+        return keep
+
+    offered = {}
+    for name, mask in filters.items():
+        kind, mask = name.split()[0], _mask(mask, len(labels))
+        if kind in (judged, "joint"):
+            offered[name] = judging(mask, *(others if kind == "joint" else ()))
+        elif kind != "random":
+            offered[name] = mask
+    return offered
+
+
 def describe_filters(labels, filters, criteria, embeddings=None):
     """What is left after each filter, and what the filters have in common.
 
@@ -959,6 +1073,38 @@ def best_candidates(candidates, generated, scores):
     ).iloc[first]
     wanted = [name for name in dict.fromkeys(parents) if name in set(parent)]
     return chosen.set_index("clip_id").loc[wanted].reset_index()[list(generated.columns)]
+
+
+def best_by_clap(candidates, generated, clap="laion-clap", path=""):
+    """Keep of each clip's candidates the one that suits its own prompt best.
+
+    Parameters
+    ----------
+    candidates, generated : pandas.DataFrame
+        As for `best_candidates`; of `generated`, ``path`` and ``prompt`` are used.
+    clap, path : str
+        As for `text_embedder`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As from `best_candidates`; ``score`` is the cosine between a clip and its prompt.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from soundscapes_utils import generation
+    >>> plan = plan_candidates(generation.plan_clips(["dog"], 1, duration_s=1.28), 2)
+    >>> backend = generation.get_backend("audioldm", steps=1, device="cpu")
+    >>> made = generation.generate_clips(plan, backend, tempfile.mkdtemp())
+    >>> best_by_clap(plan, made, "mini-clap").clip_id.tolist()
+    ['dog-simple-0000']
+    """
+    from . import embeddings
+
+    said = text_embedder(clap, path)(generated["prompt"])
+    heard = embeddings.get_embedding(clap, path).embed(generated["path"], silence="allow")
+    return best_candidates(candidates, generated, _cosines(_unit(heard, "generated"), said))
 
 
 # --- checks ----------------------------------------------------------------------------------------

@@ -12,7 +12,11 @@ import hashlib
 import inspect
 import json
 import math
+import re
 import sys
+import threading
+import time
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -132,6 +136,7 @@ _CHECKPOINTS = {
     "stabilityai/stable-audio-open-1.0": ("stable-audio", _STABILITY, 5.3, 1324, 44_100, 47.5),
 }
 _HALF = ("float16", "bfloat16")
+_clock = time.monotonic
 # how pipelines of diffusers call the seconds wanted
 _DURATION_ARGUMENTS = (
     "audio_length_in_s",
@@ -200,8 +205,11 @@ class DiffusersBackend:
     Clips run through the model in passes of exactly ``clips_per_pass``: the last pass is filled up
     with copies, and clips share a pass only if their prompts have the same length in tokens where
     that length reaches the sound (AudioLDM 2 pads to the longest). With the default of 1 a clip is
-    bit by bit independent of its batch. With more, its place in the pass and their number may round
-    it differently: by about 1e-5 of full scale in float32, with the tiny models of the tests.
+    bit by bit independent of its batch, order, shard and interruptions, in float32, float16 and
+    bfloat16 alike. With more, its place in the pass and their number may round it differently: with
+    the tiny models of the tests by about 1e-5 of full scale in float32, by less than 0.05 in half
+    precision (there 0.014 at most). AudioGen has no such choice: audiocraft takes float32 on a CPU
+    and float16 on a GPU.
 
     A pass that does not fit into memory is tried again with half the clips, and so are all that
     follow; what they make has the bytes of a run that asked for the smaller passes.
@@ -258,10 +266,25 @@ class DiffusersBackend:
                 f"{self.checkpoint} takes no negative prompt: plan with negative_prompt=''"
             )
         rows = list(zip(prompts, seeds, negative_prompts, strict=True))
+        keys = self.pass_keys(prompts, negative_prompts)
+        return _in_passes(rows, keys, self, lambda r: self._one_pass(r, duration_s))
+
+    def pass_keys(self, prompts, negative_prompts):
+        """Tell which clips can share a pass: those of equal keys.
+
+        Parameters
+        ----------
+        prompts, negative_prompts : list of str
+            One a clip.
+
+        Returns
+        -------
+        list of tuple
+            One a clip; they can be sorted.
+        """
         # a pass is with negative prompts or without: to Stable Audio, "" is not the same as none
         lengths = map(self.token_lengths, (prompts, negative_prompts))
-        keys = list(zip(map(bool, negative_prompts), *lengths, strict=True))
-        return _in_passes(rows, keys, self, lambda r: self._one_pass(r, duration_s))
+        return list(zip(map(bool, negative_prompts), *lengths, strict=True))
 
     def _one_pass(self, rows, duration_s):
         import torch
@@ -351,9 +374,27 @@ class AudioGenBackend:
         if any(negative_prompts):
             raise GenerationError("audiogen takes no negative prompt: plan with negative_prompt=''")
         rows = list(zip(prompts, seeds, strict=True))
+        keys = self.pass_keys(prompts)
+        return _in_passes(rows, keys, self, lambda r: self._one_pass(r, duration_s))
+
+    def pass_keys(self, prompts, negative_prompts=None):
+        """Tell which clips can share a pass: those of prompts of one length in tokens.
+
+        Parameters
+        ----------
+        prompts : list of str
+            One a clip.
+        negative_prompts : list of str, optional
+            Without effect.
+
+        Returns
+        -------
+        list of int
+            One a clip.
+        """
         conditioner = self.model.lm.condition_provider.conditioners["description"]
-        lengths = [conditioner.tokenize([p])["attention_mask"].shape[1] for p in prompts]
-        return _in_passes(rows, lengths, self, lambda r: self._one_pass(r, duration_s))
+        lengths = {p: conditioner.tokenize([p])["attention_mask"].shape[1] for p in set(prompts)}
+        return [lengths[p] for p in prompts]
 
     def _one_pass(self, rows, duration_s):
         prompts, seeds = map(list, zip(*rows, strict=True))
@@ -398,7 +439,7 @@ def _audioldm(
         "weights": ldm.checkpoint_digest(ldm.resolve(checkpoint)),
     }
     _before_loading(checkpoint, device, dtype, offload)
-    with _loading("AudioLDM", checkpoint):
+    with _loading("AudioLDM", checkpoint, device, dtype):
         pipe = ldm.load_pipeline(checkpoint, "cpu" if offload or dtype != "float32" else device)
         if dtype != "float32":
             pipe.to(dtype=precision)
@@ -519,7 +560,7 @@ def _open(cls, what, checkpoint, device, dtype, offload, compile):
 
     precision = _torch_dtype(dtype)
     _before_loading(checkpoint, device, dtype, offload)
-    with _loading(what, checkpoint), ldm.cosine_sampler():
+    with _loading(what, checkpoint, device, dtype), ldm.cosine_sampler():
         pipe = cls.from_pretrained(checkpoint, dtype=precision)
         pipe.set_progress_bar_config(disable=True)
         return _placed(pipe, device, offload, compile)
@@ -562,7 +603,7 @@ def _audiogen(
     # audiocraft decides: half precision on a GPU
     dtype = "float32" if _device(device) == "cpu" else "float16"
     _before_loading(checkpoint, device, dtype, None)
-    with _loading("AudioGen", checkpoint):
+    with _loading("AudioGen", checkpoint, device, dtype):
         model = models.AudioGen.get_pretrained(str(checkpoint), device=device)
     settings = {
         "guidance_scale": guidance_scale,
@@ -644,6 +685,48 @@ def get_backend(name, **options):
     return BACKENDS[name](**options)
 
 
+def preset(name, checkpoint="embedded", duration_s=2.56):
+    """Tell what goes with a back-end or preset beside the options of `get_backend`.
+
+    Parameters
+    ----------
+    name : str
+        As for `get_backend`.
+    checkpoint : str
+        The default stands for what was left open: the embedded model for ``audioldm``, the
+        published checkpoint for every other back-end, the preset's own for a preset.
+    duration_s : float
+        Seconds of a clip; the default, the length of the embedded model, stands for what was left
+        open: the preset's, if it is one.
+
+    Returns
+    -------
+    dict
+        ``checkpoint, duration_s``; ``candidates``, clips made for each one that is kept;
+        ``loudness``, as for `generate_clips`.
+
+    Examples
+    --------
+    >>> preset("audioldm-B")["checkpoint"], preset("audioldm-B")["duration_s"]
+    ('cvssp/audioldm-s-full-v2', 4.0)
+    >>> preset("audioldm-B", "mini", 5.0)
+    {'checkpoint': 'mini', 'duration_s': 5.0, 'candidates': 3, 'loudness': 'peak'}
+    """
+    known = PRESETS.get(name, {"backend": name, "options": {}})
+    if checkpoint == "embedded":
+        opener = inspect.signature(BACKENDS.get(known["backend"], _audioldm))
+        default = opener.parameters["checkpoint"].default
+        # `auto` has none, and says so when it is opened
+        default = "" if default is inspect.Parameter.empty else default
+        checkpoint = known["options"].get("checkpoint", default)
+    return {
+        "checkpoint": checkpoint,
+        "duration_s": known.get("duration_s", duration_s) if duration_s == 2.56 else duration_s,
+        "candidates": known.get("candidates", 1),
+        "loudness": known.get("loudness", "peak"),
+    }
+
+
 def known_checkpoints():
     """What is known of the public checkpoints before they are downloaded.
 
@@ -713,6 +796,7 @@ def _is_cached(checkpoint):
 
 def _remedy(device, dtype):
     remedies = [
+        "clips_per_pass=1 and a smaller batch",
         "close other programs that use this memory",
         "choose a smaller checkpoint" if device == "cpu" else "offload='model' (all but AudioGen)",
     ]
@@ -884,6 +968,53 @@ def class_counts(source, percent=100):
     return {label: max(1, round(number * percent / 100)) for label, number in source.items()}
 
 
+def read_counts(text, clips, n):
+    """Read how many clips each class should have from a line of a profile or a command.
+
+    Parameters
+    ----------
+    text : str
+        ``"200%"`` of the clips there are, ``"urbansound8k-A"``, ``"urbansound8k-A 400%"``; empty
+        for `n` clips each.
+    clips : pandas.DataFrame
+        Real clips; of it the column ``label`` is used.
+    n : int
+        Clips of each class where the text is empty.
+
+    Returns
+    -------
+    dict
+        Class to number, for the classes of `clips`: for `plan_clips`.
+
+    Raises
+    ------
+    GenerationError
+        If the text says none of these, or a class of `clips` has no number.
+
+    Examples
+    --------
+    >>> clips = pd.DataFrame({"label": ["siren", "siren", "gun_shot"]})
+    >>> read_counts("300%", clips, 10)
+    {'gun_shot': 3, 'siren': 6}
+    >>> read_counts("urbansound8k-A", clips, 10)["siren"], read_counts("", clips, 10)["siren"]
+    (929, 10)
+    """
+    labels = sorted(clips["label"].unique())
+    if not text:
+        return dict.fromkeys(labels, n)
+    found = re.fullmatch(r"(urbansound8k-A)?\s*(?:(\d+(?:\.\d+)?)\s*%)?", text.strip())
+    if not found:
+        raise GenerationError(
+            f"counts is {text!r}: give '200%' of the real clips, 'urbansound8k-A', "
+            "'urbansound8k-A 400%', or leave it empty"
+        )
+    counts = class_counts(found[1] or clips, float(found[2] or 100))
+    without = [label for label in labels if label not in counts]
+    if without:
+        raise GenerationError(f"counts {text!r} has no number for the class {without[0]!r}")
+    return {label: counts[label] for label in labels}
+
+
 def plan_captions(mixes, *, duration_s, seed=0):
     """Plan one clip for the caption of each mix.
 
@@ -924,7 +1055,7 @@ def plan_captions(mixes, *, duration_s, seed=0):
 
 
 def generate_clips(
-    plan, backend, out_dir, batch_size=16, max_attempts=3, *, loudness="peak", shard=None
+    plan, backend, out_dir, batch_size=None, max_attempts=3, *, loudness="peak", shard=None
 ):
     """Make the clips of a plan that are not there yet, and return the table of all of them.
 
@@ -945,9 +1076,12 @@ def generate_clips(
         From `get_backend`, or one's own.
     out_dir : str or Path
         Folder for the clips and their manifest.
-    batch_size : int
-        Clips asked for in one call of the back-end; what is lost at most by an interruption. A
-        multiple of the back-end's ``clips_per_pass`` wastes nothing.
+    batch_size : int, optional
+        Clips asked for in one call of the back-end at most, and lost at most by an interruption;
+        by default 16, or eight passes of the back-end's ``clips_per_pass`` where that is more.
+        Clips that can share a pass (a back-end's ``pass_keys``, where it has them) are called for
+        together, so that a multiple of ``clips_per_pass`` leaves no more than one pass of each kind
+        to be filled up with copies.
     max_attempts : int
         Seeds tried for a clip.
     loudness : "peak", "none" or float
@@ -991,7 +1125,8 @@ def generate_clips(
     for attempt in range(max_attempts):
         requests = [{**row, "seed": (row["seed"] + attempt) % 2**32} for row in pending]
         requests = [{**row, "recipe": _recipe(row, backend, loudness)} for row in requests]
-        _make_missing(requests, backend, out_dir, manifest, batch_size, loudness)
+        size = batch_size or 8 * max(2, backend.settings.get("clips_per_pass", 1))
+        _make_missing(requests, backend, out_dir, manifest, size, loudness)
         for row in requests:
             entry = manifest[row["clip_id"], row["recipe"]]
             if not entry["reason"]:
@@ -1026,7 +1161,7 @@ def generate_with_workers(
         many.
     runner : {"loky", "dask"}
         Who runs them, through joblib: processes of this machine, or the Dask cluster of the
-        ``distributed.Client`` that exists.
+        ``distributed.Client`` that exists. Threads of one Dask worker take turns at its model.
     threads : int
         Of torch, in each process. The bytes are those of one process with as many.
     **how
@@ -1223,19 +1358,28 @@ def _clips_in(folder):
     return [audio.load_audio(path)[0] for path in sorted(folder.glob("*.wav"))]
 
 
+# a model is stepped through by one thread at a time: samplers count their steps, and AudioGen's
+# draw is put into audiocraft itself
+_MODEL_IN_USE = threading.Lock()
+
+
 def _make_part(part, name, options, out_dir, how, threads=None):
     """Make a part of a plan in this process; return its table, and what went wrong."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        backend = _loaded(name, json.dumps(options or {}, sort_keys=True, default=str))
-        return generate_clips(part, backend, out_dir, **how), None
-    except (ValueError, OSError) as error:
-        return None, str(error)
-    finally:
-        torch.set_num_threads(before)
+    with _MODEL_IN_USE:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        try:
+            backend = _loaded(name, json.dumps(options or {}, sort_keys=True, default=str))
+            return generate_clips(part, backend, out_dir, **how), None
+        except (ValueError, OSError) as error:
+            return None, str(error)
+        except Exception:
+            # whatever it is: processes that gather their parts would wait for this one for ever
+            return None, f"a part failed:\n{traceback.format_exc()}"
+        finally:
+            torch.set_num_threads(before)
 
 
 @functools.lru_cache(maxsize=1)
@@ -1253,7 +1397,7 @@ def _joined(done, plan):
 
 
 def _batch_options(how):
-    usual = {"batch_size": 16, "max_attempts": 3, "loudness": "peak"}
+    usual = {"batch_size": None, "max_attempts": 3, "loudness": "peak"}
     unknown = sorted(set(how) - set(usual))
     if unknown:
         raise GenerationError(f"unknown option {unknown[0]}: there are {', '.join(usual)}")
@@ -1299,26 +1443,59 @@ def rejected_clips(out_dir):
 
 
 def _make_missing(requests, backend, out_dir, manifest, batch_size, loudness):
-    from tqdm import tqdm
-
     missing = [row for row in requests if not _is_done(row, manifest, out_dir)]
     _remove_halves(missing, out_dir)
-    # a call has one duration
-    missing.sort(key=lambda row: row["duration_s"])
-    with tqdm(total=len(missing), unit="clip", desc=backend.checkpoint, disable=None) as bar:
-        while missing:
-            duration_s = missing[0]["duration_s"]
-            batch = [row for row in missing[:batch_size] if row["duration_s"] == duration_s]
+    left = len(missing)
+    with _progress(left, backend.checkpoint) as advance:
+        for batch in _calls(missing, backend, batch_size):
             try:
                 _make_batch(batch, backend, out_dir, manifest, loudness)
             except KeyboardInterrupt as interrupt:
                 interrupt.add_note(
-                    f"{len(requests) - len(missing)} of {len(requests)} clips are complete in "
+                    f"{len(requests) - left} of {len(requests)} clips are complete in "
                     f"{out_dir}; the same call goes on from there"
                 )
                 raise
-            missing = missing[len(batch) :]
-            bar.update(len(batch))
+            left -= len(batch)
+            advance(len(batch))
+
+
+def _calls(rows, backend, batch_size):
+    """Cut rows into calls of one duration whose clips can share their passes."""
+    durations, kinds = [row["duration_s"] for row in rows], [0] * len(rows)
+    if hasattr(backend, "pass_keys") and backend.settings.get("clips_per_pass", 1) > 1:
+        texts = ([row[key] for row in rows] for key in ("prompt", "negative_prompt"))
+        kinds = backend.pass_keys(*texts)
+    groups = {}
+    for key, row in zip(zip(durations, kinds, strict=True), rows, strict=True):
+        groups.setdefault(key, []).append(row)
+    for key in sorted(groups):
+        for start in range(0, len(groups[key]), batch_size):
+            yield groups[key][start : start + batch_size]
+
+
+@contextmanager
+def _progress(total, name):
+    """A bar on a terminal; in notebooks and logs a line a minute."""
+    from tqdm import tqdm
+
+    done, begin = 0, _clock()
+    said = begin
+
+    def advance(n):
+        nonlocal done, said
+        done += n
+        bar.update(n)
+        now = _clock()
+        if bar.disable and now - said >= 60:
+            said, rate = now, done / (now - begin)
+            left = round((total - done) / rate / 60)
+            print(
+                f"{name}: {done} of {total} clips, {rate:.2f} clips/s, {left} min left", flush=True
+            )
+
+    with tqdm(total=total, unit="clip", desc=name, disable=None) as bar:
+        yield advance
 
 
 def _remove_halves(missing, out_dir):
@@ -1486,7 +1663,7 @@ def _check_plan(plan, batch_size, max_attempts, loudness):
     bad = [name for name in plan["clip_id"] if Path(str(name)).name != str(name)]
     if bad:
         raise GenerationError(f"clip_id {bad[0]!r} is no file name: leave out slashes")
-    if batch_size < 1 or max_attempts < 1:
+    if (batch_size is not None and batch_size < 1) or max_attempts < 1:
         raise GenerationError("batch_size and max_attempts must be at least 1")
     if loudness not in ("peak", "none") and not _is_level(loudness):
         raise GenerationError(
@@ -1591,7 +1768,7 @@ def _half(size, backend):
 
 
 @contextmanager
-def _loading(what, checkpoint):
+def _loading(what, checkpoint, device, dtype):
     """No bars and notes while a model is opened; one clear error if it cannot be."""
     from . import ldm
 
@@ -1610,7 +1787,7 @@ def _loading(what, checkpoint):
         if not _out_of_memory(error):
             raise
         raise GenerationError(
-            f"{checkpoint}: memory does not suffice to load it. {_remedy('the device', 'float32')}"
+            f"{checkpoint}: memory does not suffice to load it. {_remedy(_device(device), dtype)}"
         ) from error
 
 

@@ -246,6 +246,61 @@ def accuracy_by_hand(real, made, kept):
     return model.score(scaler.transform(real[0]), real[1])
 
 
+def test_the_better_of_two_thresholds_is_chosen(spoilt, monkeypatch):
+    real, folds, made, wrong = spoilt
+    criteria = {"score": -wrong.astype(float), "agreement": np.random.default_rng(0).random(120)}
+    masks = choosing.make_filters(made[1], criteria, choosing.share_of_each(made[1], 0.95))
+    masks |= choosing.filters_at_shares(made[1], criteria, [0.5])
+    # 58 % of each class are right
+    assert not (masks["score 50%"] & wrong).any() and (masks["score"] & wrong).sum() > 30
+    heard, judge = [], choosing.agreement
+    monkeypatch.setattr(
+        choosing,
+        "agreement",
+        lambda train, *rest: heard.append(len(train[0])) or judge(train, *rest),
+    )
+    offered = choosing.offer_filters(masks, *made, criteria)
+    table = choosing.choose_filter(real, folds, made, offered, test_fold=5, draws=9)
+    table = table.set_index("filter")
+    assert not any("random" in name for name in table.index)
+    assert set(heard) == {90}, "no judge has heard the fold that validates"
+    for name, mask in offered.items():
+        assert table.n_kept[name] == masks[name].sum() and callable(mask) == ("score" not in name)
+    assert table.accuracy["score 50%"] > table.accuracy["score"] + 0.1
+    assert not table.chosen["score"] and table.chosen.sum() == 1
+    # drops of equal number: those of one share have one control, those of another another
+    assert table.control["score"] == table.control["joint"] != table.control["joint 50%"]
+    assert table.control["score 50%"] == table.control["agreement 50%"]
+
+
+def test_shares_are_rounded_down_but_leave_one():
+    labels = ["dog"] * 7 + ["rain"]
+    assert choosing.share_of_each(labels, 0.5) == {"dog": 3, "rain": 1}
+    with pytest.raises(ValueError, match="share is 0"):
+        choosing.share_of_each(labels, 0)
+
+
+def test_the_best_by_clap_is_nearest_to_its_own_prompt(monkeypatch):
+    from soundscapes_utils import embeddings
+
+    texts = {"a dog": [1.0, 0.0], "rain": [0.0, 1.0]}
+    sounds = {"1": [0.0, 2.0], "2": [3.0, 0.1], "3": [1.0, 2.0], "4": [1.0, 1.0]}
+
+    class Ear:
+        def embed(self, paths, silence):
+            return np.array([sounds[path] for path in paths])
+
+    monkeypatch.setattr(choosing, "text_embedder", lambda *_: lambda t: [texts[one] for one in t])
+    monkeypatch.setattr(embeddings, "get_embedding", lambda *_: Ear())
+    names = pd.DataFrame({"clip_id": ["a", "a-c2", "b", "b-c2"], "candidate_of": list("aabb")})
+    made = names[["clip_id"]].assign(
+        path=list("1234"), prompt=["a dog"] * 2 + ["rain"] * 2, score=np.nan
+    )
+    best = choosing.best_by_clap(names, made)
+    assert best.path.tolist() == ["2", "3"]
+    np.testing.assert_allclose(best.score, [3 / 9.01**0.5, 2 / 5**0.5])
+
+
 def test_a_filter_that_is_random_itself_is_one_of_many(spoilt):
     real, folds, made, _ = spoilt
     # 21 of each class, drawn as the fourth of the control's own drops

@@ -23,7 +23,16 @@ from soundscapes_utils.generation import GenerationError
 
 PROMPTS = ["a dog", "a dog barking loudly", "rain", "a dog", "rain", "a dog"]
 SEEDS = [11, 12, 13, 14, 15, 16]
-HALF_TOLERANCE = 0.05  # of full scale, between passes of one and of three clips in float16
+THREE = ["a dog", "rain", "a dog barking loudly"]
+HALF_TOLERANCE = 0.05  # of full scale, by the size of the pass
+# float16 takes a processor ten times as long for Stable Audio's convolutions
+HALF = [
+    ("audioldm", "float16"),
+    ("audioldm", "bfloat16"),
+    ("audioldm2", "float16"),
+    ("stable-audio", "bfloat16"),
+    ("auto", "bfloat16"),
+]
 
 
 def small_plan(n=3, labels=("dog", "rain")):
@@ -200,25 +209,22 @@ def test_clips_that_are_too_long_are_refused_by_name(backends):
         backends["stable-audio"].generate(["rain"], [1], 2.0)
 
 
-@pytest.mark.parametrize("name", ["audioldm", "audioldm2"])
-def test_half_precision_is_as_independent_of_the_batch(checkpoints, name):
-    options = {"steps": 2, "device": "cpu", "dtype": "float16"}
-    backend = generation.get_backend(name, checkpoint=checkpoints[name], **options)
-    together = backend.generate(PROMPTS[:3], SEEDS[:3], 0.3)
-    for prompt, seed, y in zip(PROMPTS, SEEDS, together, strict=False):
-        np.testing.assert_array_equal(y, backend.generate([prompt], [seed], 0.3)[0])
-    backend.settings["clips_per_pass"] = 3
-    passes = backend.generate(PROMPTS[:3], SEEDS[:3], 0.3)
-    np.testing.assert_allclose(np.stack(passes), np.stack(together), atol=HALF_TOLERANCE)
+@pytest.mark.parametrize("name", generation.BACKENDS)
+def test_every_way_of_sharing_out_the_work_leaves_the_bytes_alone(backends, name):
+    table = generation.check_invariance(backends[name], THREE, 0.25, clips_per_pass=2)
+    exact, passes = table[:-1], table.iloc[-1]
+    assert len(exact) == 4 and passes.change == "passes of 2"
+    assert exact.same_bytes.all() and (exact.max_difference == 0).all()
+    assert passes.max_difference < 1e-3
 
 
-def test_invariance_is_tabulated(backends):
-    table = generation.check_invariance(backends["audioldm"], duration_s=0.3)
-    exact = table[table.change != "passes of 4"]
-    assert len(exact) == 4
-    assert exact.same_bytes.all()
-    assert (exact.max_difference == 0).all()
-    assert table.max_difference.iloc[-1] < 1e-3
+@pytest.mark.parametrize(("name", "dtype"), HALF)
+def test_half_precision_is_as_independent_of_the_batch(checkpoints, name, dtype):
+    options = {"checkpoint": checkpoints[name], "steps": 2, "device": "cpu", "dtype": dtype}
+    backend = generation.get_backend(name, **options)
+    table = generation.check_invariance(backend, THREE, 0.25, clips_per_pass=2)
+    assert table.same_bytes[:-1].all()
+    assert table.max_difference.iloc[-1] < HALF_TOLERANCE
 
 
 def test_a_dependent_backend_is_found_out():
@@ -265,7 +271,7 @@ def test_out_of_memory_halves_the_pass_and_goes_on(backends, name, monkeypatch):
 def test_out_of_memory_with_one_clip_gives_the_remedies(backends, monkeypatch):
     backend = backends["audioldm"]
     monkeypatch.setattr(backend, "_one_pass", out_of_memory_above(0, backend._one_pass))
-    with pytest.raises(GenerationError, match=r"one clip.*float16.*shorter clips"):
+    with pytest.raises(GenerationError, match=r"one clip.*float16.*smaller batch.*shorter clips"):
         backend.generate(["rain"], [1], 0.3)
 
 
@@ -298,6 +304,22 @@ def test_too_little_memory_is_said_before_a_download(monkeypatch):
         generation.get_backend("audioldm2", device="cpu")
     with pytest.raises(GenerationError, match=r"offload='model'"):
         generation.get_backend("stable-audio", device="cuda")
+
+
+def test_remedies_fit_the_device_and_the_precision(checkpoints, monkeypatch):
+    from diffusers import AudioLDM2Pipeline
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(AudioLDM2Pipeline, "from_pretrained", full)
+    options = {"checkpoint": checkpoints["audioldm2"], "device": "cpu"}
+    for dtype, halves in (("float16", False), ("float32", True)):
+        with pytest.raises(GenerationError, match="does not suffice to load") as error:
+            generation.get_backend("audioldm2", dtype=dtype, **options)
+        assert ("halves it" in str(error.value)) == halves
+        assert "offload" not in str(error.value)
+    assert "offload" in generation._remedy("cuda:0", "float16")
 
 
 def test_offload_is_for_gpus(checkpoints, monkeypatch):
@@ -538,6 +560,48 @@ def test_impossible_counts_are_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", {"car_horn": 5, "siren": 5}),
+        ("150%", {"car_horn": 2, "siren": 3}),
+        ("urbansound8k-A", {"car_horn": 429, "siren": 929}),
+        (" urbansound8k-A 400 % ", {"car_horn": 1716, "siren": 3716}),
+    ],
+)
+def test_counts_are_read_from_a_line(text, wanted):
+    clips = pd.DataFrame({"label": ["siren", "car_horn", "siren"]})
+    assert generation.read_counts(text, clips, 5) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "message"),
+    [
+        ("esc50", "siren", "counts is 'esc50': give '200%'"),
+        ("0%", "siren", "must be positive"),
+        ("urbansound8k-A", "dog", "no number for the class 'dog'"),
+    ],
+)
+def test_impossible_lines_of_counts_are_refused(text, label, message):
+    with pytest.raises(GenerationError, match=message):
+        generation.read_counts(text, pd.DataFrame({"label": [label]}), 5)
+
+
+def test_a_preset_fills_in_what_was_left_open():
+    ours = generation.preset("audioldm2-A")
+    assert (ours["checkpoint"], ours["duration_s"]) == ("cvssp/audioldm2", 4.0)
+    assert generation.preset("audiogen-A")["loudness"] == -14.0
+    mine = generation.preset("audioldm-B", "my/folder", 8.0)
+    assert (mine["checkpoint"], mine["duration_s"], mine["candidates"]) == ("my/folder", 8.0, 3)
+    for name, checkpoint in [
+        ("audioldm", "embedded"),
+        ("audiogen", "facebook/audiogen-medium"),
+        ("auto", ""),
+    ]:
+        plain = {"duration_s": 2.56, "candidates": 1, "loudness": "peak"}
+        assert generation.preset(name) == {"checkpoint": checkpoint} | plain
+
+
 def test_captions_of_mixes_become_a_plan():
     mixes = pd.DataFrame(
         {"mix_id": ["m1", "m2"], "foreground_label": ["dog", "rain"], "caption": ["same", "same"]}
@@ -578,6 +642,42 @@ def test_batch_size_order_and_shards_leave_the_files_alone(backends, tmp_path):
     assert one == contents(tmp_path / "five") == contents(tmp_path / "shards")
     whole = generation.generate_clips(plan, backend, tmp_path / "shards")
     assert whole.clip_id.tolist() == plan.clip_id.tolist()
+
+
+@pytest.mark.parametrize("name", ["audioldm", "audioldm2", "audiogen"])
+def test_no_pass_is_filled_up_but_the_last_of_each_length(backends, tmp_path, monkeypatch, name):
+    backend, passes = backends[name], []
+
+    def counted(rows, duration_s):
+        passes.append(len({seed for _, seed, *_ in rows}))
+        tone = np.sin(np.arange(round(duration_s * backend.sample_rate)) / 10)
+        return [tone.astype(np.float32)] * len(rows)
+
+    monkeypatch.setitem(backend.settings, "clips_per_pass", 8)
+    monkeypatch.setattr(backend, "_one_pass", counted)
+    # three lengths of prompt that take turns in the plan
+    plan = pd.concat(
+        [small_plan(20, ["dog"]), small_plan(9, ["rain"]), small_plan(11, ["helicopter"])]
+    ).sample(frac=1, random_state=0)
+    generation.generate_clips(plan, backend, tmp_path)
+    # CLAP's text tower pads all prompts to one length, T5 does not
+    assert sum(passes) == 40
+    assert len(passes) == (5 if name == "audioldm" else 3 + 2 + 2)
+
+
+@pytest.mark.parametrize(("per_pass", "calls"), [(1, [16, 16, 8]), (4, [32, 8]), (32, [40])])
+def test_a_call_is_of_eight_passes_or_of_sixteen_clips(tmp_path, per_pass, calls):
+    sizes = []
+
+    class Counted(Tones):
+        def generate(self, prompts, *request):
+            sizes.append(len(prompts))
+            return super().generate(prompts, *request)
+
+    backend = Counted()
+    backend.settings = {"clips_per_pass": per_pass}
+    generation.generate_clips(small_plan(20), backend, tmp_path)
+    assert sizes == calls
 
 
 @given(st.integers(1, 40), st.integers(1, 9))
@@ -688,6 +788,67 @@ def test_a_dask_cluster_makes_the_same_bytes(tones_by_name, tmp_path):
             generation.generate_with_workers(plan, "none", tmp_path, runner="dask")
 
 
+class Stateful(Tones):
+    """A model that keeps its place in itself, as samplers do."""
+
+    def generate(self, prompts, seeds, duration_s, negative_prompts=None):
+        sounds = []
+        for seed in seeds:
+            self.pitch = seed
+            time.sleep(0.005)
+            sounds += super().generate(prompts[:1], [self.pitch], duration_s)
+        return sounds
+
+
+def test_threads_take_turns_at_the_model(monkeypatch, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.setitem(generation.BACKENDS, "stateful", Stateful)
+    generation._loaded.cache_clear()
+    plan = small_plan(6)
+    generation.generate_clips(plan, Stateful(), tmp_path / "alone")
+    with ThreadPoolExecutor(2) as threads:
+        tasks = [
+            threads.submit(generation._make_part, part, "stateful", {}, tmp_path / "shared", {})
+            for part in (plan[::2], plan[1::2])
+        ]
+        assert [task.result()[1] for task in tasks] == [None, None]
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+
+
+def test_whatever_stops_a_part_reaches_those_that_gather(monkeypatch, tmp_path):
+    def broken():
+        raise TypeError("of no kind that one thinks of")
+
+    monkeypatch.setitem(generation.BACKENDS, "broken", broken)
+    generation._loaded.cache_clear()
+    with pytest.raises(GenerationError, match="TypeError: of no kind"):
+        generation.generate_with_workers(small_plan(1), "broken", tmp_path, workers=1)
+    table, problem = generation._make_part(small_plan(1), "broken", {}, tmp_path, {})
+    assert table is None and "in broken" in problem
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_progress_without_a_terminal_is_a_line_a_minute(monkeypatch, capsys, tmp_path, bar):
+    seconds = 0.0
+
+    class Slow(Tones):
+        def generate(self, *request):
+            nonlocal seconds
+            seconds += 25.0
+            return super().generate(*request)
+
+    monkeypatch.setattr(generation, "_clock", lambda: seconds)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: bar, raising=False)
+    generation.generate_clips(small_plan(5), Slow(), tmp_path, batch_size=1)
+    told = capsys.readouterr()
+    lines = ["none: 3 of 10 clips, 0.04 clips/s, 3 min left"]
+    lines += ["none: 6 of 10 clips, 0.04 clips/s, 2 min left"]
+    lines += ["none: 9 of 10 clips, 0.04 clips/s, 0 min left"]
+    assert told.out.splitlines() == ([] if bar else lines)
+    assert bool(told.err) == bar
+
+
 def test_dask_asks_for_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(GenerationError, match="cluster"):
@@ -735,7 +896,9 @@ def test_command_line_makes_a_plan_in_shards(tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "clips").glob("*.wav")}
     assert main(["generate", path, out, *options]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert "4 clips are in" in capsys.readouterr().out
+    first, _, last, _ = capsys.readouterr().out.splitlines()
+    assert re.search("2 clips .*: 2 made, 0 kept, 0 outputs set aside; .* s, .* clips/s$", first)
+    assert re.search("4 clips .*: 0 made, 4 kept, 0 outputs set aside; .* s, 0.00 clips/s$", last)
     table = pd.read_csv(tmp_path / "clips/generated.csv")
     assert table.clip_id.tolist() == plan.clip_id.tolist()
     assert (table.lufs <= -29.9).all()
@@ -768,6 +931,46 @@ def test_command_line_takes_the_level_of_a_preset(tmp_path, monkeypatch):
     assert main([*arguments, "--backend", "audiogen-A"]) == 0
     table = pd.read_csv(tmp_path / "clips/generated.csv")
     np.testing.assert_allclose(table.lufs, -14, atol=0.1)
+
+
+def test_command_line_keeps_the_candidate_that_suits_its_prompt_best(tmp_path, monkeypatch, capsys):
+    from soundscapes_utils import choosing
+    from soundscapes_utils.__main__ import main
+
+    small_plan(1).drop(columns="duration_s").to_csv(tmp_path / "plan.csv", index=False)
+    monkeypatch.setattr(generation, "get_backend", lambda name, **options: Tones())
+    asked = []
+
+    def last(candidates, generated, clap):
+        asked.append(clap)
+        return choosing.best_candidates(candidates, generated, np.arange(len(generated)))
+
+    monkeypatch.setattr(choosing, "best_by_clap", last)
+    arguments = ["generate", str(tmp_path / "plan.csv"), str(tmp_path / "clips")]
+    assert main([*arguments, "--backend", "audioldm-B", "--clap", "mini-clap"]) == 0
+    assert asked == ["mini-clap"]
+    table = pd.read_csv(tmp_path / "clips/generated.csv")
+    assert table.score.tolist() == [2, 5]
+    assert (table.duration_s == 4.0).all(), "the preset's, where the plan says nothing"
+    assert "2 clips chosen of 6 candidates" in capsys.readouterr().out
+    small_plan(1).to_csv(tmp_path / "plan.csv", index=False)
+    assert main([*arguments, "--backend", "audioldm-B", "--best-of", "1"]) == 0
+    assert "other durations than the 4.0 s of audioldm-B" in capsys.readouterr().out
+
+
+def test_command_line_plans_what_a_preset_and_the_counts_say(tmp_path, capsys):
+    from soundscapes_utils.__main__ import main
+
+    clips, out = tmp_path / "clips.csv", tmp_path / "plan.csv"
+    pd.DataFrame({"label": ["dog", "dog", "rain"]}).to_csv(clips, index=False)
+    arguments = ["plan", str(clips), str(out), "--counts", "200%", "--backend", "audioldm2-A"]
+    assert main([*arguments, "--family", "task"]) == 0
+    plan = pd.read_csv(out)
+    assert plan.label.value_counts().to_dict() == {"dog": 4, "rain": 2}
+    assert (plan.duration_s == 4.0).all() and (plan.prompt_family == "task").all()
+    assert "6 clips of 2 classes, 4.0 s each" in capsys.readouterr().out
+    assert main([*arguments, "--counts", "many"]) == 2
+    assert capsys.readouterr().err.startswith("error: counts is 'many'")
 
 
 def test_command_line_leaves_the_shares_to_accelerate(tmp_path, monkeypatch, capsys):

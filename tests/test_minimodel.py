@@ -128,3 +128,9 @@ def test_command_line_explains_itself(capsys):
 def _weights(folder):
     files = sorted(Path(folder).rglob("*.safetensors"))
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
+def test_a_new_card_claims_no_scores_of_an_older_model():
+    info = {"training_dataset": "any", "training_folds": [1], **minimodel.SAMPLING}
+    scores = minimodel._card(info, CONFIG, 5).split("## Scores")[1]
+    assert "Not measured" in scores and "|" not in scores
