@@ -205,11 +205,13 @@ class DiffusersBackend:
     Clips run through the model in passes of exactly ``clips_per_pass``: the last pass is filled up
     with copies, and clips share a pass only if their prompts have the same length in tokens where
     that length reaches the sound (AudioLDM 2 pads to the longest). With the default of 1 a clip is
-    bit by bit independent of its batch, order, shard and interruptions, in float32, float16 and
-    bfloat16 alike. With more, its place in the pass and their number may round it differently: with
-    the tiny models of the tests by about 1e-5 of full scale in float32, by less than 0.05 in half
-    precision (there 0.014 at most). AudioGen has no such choice: audiocraft takes float32 on a CPU
-    and float16 on a GPU.
+    bit by bit independent of its batch, order, shard and interruptions. With more, its place in the
+    pass and their number may round it differently: with the tiny models of the tests by about 1e-5
+    of full scale in float32, by less than 0.05 in half precision (0.014 at most was seen). Half
+    precision is tested in float16 with AudioLDM and AudioLDM 2, in bfloat16 with AudioLDM, Stable
+    Audio and auto. What a tiny AudioLDM 2 makes in bfloat16 on a CPU is set aside as faulty: give
+    that model float16. AudioGen has no such choice: audiocraft takes float32 on a CPU and float16
+    on a GPU.
 
     A pass that does not fit into memory is tried again with half the clips, and so are all that
     follow; what they make has the bytes of a run that asked for the smaller passes.
