@@ -292,7 +292,9 @@ def class_story(predictions, clips, distances):
     """Print what each class gains, beside the distance of its synthetic clips."""
     for arm in (("both@mini", 4), ("synthetic@mini", 4)):
         gains = esc.class_deltas(predictions, *arm, "sbcnn", clips=clips)
-        print(f"\nclasses, {arm[0]}:{arm[1]} against real, and distances of the class against its gain")
+        print(
+            f"\nclasses, {arm[0]}:{arm[1]} against real, and distances of the class against its gain"
+        )
         print(gains.round(3).to_string(index=False))
         print(esc.class_correlation(distances, gains).round(3).to_string(index=False))
 
