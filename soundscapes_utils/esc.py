@@ -1148,7 +1148,8 @@ def _processes():
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # the second is what torch's optimisers import when they are first used, for seconds
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
     return context
 
 
