@@ -232,7 +232,8 @@ def run_study(name, clips, tables, wanted):
     """Train one study's units and print its tables; gives back the predictions."""
     print(f"\n=== {name}", flush=True)
     study = {"test_folds": [TEST_FOLD]} | STUDIES[name]
-    heard = {"mini": [1, 2, 3, 4], "kept": [1, 2, 3, 4], "random": [1, 2, 3, 4]}
+    known = ldm.checkpoint_info(wanted.checkpoint)["training_folds"]
+    heard = dict.fromkeys(("mini", "kept", "random"), known)
     out, started = Path(wanted.truth), time.perf_counter()
     reader = embeddings.get_embedding("yamnet", wanted.yamnet)
     esc.run_arms(
