@@ -922,8 +922,9 @@ def test_two_processes_have_the_loss_of_one(config, plain, checkpoint, capsys, m
     said = capsys.readouterr().out
     assert said.count("Checkpoint:") == 1, "one process speaks"
     assert "processes: 2" in said
-    columns = [*NUMBERS, "grad_norm"]
-    pd.testing.assert_frame_equal(both.log[columns], alone.log[columns], rtol=1e-4)
+    pd.testing.assert_frame_equal(both.log[NUMBERS], alone.log[NUMBERS], rtol=2e-6)
+    # a sum over parameters of sums that were taken in another order
+    pd.testing.assert_series_equal(both.log["grad_norm"], alone.log["grad_norm"], rtol=2e-5)
     # together, not one by one: AdamW blows up the rounding of gradients that are zero but for it
     start, one, two = (
         torch.cat([w.flatten() for w in unet_of(folder).values()])
