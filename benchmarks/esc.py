@@ -6,9 +6,9 @@ printed are ratios of this one run.
 
     python benchmarks/esc.py --clips 7859 --workers 2
 
-Truth. The whole study on ESC-10 with a generator that never heard the test fold (made by
-`python -m soundscapes_utils train-mini`): tables of arms, controls and tests. Units that are done are
-kept, so the same command goes on after a stop.
+Truth. The whole study on ESC-10 with a generator that never heard the test fold: tables of arms,
+controls and tests. `./run_all.sh esc10` trains such a one and leaves it in data/checkpoints. Units that
+are done are kept, so the same command goes on after a stop.
 
     python benchmarks/esc.py --truth runs/truth --root FOLDER --checkpoint FOLDER --yamnet FILE
 

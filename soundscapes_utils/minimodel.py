@@ -22,6 +22,9 @@ SEGMENT_S = 2.56
 SEGMENT_FRAMES = 256
 SAMPLING = {"clip_s": SEGMENT_S, "steps": 25, "guidance_scale": 2.5, "eta": 1.0}
 
+# what `train-mini` trains on
+_POOL = "procedural sounds, pretraining pool"
+
 
 @dataclass(frozen=True)
 class MiniConfig:
@@ -358,6 +361,9 @@ def contrastive_loss(sound, text, positive, log_scale):
 
 def _card(info, config, n_clips):
     folds = ", ".join(map(str, info["training_folds"]))
+    made_by = "notebook 02 with `checkpoint` mini (`soundscapes_utils.minimodel.get_checkpoint`)"
+    if info["training_dataset"] == _POOL:
+        made_by = "`python -m soundscapes_utils train-mini` (see its `--help`)"
     return f"""---
 license: mit
 library_name: diffusers
@@ -377,7 +383,7 @@ predicts the latent. Its latent is linear (`PatchVAE`) and its vocoder scales th
   seed {config.seed}; the exponential average of the weights is what is saved.
 - Sampling: {info["clip_s"]} s, {info["steps"]} DDIM steps, guidance {info["guidance_scale"]},
   eta {info["eta"]}.
-- Made by `python -m soundscapes_utils train-mini` (see its `--help`).
+- Made by {made_by}.
 - Use: for teaching and for testing pipelines. It knows the classes that it was trained on and no
   others; it is no substitute for AudioLDM.
 
@@ -429,7 +435,7 @@ def main(argv):
         datasets.load_tau(pool / "scenes"),
         options.out,
         config,
-        dataset="procedural sounds, pretraining pool",
+        dataset=_POOL,
         test_fold=procedural.N_FOLDS,
     )
     print(f"Checkpoint: {folder}")

@@ -83,7 +83,11 @@ def test_training_leaves_the_test_fold_out_and_resumes_to_the_same_bytes(
     assert read and not test_paths & set(read)
     info = ldm.checkpoint_info(folder)
     assert info["training_folds"] == [2, 3, 4]
-    assert "train-mini" in (folder / "README.md").read_text()
+    # who wants this model again is sent to what makes it, not to what makes the embedded one
+    card = (folder / "README.md").read_text()
+    assert "get_checkpoint" in card and "train-mini" not in card
+    of_the_pool = info | {"training_dataset": minimodel._POOL}
+    assert "train-mini" in minimodel._card(of_the_pool, CONFIG, 1)
     first = _weights(folder)
     read.clear()
     minimodel.train(events, events, scenes, tmp_path / "mini", CONFIG, **options)
