@@ -64,6 +64,31 @@ python@3.11; conda: see environment.yml; anywhere: uv python install 3.11) or na
 PYTHON=/path/to/python3.11 ./run_all.sh"
 }
 
+# Every installed version against the lock: the one place that says whether the set-up is what was asked for.
+check_lock() {
+    "$python" - "$here/requirements.txt" <<'CODE'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from packaging.requirements import Requirement
+
+wrong = []
+for line in open(sys.argv[1], encoding="utf-8"):
+    if not line.strip() or line.startswith("#"):
+        continue
+    wanted = Requirement(line.strip())
+    if wanted.marker and not wanted.marker.evaluate():
+        continue
+    try:
+        there = version(wanted.name)
+    except PackageNotFoundError:
+        there = "nothing"
+    if there == "nothing" or there not in wanted.specifier:
+        wrong.append(f"{wanted.name}: the lock says {wanted.specifier}, installed is {there}")
+print("\n".join(wrong))
+sys.exit(bool(wrong))
+CODE
+}
+
 # What an environment must agree with to be used as it is: lock, package, place, Python.
 fingerprint() {
     "$python" - "$here" <<'CODE'
@@ -105,13 +130,18 @@ set_up() {
     rm -f "$stamp"
     find_uv
     echo "Installing the locked packages (about 8 GB; minutes the first time)"
-    if ! "${uv[@]}" pip install --python "$python" --no-deps -r "$here/requirements.txt"; then
+    # Started outside the project: uv lets the settings of a project that it is started in override a lock.
+    if ! (cd "$venv" && "${uv[@]}" pip install --no-config --python "$python" --no-deps -r "$here/requirements.txt"); then
         rm -f "$begun" # uv stopped in good order: what is there can be kept
         fail "the installation stopped (network? disk?); give the same command again to go on"
     fi
     # setuptools comes with the lock: building the package itself fetches nothing.
     "${uv[@]}" pip install --quiet --python "$python" --no-deps --no-build-isolation -e "$here" ||
         fail "could not install the package from $here"
+    local differs
+    differs="$(check_lock)" || fail "what is installed differs from requirements.txt (give the same command
+again; if it stays so, remove $venv):
+$differs"
     fingerprint >"$stamp"
     rm -f "$begun"
     echo "Set up in $venv"
