@@ -33,13 +33,14 @@ import torch
 
 from soundscapes_utils import (
     audio,
-    choosing,
     datasets,
     embeddings,
     esc,
     generation,
     ldm,
     procedural,
+    selection,
+    store,
 )
 
 CLIP_SECONDS = 4.0
@@ -151,7 +152,7 @@ ARMS = [
     *("mixed@mini:1", "mixed@mini:2", "mixed@mini:3", "dropped:1", "dropped:2"),
     *("synthetic@mini:1", "synthetic@mini:2", "synthetic@mini:3", "synthetic@mini:4"),
     "thinned@mini:1",
-    *("both@embedded:1", "both@mini+embedded:2", "synthetic@embedded:1"),
+    *("both@builtin:1", "both@mini+builtin:2", "synthetic@builtin:1"),
     *("both@kept:1", "both@random:1"),
     *("both@ps1:4", "both@ps2:4", "both@ts:4", "specaugment:2", "mixup:0.2"),
 ]
@@ -179,7 +180,7 @@ CONTROLS = {
         (("thinned@mini", 1), ("real", 0)),
         *[(("mixed@mini", n), ("dropped", n)) for n in (1, 2)],
         (("both@kept", 1), ("both@random", 1)),
-        (("both@mini", 1), ("both@embedded", 1)),
+        (("both@mini", 1), ("both@builtin", 1)),
         (("both@mini", 4), ("both@ps1", 4)),
     ],
     "few": [((f"both@mini/{k}", r), (f"real/{k}", 0)) for k in (2, 4, 8, 16) for r in (1, 4)],
@@ -203,7 +204,7 @@ def synthetic_tables(clips, wanted):
     out = Path(wanted.truth)
     real = clips[~clips["fold"].isin([TEST_FOLD, TEST_FOLD % 5 + 1])]
     tables = {}
-    for name, checkpoint, n in (("mini", wanted.checkpoint, 128), ("embedded", "embedded", 24)):
+    for name, checkpoint, n in (("mini", wanted.checkpoint, 128), ("builtin", "builtin", 24)):
         plan = generation.plan_clips(
             sorted(clips["label"].unique()), n, duration_s=2.56, dataset="esc10"
         )
@@ -217,8 +218,8 @@ def synthetic_tables(clips, wanted):
     x_real = reader.embed(real["path"].tolist(), silence="allow", cache_dir=cache)
     x_made = reader.embed(tables["mini"]["path"].tolist(), silence="allow", cache_dir=cache)
     made = tables["mini"]
-    likes = choosing.agreement((x_real, real["label"]), x_made, made["label"])["agreement"]
-    tables["kept"] = made[choosing.keep_best(made["label"], likes, 128 // 4)]
+    likes = selection.agreement((x_real, real["label"]), x_made, made["label"])["agreement"]
+    tables["kept"] = made[selection.keep_best(made["label"], likes, 128 // 4)]
     tables["random"] = esc.random_drop(tables["mini"], tables["kept"])
     for effect in esc.TRANSFORMS:
         # only what may be trained on is needed
@@ -255,7 +256,7 @@ def run_study(name, clips, tables, wanted):
     if name == "baselines":
         found["published"] = beside_published(found["intervals"])
     for kind, table in (found | {"predictions": predictions}).items():
-        audio.write_whole(out / f"{name}-{kind}.csv", table.to_csv(index=False).encode())
+        store.write_atomic(out / f"{name}-{kind}.csv", table.to_csv(index=False).encode())
     for kind, table in found.items():
         print(f"\n{kind}")
         print(table.drop(columns=["exact"], errors="ignore").round(3).to_string(index=False))

@@ -262,7 +262,7 @@ def esc10_rows(options, seconds=5.0):
     files = {"yamnet": options.yamnet}
     names = ["logmel-stats", "mini-clap"] + ["yamnet"] * bool(options.yamnet)
     networks = {name: embeddings.get_embedding(name, files.get(name, "")) for name in names}
-    return clips, embeddings.excerpts(clips["path"], seconds), networks
+    return clips, audio.excerpts(clips["path"], seconds), networks
 
 
 def fold_distances(options):

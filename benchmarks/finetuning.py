@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from soundscapes_utils import audio, finetuning, ldm, metadata, procedural
+from soundscapes_utils import audio, finetuning, ldm, metadata, procedural, store
 
 GIB = 2**30
 CARDS_GIB = (16, 24, 48)
@@ -82,7 +82,7 @@ def make_set(folder, n):
         path = audio.save_audio(Path(folder) / "clips" / f"{i}.wav", y, 44_100)
         split = "val" if i % 8 == 0 else "train"
         rows.append((split, str(path), label, "", f"the sound of {label.replace('_', ' ')}"))
-    table = pd.DataFrame(rows, columns=["split", "path", "foreground_label", "scene", "caption"])
+    table = pd.DataFrame(rows, columns=["split", "path", "label", "scene", "caption"])
     return metadata.write_audiocaps(table, Path(folder) / "metadata", "speed")
 
 
@@ -94,7 +94,7 @@ def uncached_batch(pipe, tower, clips, config, step):
     latents, sounds = [], []
     for path in chosen["path"]:
         y, _ = audio.load_audio(path, ldm.SAMPLE_RATE)
-        segment = finetuning.loudest(y, frames * ldm.HOP, 1, rng)
+        segment = audio.loudest_segment(y, frames * ldm.HOP, 1, rng)
         mel = ldm.waveform_to_mel(segment, frames)
         latents.append(ldm.encode_mel(pipe, mel[None])[0])
         sounds.append(ldm.embed_with(tower, segment, ldm.SAMPLE_RATE))
@@ -113,9 +113,9 @@ def cpu_table(folder, n_clips, repeats):
     """Print samples a second of the mini model with and without the caches."""
     root = make_set(folder, n_clips)
     config = finetuning.FinetuneConfig(
-        "embedded", str(root), str(Path(folder) / "out"), text_condition_probability=0.5
+        "builtin", str(root), str(Path(folder) / "out"), text_condition_probability=0.5
     )
-    pipe, tower = ldm.load_pipeline("embedded", "cpu"), ldm.load_audio_tower("embedded")
+    pipe, tower = ldm.load_pipeline("builtin", "cpu"), ldm.load_audio_tower("builtin")
     clips = metadata.read_audiocaps(root)
     started = time.perf_counter()
     data = finetuning.load_data(pipe, config)["train"]
@@ -289,7 +289,7 @@ def checks(folder):
     """Print how far a killed run, and one in two processes, end from one that was let alone."""
     root = make_set(folder, 16)
     config = finetuning.FinetuneConfig(
-        "embedded", str(root), str(folder / "alone"), steps=12, batch_size=8, val_every=3,
+        "builtin", str(root), str(folder / "alone"), steps=12, batch_size=8, val_every=3,
         warmup_steps=4, learning_rate=1e-3, keep_best=False, text_condition_probability=0.5,
     )  # fmt: skip
     alone = finetuning.finetune(config)
@@ -332,7 +332,7 @@ def study_set(esc50_root, folder, n_mixes, seed):
 
 def held_out(mixes, checkpoint, name, folder, rulers, n):
     """Ask a checkpoint for the captions of test mixes; score the samples against these mixes."""
-    from soundscapes_utils import embeddings, fad, generation
+    from soundscapes_utils import fad, generation
 
     test, train = (mixes[mixes["split"] == split] for split in ("test", "train"))
     plan = generation.plan_captions(test.head(n), duration_s=2.56, seed=0)
@@ -341,7 +341,7 @@ def held_out(mixes, checkpoint, name, folder, rulers, n):
     rows = []
     for ruler in rulers:
         real, floor, ours = (
-            ruler.embed(embeddings.excerpts(paths, 2.56), ldm.SAMPLE_RATE, silence="allow")
+            ruler.embed(audio.excerpts(paths, 2.56), ldm.SAMPLE_RATE, silence="allow")
             for paths in (test["path"], train["path"], made["path"])
         )
         options = {"embedding": ruler.name, "reference_name": "test mixes", "floor": floor}
@@ -377,7 +377,7 @@ def study(wanted):
     tables = {"log": logs, "scores": scores, "held_out": final}
     tables = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
     for name, table in tables.items():
-        audio.write_whole(out / f"{name}.csv", table.to_csv(index=False).encode())
+        store.write_atomic(out / f"{name}.csv", table.to_csv(index=False).encode())
     plots.use_style()
     figure = plots.scores_over_steps(tables["scores"], fad.FLOOR_NAME)
     figure.savefig(out / "scores.png", dpi=110)
@@ -401,7 +401,7 @@ def main():
     parser.add_argument(
         "--study", metavar="ESC-50", help="folder of ESC-50 or ESC-10: several seeds"
     )
-    parser.add_argument("--checkpoint", default="embedded", help="where the study starts")
+    parser.add_argument("--checkpoint", default="builtin", help="where the study starts")
     parser.add_argument("--out", default="runs/finetuning-study")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=160)

@@ -1,7 +1,7 @@
 """Generation: clips a second, parts of the time, memory, and what does not change the bytes.
 
     python benchmarks/generation.py invariance     back-end × batch, order, shard, resume
-    python benchmarks/generation.py cpu            the embedded model, by clips in a pass
+    python benchmarks/generation.py cpu            the built-in model, by clips in a pass
     python benchmarks/generation.py resume         200 clips, killed in the middle
     python benchmarks/generation.py gpu            AudioLDM 2 and AudioLDM-S at their public sizes
     python benchmarks/generation.py mini --yamnet FILE [--checkpoint FOLDER --esc10 FOLDER]
@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from soundscapes_utils import datasets, embeddings, esc, fad, generation, ldm, stats
+from soundscapes_utils import audio, datasets, embeddings, esc, fad, generation, ldm, stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import tiny_checkpoints
@@ -95,7 +95,7 @@ def invariance():
             tables.append(generation.check_invariance(backend))
     embedded = generation.get_backend("audioldm", steps=3, device="cpu")
     table = generation.check_invariance(embedded, duration_s=1.28)
-    tables.append(table.assign(backend="audioldm (embedded)"))
+    tables.append(table.assign(backend="audioldm (builtin)"))
     table = pd.concat(tables)
     table["same_bytes"] = table.same_bytes.map({True: "same", False: ""})
     table["shown"] = table.same_bytes.where(
@@ -110,7 +110,7 @@ def invariance():
     )
 
 
-# --- the embedded model ----------------------------------------------------------------------------
+# --- the built-in model ----------------------------------------------------------------------------
 
 
 def timed_parts(pipe):
@@ -148,12 +148,12 @@ def rate(backend, n, duration_s):
     return n / (now() - begin), n / (time.perf_counter() - begin_wall)
 
 
-# clips in a pass that notebook 02 chooses with the embedded model
+# clips in a pass that notebook 02 chooses with the built-in model
 NOTEBOOK = {1: "real set", 10: "trials"}
 
 
 def cpu_case(size, n, steps):
-    """Measure the embedded model with so many clips in a pass; print a row as JSON."""
+    """Measure the built-in model with so many clips in a pass; print a row as JSON."""
     torch.set_num_threads(1)
     backend = generation.get_backend("audioldm", steps=steps, device="cpu", clips_per_pass=size)
     clip_s = 2.56
@@ -183,7 +183,7 @@ def cpu(n, steps, sizes):
     table = pd.DataFrame(rows)
     table.insert(2, "× batch 1", (table["clips/s"] / table["clips/s"].iloc[0]).round(2))
     table["notebook 02"] = table["clips in a pass"].map(NOTEBOOK).fillna("")
-    show(f"embedded model, {steps} steps, 2.56 s, {device_name()}", table)
+    show(f"built-in model, {steps} steps, 2.56 s, {device_name()}", table)
 
 
 # --- killed and resumed ----------------------------------------------------------------------------
@@ -454,7 +454,7 @@ def mini(esc10, yamnet, checkpoint, n):
     """Print how class-consistent and how far from real a mini model's clips are."""
     told = ldm.checkpoint_info(checkpoint)
     refuse_test_fold(checkpoint, told)
-    dataset = "esc10" if told["training_dataset"] == "esc10" else "embedded"
+    dataset = "esc10" if told["training_dataset"] == "esc10" else "builtin"
     train, test = real_parts(dataset, esc10)
     torch.set_num_threads(1)
     backend = generation.get_backend("audioldm", checkpoint=checkpoint, device="cpu")
@@ -463,7 +463,7 @@ def mini(esc10, yamnet, checkpoint, n):
     made = backend.generate(plan["prompt"].tolist(), plan["seed"].tolist(), 2.56)
     seconds = (now() - begin) / len(plan)
     parts = {"train": train, "held out": test}
-    sounds = {key: embeddings.excerpts(part["path"], 2.56) for key, part in parts.items()}
+    sounds = {key: audio.excerpts(part["path"], 2.56) for key, part in parts.items()}
     sounds["made"] = made
     labels = [train["label"], plan["label"], test["label"]]
     distances = []
@@ -525,15 +525,13 @@ def stages(esc10, yamnet, checkpoint, n, iterations):
     train, test = real_parts("esc10", esc10)
     train = train[train["fold"].isin(told["training_folds"])]
     listen = opened("yamnet", yamnet)
-    judge = esc.fit_baseline(
-        "probe", listen(embeddings.excerpts(train["path"], 2.56)), train["label"]
-    )
+    judge = esc.fit_baseline("probe", listen(audio.excerpts(train["path"], 2.56)), train["label"])
 
     def right(sounds, labels):
         answers = judge.predict(listen(sounds)) == np.asarray(labels)
         return pd.Series(answers, np.asarray(labels))
 
-    sounds = embeddings.excerpts(test["path"], 2.56)
+    sounds = audio.excerpts(test["path"], 2.56)
     backend = generation.get_backend(
         "audioldm", checkpoint=checkpoint, device="cpu", clips_per_pass=8
     )
@@ -584,7 +582,7 @@ def main():
         help="of the vocoder, stages",
     )
     parser.add_argument("--n", type=int, help="clips: 16 on a CPU, 200 resumed, 128 on a GPU")
-    parser.add_argument("--steps", type=int, help="25 for the embedded model, 200 on a GPU")
+    parser.add_argument("--steps", type=int, help="25 for the built-in model, 200 on a GPU")
     parser.add_argument("--sizes", type=int, nargs="+", help="clips in a pass")
     parser.add_argument("--tiny", action="store_true", help="tiny models in part gpu")
     parser.add_argument(
@@ -619,7 +617,7 @@ def main():
                 options.iterations,
             )
         elif part == "mini":
-            mini(options.esc10, options.yamnet, options.checkpoint or "embedded", options.n or 12)
+            mini(options.esc10, options.yamnet, options.checkpoint or "builtin", options.n or 12)
         else:
             parser.error(f"{part}: choose of {', '.join(parts)}, mini, or stages with --checkpoint")
 

@@ -26,7 +26,7 @@ import pandas as pd
 import soundfile as sf
 from pydub import AudioSegment
 
-from soundscapes_utils import audio, metadata, mixing
+from soundscapes_utils import metadata, mixing, store
 
 RATE, SECONDS = 44_100, 10.0
 LABELS = [f"event {i}" for i in range(10)]
@@ -60,7 +60,7 @@ import pandas as pd
 from soundscapes_utils import mixing
 events, scenes = (pd.read_csv(path) for path in sys.argv[1:3])
 n = int(sys.argv[3])
-mixes = mixing.plan_mixes(events, scenes, n, preset="report-B")
+mixes = mixing.plan_mixes(events, scenes, n, preset="gaurav2024-report")
 mixing.render_mixes(mixes, sys.argv[4], 44100, workers=1, shard=f"1/{n // 500}")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
@@ -201,7 +201,7 @@ def scaper_rate(python, work):
 def peak_megabytes(tables, planned, work):
     """Peak memory of a process that plans so many mixes and renders 500 of them."""
     tables = [
-        audio.write_whole(work / f"{i}.csv", t.to_csv().encode()) for i, t in enumerate(tables)
+        store.write_atomic(work / f"{i}.csv", t.to_csv().encode()) for i, t in enumerate(tables)
     ]
     return elsewhere(sys.executable, MEMORY, [*tables, planned], work)
 
@@ -258,8 +258,8 @@ def compare(n, scaper_python, work):
         f"{n} mixes from {len(wav[0])} events and {len(wav[1])} scenes, {min(n, PLAIN)} where the "
         f"plain equation is compared; {os.cpu_count()} cores\n"
     )
-    planning = n / rate_of(lambda: mixing.plan_mixes(*wav, n, preset="report-B"), n)
-    plan = mixing.plan_mixes(*wav, n, preset="report-B")
+    planning = n / rate_of(lambda: mixing.plan_mixes(*wav, n, preset="gaurav2024-report"), n)
+    plan = mixing.plan_mixes(*wav, n, preset="gaurav2024-report")
     pairs = list(zip(plan.background, plan.foreground, strict=True))
     # starts the processes that all cases share, and imports what they need
     starting = 128 / ours(plan[:128], RATE, 2, work)
@@ -292,7 +292,7 @@ def compare(n, scaper_python, work):
     line("on the fly, this process", on_the_fly(plan), (1000, "the goal of 1000", None))
 
     few = min(FEW, n)
-    compressed = mixing.plan_mixes(*ogg, n, preset="report-B", sample_rate=16_000)
+    compressed = mixing.plan_mixes(*ogg, n, preset="gaurav2024-report", sample_rate=16_000)
     some = list(zip(compressed.background, compressed.foreground, strict=True))[:few]
     peer = shared_out(partial(pydub_loop, rate=16_000), some, work)
     line(f"Ogg to 16 kHz: pydub loop, {few} mixes, 1 process", peer)

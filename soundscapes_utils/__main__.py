@@ -8,7 +8,7 @@ import time
 import webbrowser
 from pathlib import Path
 
-from . import pipeline, report
+from . import pipeline, report, store
 
 EPILOG = """\
 profiles    A profile is a file notebooks/profiles/<name>.yaml: for each notebook the parameters
@@ -27,7 +27,7 @@ examples
   ./run_all.sh quick -p seed 1 --name quick-seed1        a second run beside the first
   python -m soundscapes_utils mix plan.csv mixes --shard 1/4   a quarter of a large set of mixes
   python -m soundscapes_utils plan runs/quick/tables/clips.csv plan.csv --counts 200%
-  python -m soundscapes_utils generate plan.csv clips --backend audioldm2-A --shard 1/4
+  python -m soundscapes_utils generate plan.csv clips --backend ronchini2024-audioldm2 --shard 1/4
   accelerate launch -m soundscapes_utils generate plan.csv clips   on every GPU of this machine
 """
 
@@ -123,11 +123,11 @@ def _parser():
     planning.add_argument("out", help="CSV file to write")
     planning.add_argument("-n", type=int, default=10, help="clips of each class")
     planning.add_argument(
-        "--counts", default="", help="instead of -n: 200%% of the real clips, or urbansound8k-A"
+        "--counts", default="", help="instead of -n: 200%% of the real clips, or ronchini2024"
     )
     planning.add_argument("--family", nargs="+", default=["simple"], help="of prompts, or a file")
     planning.add_argument("--negative-prompt", default="", metavar="TEXT")
-    planning.add_argument("--dataset", default="embedded", help="part of each clip's identity")
+    planning.add_argument("--dataset", default="builtin", help="part of each clip's identity")
     planning.add_argument("--backend", default="audioldm", help="a preset gives the duration")
     planning.add_argument("--duration", type=float, metavar="S", help="seconds of each clip")
     planning.add_argument("--seed", type=int, default=0)
@@ -213,7 +213,7 @@ def _listen(options):
 def _publish(options):
     for path in report.publish(options.run_dir):
         print(f"outputs taken over: {path.name}")
-    print(report.copy_for_readme(options.run_dir, pipeline.project_path("figures")))
+    print(report.copy_for_readme(options.run_dir, store.project_path("figures")))
     return 0
 
 
@@ -239,7 +239,7 @@ def _mix(options):
     )
     if options.shard is None:
         content = done.to_csv(index=False).encode()
-        print(f"Table: {audio.write_whole(Path(options.out_dir) / 'mixes.csv', content)}")
+        print(f"Table: {store.write_atomic(Path(options.out_dir) / 'mixes.csv', content)}")
     return 0
 
 
@@ -248,14 +248,14 @@ def _generate(options):
 
     import yaml
 
-    from . import audio, choosing, generation
+    from . import audio, generation, selection
 
     out_dir = Path(options.out_dir)
     begin, before = time.monotonic(), _made_in(out_dir)
     try:
         preset = generation.preset(options.backend)
         plan = _read_plan(options.plan, options.backend, preset)
-        candidates = choosing.plan_candidates(plan, options.best_of or preset["candidates"])
+        candidates = selection.plan_candidates(plan, options.best_of or preset["candidates"])
         level = yaml.safe_load(options.loudness) if options.loudness else preset["loudness"]
         n_processes = int(os.environ.get("WORLD_SIZE", 1))
         done = _generated(options, candidates, level, n_processes)
@@ -264,10 +264,10 @@ def _generate(options):
         _tell_generated(done, out_dir, before, time.monotonic() - begin)
         if options.shard is None:
             if len(candidates) > len(plan):
-                done = choosing.best_by_clap(candidates, done, options.clap)
+                done = selection.best_by_clap(candidates, done, options.clap)
                 print(f"{len(done)} clips chosen of {len(candidates)} candidates")
             content = done.to_csv(index=False).encode()
-            print(f"Table: {audio.write_whole(out_dir / 'generated.csv', content)}")
+            print(f"Table: {store.write_atomic(out_dir / 'generated.csv', content)}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, audio.AudioError) else 2
@@ -332,7 +332,7 @@ def _generated(options, plan, level, n_processes):
 def _plan(options):
     import pandas as pd
 
-    from . import audio, generation
+    from . import generation
 
     try:
         clips = pd.read_csv(options.clips, dtype={"label": str})
@@ -347,7 +347,7 @@ def _plan(options):
             negative_prompt=options.negative_prompt,
             seed=options.seed,
         )
-        path = audio.write_whole(options.out, plan.to_csv(index=False).encode())
+        path = store.write_atomic(options.out, plan.to_csv(index=False).encode())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,6 @@ import contextlib
 import html
 import io
 import math
-import os
 import re
 import warnings
 from functools import lru_cache
@@ -18,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 import soxr
+
+from soundscapes_utils import store
 
 LOG_MEL_RATE = 16_000
 LOG_MEL_HOP = 160
@@ -28,12 +29,14 @@ LOG_MEL_FLOOR = 1e-5
 
 LISTEN_SECONDS = 5.0
 _GATING_BLOCK_S = 0.4
+# below this peak a sound holds nothing that is worth amplifying
+SILENT_PEAK = 1e-4
 # half a step of 16-bit PCM: anything quieter is written as digital silence
 _SILENCE_PEAK = 0.5 / 32768
 _FORMATS = {".wav": "WAV", ".flac": "FLAC"}
 
 
-class AudioError(ValueError):
+class AudioError(store.DataError):
     """Sound that cannot be used: unreadable, empty, cut short, silent, clipping, not finite."""
 
 
@@ -266,57 +269,10 @@ def save_audio(path, y, sample_rate):
     pcm = np.clip(np.rint(y * 32768.0), -32768, 32767).astype(np.int16)
     buffer = io.BytesIO()
     sf.write(buffer, pcm, sample_rate, format=_FORMATS[path.suffix.lower()], subtype="PCM_16")
-    return write_whole(path, buffer.getvalue())
+    return store.write_atomic(path, buffer.getvalue())
 
 
-def write_whole(path, content):
-    """Write bytes so that the file is there complete or not at all.
-
-    Parameters
-    ----------
-    path : str or Path
-        Missing folders are made; a file of that name is replaced in one step.
-    content : bytes
-        What it shall hold.
-
-    Returns
-    -------
-    Path
-        The file written.
-
-    Raises
-    ------
-    AudioError
-        The disk is full or the folder cannot be written to; nothing is left behind.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> write_whole(Path(tempfile.mkdtemp()) / "meta.csv", b"a,b").read_text()
-    'a,b'
-    """
-    path = Path(path)
-    # the process id keeps two writers of one path from sharing a half-written file
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        try:
-            part.write_bytes(content)
-        except (
-            FileNotFoundError
-        ):  # asking for the folder before each file costs as much as some files
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise AudioError(
-            f"{path}: cannot be written ({error}); free some space or choose another folder"
-        ) from error
-    return path
-
-
-def fit_length(y, n, mode="repeat"):
+def fix_length(y, n, mode="repeat"):
     """Give a signal exactly `n` samples; what is longer loses its end.
 
     Parameters
@@ -340,9 +296,9 @@ def fit_length(y, n, mode="repeat"):
 
     Examples
     --------
-    >>> fit_length(np.array([1, 2, 3]), 5).tolist()
+    >>> fix_length(np.array([1, 2, 3]), 5).tolist()
     [1, 2, 3, 1, 2]
-    >>> fit_length(np.array([1, 2, 3]), 5, "pad").tolist()
+    >>> fix_length(np.array([1, 2, 3]), 5, "pad").tolist()
     [1, 2, 3, 0, 0]
     """
     y = np.asarray(y)
@@ -353,6 +309,87 @@ def fit_length(y, n, mode="repeat"):
     if y.size >= n:
         return y[:n]
     return np.resize(y, n) if mode == "repeat" else np.pad(y, (0, n - y.size))
+
+
+def loudest_segment(y, n, tries, rng):
+    """Cut the loudest of a few random segments out of a signal.
+
+    Events are short and recordings long: a segment drawn blindly would often hold none.
+
+    Parameters
+    ----------
+    y : np.ndarray [samples]
+        Signal.
+    n : int
+        Samples of a segment; a shorter signal is returned whole.
+    tries : int
+        Positions drawn; 1 cuts blindly.
+    rng : np.random.Generator
+        Draws the positions.
+
+    Returns
+    -------
+    np.ndarray [min(n, samples)]
+        The segment with the largest energy.
+
+    Examples
+    --------
+    >>> loudest_segment(np.ones(5), 3, 4, np.random.default_rng(0)).tolist()
+    [1.0, 1.0, 1.0]
+    """
+    starts = rng.integers(0, max(1, len(y) - n + 1), size=tries)
+    return max((y[s : s + n] for s in starts), key=lambda part: float(np.sum(part**2)))
+
+
+def excerpts(files, seconds, sample_rate=16_000):
+    """Cut the same from every file, so that a score compares sounds and not file formats.
+
+    Recordings, mixes and generated clips differ in length and level by how they were made. Each
+    is reduced to its loudest stretch of `seconds` (a shorter file is repeated), its mean removed
+    and its peak set to −1 dB of full scale; silence stays silence.
+
+    Parameters
+    ----------
+    files : sequence of path
+        Sound files.
+    seconds : float
+        Length of every excerpt.
+    sample_rate : int, default 16000
+        Hz; other rates are resampled.
+
+    Returns
+    -------
+    list of np.ndarray, float32 [round(seconds * sample_rate)]
+
+    Raises
+    ------
+    AudioError
+        A file that cannot be read.
+    ValueError
+        `seconds` is not positive.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "late.wav"
+    >>> _ = save_audio(file, np.r_[np.zeros(16_000), np.full(8_000, 0.5), -0.5], 16_000)
+    >>> excerpts([file], 0.5)[0].shape
+    (8000,)
+    """
+    n = round(seconds * sample_rate)
+    if n < 1:
+        raise ValueError(f"seconds must be positive, got {seconds}")
+    return [_excerpt(load_audio(file, sample_rate)[0], n) for file in files]
+
+
+def _excerpt(y, n):
+    y = fix_length(y, max(n, len(y)))
+    y = y - y.mean()
+    energy = np.cumsum(np.append(0.0, np.square(y, dtype=np.float64)))
+    start = int(np.argmax(energy[n:] - energy[:-n]))
+    y = y[start : start + n]
+    peak = np.abs(y).max()
+    return y * np.float32(10 ** (-1 / 20) / peak) if peak >= SILENT_PEAK else y
 
 
 def loudness(y, sample_rate):
@@ -467,7 +504,7 @@ def log_mel(y, sample_rate=LOG_MEL_RATE):
     if y.size <= pad:
         raise AudioError(
             f"a signal of {y.size} samples at 16 kHz is too short for a log-mel spectrogram; "
-            f"bring it to {pad + 1} or more with fit_length"
+            f"bring it to {pad + 1} or more with fix_length"
         )
     padded = np.pad(y, pad, mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, LOG_MEL_FFT)[::LOG_MEL_HOP]

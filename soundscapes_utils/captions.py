@@ -496,7 +496,7 @@ VARIED_TEMPLATES = (
     "{clause} in a quiet place",
 )
 FAMILIES = ("label", "simple", "gpt", "varied")
-# The embedded model has learned the families above, of "varied" the templates; "task" came later.
+# The built-in model has learned the families above, of "varied" the templates; "task" came later.
 ALL_FAMILIES = (*FAMILIES, "task")
 
 # Captions beyond the third: {clause} or {noun} of the events, {scene} or {place} of the background.
@@ -710,7 +710,7 @@ def scene_words(scene):
     return Scene(words, f"with {words} around")
 
 
-def mix_captions(foreground_label, scene, seed, n=3):
+def mix_captions(label, scene, seed, n=3):
     """Caption a mix in several manners.
 
     The first is the form of Gaurav et al. (DCASE 2024 Task 7), the second that of the challenge's
@@ -719,7 +719,7 @@ def mix_captions(foreground_label, scene, seed, n=3):
 
     Parameters
     ----------
-    foreground_label : str or list of str
+    label : str or list of str
         Class of the event, or of each event; a class that occurs twice is named once.
     scene : str
         Class of the background.
@@ -750,7 +750,7 @@ def mix_captions(foreground_label, scene, seed, n=3):
     >>> mix_captions(["dog", "siren"], "street_traffic", seed=0)[1]
     'a dog is barking and an emergency siren is wailing with traffic in the background'
     """
-    labels = [foreground_label] if isinstance(foreground_label, str) else list(foreground_label)
+    labels = [label] if isinstance(label, str) else list(label)
     labels = list(dict.fromkeys(labels))
     if not labels or n < 1:
         raise ValueError(f"need at least one label and n of at least 1, got {labels} and n={n}")
@@ -1310,7 +1310,7 @@ def read_captions(path, mixes):
     Parameters
     ----------
     path : str or Path
-        CSV with a header, or JSON Lines (.jsonl). Either ``mix_id`` says which mix a row is for, or
+        CSV with a header, or JSON Lines (.jsonl). Either ``clip_id`` says which mix a row is for, or
         ``label`` and ``scene``: then it suits every mix of that event (several: joined by "+")
         and scene. ``caption``, ``caption_2``, … hold the texts; several rows for a mix add up.
     mixes : pandas.DataFrame
@@ -1319,7 +1319,7 @@ def read_captions(path, mixes):
     Returns
     -------
     captions : pandas.DataFrame
-        Columns ``mix_id, caption``: every sound caption for every mix that it suits, in the order
+        Columns ``clip_id, caption``: every sound caption for every mix that it suits, in the order
         of the file; for :func:`use_captions`.
     problems : pandas.DataFrame
         Columns ``row`` (line of the file; 0 for what is missing from it), ``problem``: captions
@@ -1336,22 +1336,22 @@ def read_captions(path, mixes):
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "mine.csv"
     >>> _ = file.write_text("label,scene,caption\ndog,park,a terrier barks at joggers\ndog,bus,\n")
-    >>> mixes = pd.DataFrame({"mix_id": ["m0", "m1"], "foreground_label": "dog"})
+    >>> mixes = pd.DataFrame({"clip_id": ["m0", "m1"], "label": "dog"})
     >>> found, problems = read_captions(file, mixes.assign(scene=["park", "bus"]))
     >>> found.to_numpy().tolist()
     [['m0', 'a terrier barks at joggers']]
     >>> problems.to_numpy().tolist()
     [[0, 'no caption for mix m1'], [3, 'caption is empty']]
     """
-    table, problems = _read_rows(path, [("mix_id", "caption"), ("label", "scene", "caption")])
-    by_id = "mix_id" in table
-    keys = ["mix_id"] if by_id else ["label", "scene"]
+    table, problems = _read_rows(path, [("clip_id", "caption"), ("label", "scene", "caption")])
+    by_id = "clip_id" in table
+    keys = ["clip_id"] if by_id else ["label", "scene"]
     named, suits = {}, {}
     for mix in mixes.to_dict("records"):
         labels = event_labels(mix)
-        named[mix["mix_id"]] = (*labels, mix["scene"])
-        key = (str(mix["mix_id"]),) if by_id else ("+".join(labels), str(mix["scene"]))
-        suits.setdefault(key, []).append(mix["mix_id"])
+        named[mix["clip_id"]] = (*labels, mix["scene"])
+        key = (str(mix["clip_id"]),) if by_id else ("+".join(labels), str(mix["scene"]))
+        suits.setdefault(key, []).append(mix["clip_id"])
     found = {}
     for row in table.to_dict("records"):
         key = tuple(row[name] for name in keys)
@@ -1368,13 +1368,13 @@ def read_captions(path, mixes):
             if problem:
                 problems.append((row["row"], f"{column} {problem}"))
                 continue
-            for mix_id in ids:
-                found.setdefault(mix_id, []).append(row[column])
-    bare = [mix_id for mix_id in named if mix_id not in found]
-    problems += [(0, f"no caption for mix {mix_id}") for mix_id in bare]
-    rows = [(mix_id, text) for mix_id in named for text in found.get(mix_id, [])]
+            for clip_id in ids:
+                found.setdefault(clip_id, []).append(row[column])
+    bare = [clip_id for clip_id in named if clip_id not in found]
+    problems += [(0, f"no caption for mix {clip_id}") for clip_id in bare]
+    rows = [(clip_id, text) for clip_id in named for text in found.get(clip_id, [])]
     return (
-        pd.DataFrame(rows, columns=["mix_id", "caption"]),
+        pd.DataFrame(rows, columns=["clip_id", "caption"]),
         pd.DataFrame(sorted(problems), columns=["row", "problem"]),
     )
 
@@ -1407,9 +1407,9 @@ def use_captions(mixes, captions, n=1, add=False):
 
     Examples
     --------
-    >>> mixes = pd.DataFrame({"mix_id": ["m0"], "foreground_label": "dog", "scene": "park"})
+    >>> mixes = pd.DataFrame({"clip_id": ["m0"], "label": "dog", "scene": "park"})
     >>> mixes = mixes.assign(seed=0, caption="dog barking with the sound of park in background")
-    >>> given = pd.DataFrame({"mix_id": ["m0"], "caption": ["a terrier barks at joggers"]})
+    >>> given = pd.DataFrame({"clip_id": ["m0"], "caption": ["a terrier barks at joggers"]})
     >>> use_captions(mixes, given, add=True)[["caption", "caption_2"]].to_numpy().tolist()
     [['dog barking with the sound of park in background', 'a terrier barks at joggers']]
     """
@@ -1418,9 +1418,9 @@ def use_captions(mixes, captions, n=1, add=False):
     own = caption_columns(mixes)
     kept = len(own) if add else 0
     names = ["caption", *(f"caption_{i}" for i in range(2, max(len(own), kept + n) + 1))]
-    given = captions.groupby("mix_id")["caption"].agg(list).to_dict()
+    given = captions.groupby("clip_id")["caption"].agg(list).to_dict()
     rows = [
-        _chosen(mix, [mix[name] for name in own], given.get(mix["mix_id"], []), kept, n)
+        _chosen(mix, [mix[name] for name in own], given.get(mix["clip_id"], []), kept, n)
         for mix in mixes.to_dict("records")
     ]
     return mixes.assign(**dict(zip(names, zip(*rows, strict=True), strict=True)))
@@ -1443,7 +1443,7 @@ def event_labels(mix):
     Parameters
     ----------
     mix : dict
-        Row of a table of mixes: ``foreground_label`` and, where there are further events,
+        Row of a table of mixes: ``label`` and, where there are further events,
         ``events`` (see :func:`~soundscapes_utils.mixing.further_events`).
 
     Returns
@@ -1453,13 +1453,13 @@ def event_labels(mix):
 
     Examples
     --------
-    >>> event_labels({"foreground_label": "dog", "events": '[{"foreground_label": "siren"}]'})
+    >>> event_labels({"label": "dog", "events": '[{"label": "siren"}]'})
     ['dog', 'siren']
     """
     from soundscapes_utils import mixing
 
     further = mixing.further_events(mix.get("events"))
-    return [mix["foreground_label"], *(event["foreground_label"] for event in further)]
+    return [mix["label"], *(event["label"] for event in further)]
 
 
 def _text_problem(text, labels):
@@ -1498,7 +1498,7 @@ def _read_rows(path, layouts):
 
 
 def _cell(value, name):
-    if name in ("label", "scene", "mix_id"):
+    if name in ("label", "scene", "clip_id"):
         return "" if value is None else str(value).strip()
     return " ".join(value.split()) if isinstance(value, str) else value
 

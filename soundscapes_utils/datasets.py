@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import soundfile as sf
 
-from soundscapes_utils import audio
+from soundscapes_utils import audio, store
 
 CLIP_COLUMNS = [
     "clip_id",
@@ -37,7 +37,7 @@ CLIP_COLUMNS = [
 ]
 AUDIO_SUFFIXES = (".wav", ".ogg", ".flac")
 N_FOLDS = 5
-DATASETS = ("embedded", "esc10", "esc50", "urbansound8k")
+DATASETS = ("builtin", "esc10", "esc50", "urbansound8k")
 # Even, long sounds of ESC-50 that a foreground can be laid over where no scene recordings are.
 AMBIENT_CLASSES = ("rain", "sea_waves", "crackling_fire", "helicopter")
 
@@ -315,13 +315,13 @@ def load_dcase2024_task7(root, networks=DCASE2024_TASK7_NETWORKS):
     return captions, embeddings
 
 
-def load_embedded(data_dir="data", clips_per_class=40, seed=0):
-    """Load the embedded events, made by rule on first use.
+def load_builtin(data_dir="data", clips_per_class=40, seed=0):
+    """Load the built-in events, made by rule on first use.
 
     Parameters
     ----------
     data_dir : str or Path
-        They are kept in its folder ``embedded``.
+        They are kept in its folder ``builtin``.
     clips_per_class : int
         Clips of each of the ten classes, over five folds.
     seed : int
@@ -340,23 +340,23 @@ def load_embedded(data_dir="data", clips_per_class=40, seed=0):
     Examples
     --------
     >>> import tempfile
-    >>> load_embedded(tempfile.mkdtemp(), clips_per_class=1).label.nunique()
+    >>> load_builtin(tempfile.mkdtemp(), clips_per_class=1).label.nunique()
     10
     """
     from soundscapes_utils import procedural
 
-    root = _embedded_root(data_dir, "events", clips_per_class, seed)
+    root = _builtin_root(data_dir, "events", clips_per_class, seed)
     procedural.write_events(root, clips_per_class, seed)
-    return _load_esc_layout(root, "embedded", esc10=False)
+    return _load_esc_layout(root, "builtin", esc10=False)
 
 
-def load_embedded_scenes(data_dir="data", scenes_per_class=20, seed=0):
-    """Load the embedded scenes, made by rule on first use.
+def load_builtin_scenes(data_dir="data", scenes_per_class=20, seed=0):
+    """Load the built-in scenes, made by rule on first use.
 
     Parameters
     ----------
     data_dir : str or Path
-        They are kept in its folder ``embedded``.
+        They are kept in its folder ``builtin``.
     scenes_per_class : int
         Recordings of each of the ten scenes.
     seed : int
@@ -375,14 +375,14 @@ def load_embedded_scenes(data_dir="data", scenes_per_class=20, seed=0):
     Examples
     --------
     >>> import tempfile
-    >>> load_embedded_scenes(tempfile.mkdtemp(), scenes_per_class=1).label.nunique()
+    >>> load_builtin_scenes(tempfile.mkdtemp(), scenes_per_class=1).label.nunique()
     10
     """
     from soundscapes_utils import procedural
 
-    root = _embedded_root(data_dir, "scenes", scenes_per_class, seed)
+    root = _builtin_root(data_dir, "scenes", scenes_per_class, seed)
     procedural.write_scenes(root, scenes_per_class, seed)
-    return _load_tau_layout(root, "embedded-scenes")
+    return _load_tau_layout(root, "builtin-scenes")
 
 
 def load_clips(
@@ -392,14 +392,14 @@ def load_clips(
 
     Parameters
     ----------
-    dataset : {"embedded", "esc10", "esc50", "urbansound8k"}
+    dataset : {"builtin", "esc10", "esc50", "urbansound8k"}
         Which one.
     esc50_root, urbansound8k_root : str or Path
         Where ESC-50 and UrbanSound8K lie; by default ``ESC-50`` and ``UrbanSound8K`` in `data_dir`.
     data_dir : str or Path
         Folder of the project's data.
     clips_per_class, seed : int
-        Of the embedded data set, see :func:`load_embedded`.
+        Of the built-in data set, see :func:`load_builtin`.
 
     Returns
     -------
@@ -415,13 +415,13 @@ def load_clips(
     --------
     >>> load_clips("esc5")
     Traceback (most recent call last):
-    soundscapes_utils.datasets.DatasetError: unknown dataset 'esc5'; choose one of embedded, \
+    soundscapes_utils.datasets.DatasetError: unknown dataset 'esc5'; choose one of builtin, \
 esc10, esc50, urbansound8k
     """
     if dataset not in DATASETS:
         raise DatasetError(f"unknown dataset {dataset!r}; choose one of {', '.join(DATASETS)}")
-    if dataset == "embedded":
-        return load_embedded(data_dir, clips_per_class, seed)
+    if dataset == "builtin":
+        return load_builtin(data_dir, clips_per_class, seed)
     if dataset == "urbansound8k":
         return load_urbansound8k(urbansound8k_root or Path(data_dir) / "UrbanSound8K")
     return load_esc50(esc50_root or Path(data_dir) / "ESC-50", esc10=dataset == "esc10")
@@ -439,7 +439,7 @@ def load_scenes(
 ):
     """Choose what the events of a data set are laid over.
 
-    TAU scenes where `tau_root` is given; else the embedded scenes for the embedded events; else
+    TAU scenes where `tau_root` is given; else the built-in scenes for the built-in events; else
     the ambient classes among the clips (:data:`AMBIENT_CLASSES`), which then are no foreground.
 
     Parameters
@@ -453,7 +453,7 @@ def load_scenes(
     data_dir : str or Path
         Folder of the project's data.
     scenes_per_class, seed : int
-        Of the embedded scenes, see :func:`load_embedded_scenes`.
+        Of the built-in scenes, see :func:`load_builtin_scenes`.
     tau_folds : {"city", "official"}
         Of TAU, see :func:`load_tau`.
 
@@ -475,8 +475,8 @@ def load_scenes(
     """
     if tau_root:
         return clips, load_tau(tau_root, tau_folds)
-    if dataset == "embedded":
-        return clips, load_embedded_scenes(data_dir, scenes_per_class, seed)
+    if dataset == "builtin":
+        return clips, load_builtin_scenes(data_dir, scenes_per_class, seed)
     ambient = clips.label.isin(AMBIENT_CLASSES)
     if not ambient.any():
         raise DatasetError(
@@ -1051,7 +1051,7 @@ def _refuse_uncovered(root, archives):
 
 
 def _write_table(path, table, sep=","):
-    audio.write_whole(path, table.to_csv(index=False, sep=sep, lineterminator="\n").encode())
+    store.write_atomic(path, table.to_csv(index=False, sep=sep, lineterminator="\n").encode())
 
 
 def _content_sha256(captions, embeddings):
@@ -1324,8 +1324,8 @@ def _problem(path):
     return None
 
 
-def _embedded_root(data_dir, kind, per_class, seed):
-    return Path(data_dir) / "embedded" / f"{kind}-{per_class}-seed{seed}"
+def _builtin_root(data_dir, kind, per_class, seed):
+    return Path(data_dir) / "builtin" / f"{kind}-{per_class}-seed{seed}"
 
 
 def _some(names):

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from . import audio
+from . import audio, store
 
 SILENT_PEAK = 1e-4  # −80 dB of full scale: no network hears anything there
 RESAMPLER = "soxr HQ"  # of every clip that is not at the network's rate; part of the cache's key
@@ -47,8 +47,8 @@ EMBEDDINGS = pd.DataFrame(
         ),
         (
             "mini-clap", 128, 16_000, 1.0, _WHOLE, "repeat",
-            "a checkpoint (the embedded one by default)", "mean and maximum inside the network",
-            "that of the checkpoint; MIT for the embedded one",
+            "a checkpoint (the built-in one by default)", "mean and maximum inside the network",
+            "that of the checkpoint; MIT for the built-in one",
             "audio tower of the checkpoint's CLAP",
         ),
         (
@@ -396,7 +396,7 @@ class Embedding:
         if len(y) >= n:
             return y
         repeated = {"repeat": n, "repeat-pad": n // len(y) * len(y), "pad": len(y)}[self.short]
-        return audio.fit_length(audio.fit_length(y, repeated), n, "pad")
+        return audio.fix_length(audio.fix_length(y, repeated), n, "pad")
 
     def _finished(self, clips, batch_size):
         try:
@@ -496,7 +496,7 @@ def _stored(path, dim):
 def _store(path, rows, peak):
     content = io.BytesIO()
     np.save(content, np.column_stack([rows, np.full(len(rows), peak, np.float32)]))
-    audio.write_whole(path, content.getvalue())
+    store.write_atomic(path, content.getvalue())
 
 
 def _check_silence(silence):
@@ -518,7 +518,7 @@ def get_embedding(name, path=""):
         A row of `EMBEDDINGS`.
     path : str or Path, default ""
         Its weights. For yamnet the TFLite file; for mini-clap a checkpoint as `ldm.load_pipeline`
-        takes it (the embedded one by default); for laion-clap an un-fused checkpoint of transformers
+        takes it (the built-in one by default); for laion-clap an un-fused checkpoint of transformers
         (a folder or a hub name; ``laion/clap-htsat-unfused`` by default) or of laion-clap (a .pt
         file). For the others the published file; by default where `fetch_weights` puts it.
 
@@ -748,57 +748,6 @@ def _tell_left_out(failed, rows, report, on_error, cache_dir):
     warnings.warn(LeftOutWarning(message), stacklevel=3)
 
 
-def excerpts(files, seconds, sample_rate=16_000):
-    """Cut the same from every file, so that a score compares sounds and not file formats.
-
-    Recordings, mixes and generated clips differ in length and level by how they were made. Each
-    is reduced to its loudest stretch of `seconds` (a shorter file is repeated), its mean removed
-    and its peak set to −1 dB of full scale; silence stays silence.
-
-    Parameters
-    ----------
-    files : sequence of path
-        Sound files.
-    seconds : float
-        Length of every excerpt.
-    sample_rate : int, default 16000
-        Hz; other rates are resampled.
-
-    Returns
-    -------
-    list of np.ndarray, float32 [round(seconds * sample_rate)]
-
-    Raises
-    ------
-    audio.AudioError
-        A file that cannot be read.
-    ValueError
-        `seconds` is not positive.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> file = Path(tempfile.mkdtemp()) / "late.wav"
-    >>> _ = audio.save_audio(file, np.r_[np.zeros(16_000), np.full(8_000, 0.5), -0.5], 16_000)
-    >>> excerpts([file], 0.5)[0].shape
-    (8000,)
-    """
-    n = round(seconds * sample_rate)
-    if n < 1:
-        raise ValueError(f"seconds must be positive, got {seconds}")
-    return [_excerpt(audio.load_audio(file, sample_rate)[0], n) for file in files]
-
-
-def _excerpt(y, n):
-    y = audio.fit_length(y, max(n, len(y)))
-    y = y - y.mean()
-    energy = np.cumsum(np.append(0.0, np.square(y, dtype=np.float64)))
-    start = int(np.argmax(energy[n:] - energy[:-n]))
-    y = y[start : start + n]
-    peak = np.abs(y).max()
-    return y * np.float32(10 ** (-1 / 20) / peak) if peak >= SILENT_PEAK else y
-
-
 # --- changes whose effect a distance should show --------------------------------------------------
 
 
@@ -936,7 +885,7 @@ def _make_logmel(path):
 def _make_clap(path):
     from . import ldm
 
-    checkpoint = path or "embedded"
+    checkpoint = path or "builtin"
     model, rate = ldm.load_audio_tower(checkpoint)
 
     def network(y):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import pipeline
+from . import pipeline, store
 
 # Of each, one file that a whole download contains.
 HUB_CHECKPOINTS = {
@@ -38,7 +38,7 @@ def check_environment(
     """
     import pandas as pd
 
-    data = pipeline.project_path(data_dir)
+    data = store.project_path(data_dir)
     rows = [_gpu(), _free_disk(data), _free_memory()]
     for item, given, mark, needed_for in (
         ("ESC-50", esc50_root or data / "ESC-50", "meta/esc50.csv", "esc10, paper"),
@@ -52,7 +52,7 @@ def check_environment(
         ("mini-AudioLDM", "data/checkpoints/mini-audioldm", "model_index.json", "quick"),
         ("YAMNet", yamnet_path, "", "a third embedding in 04, any profile"),
     ):
-        found = bool(given) and (pipeline.project_path(given) / mark).exists()
+        found = bool(given) and (store.project_path(given) / mark).exists()
         remedy = f"{data_dir}/README.md says how to get it"
         rows.append((item, found, mark and f"looked for {mark}", needed_for, remedy))
     for hub_name, file in HUB_CHECKPOINTS.items():

@@ -54,7 +54,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from soundscapes_utils import audio, datasets, stats
+from soundscapes_utils import datasets, stats, store
 from soundscapes_utils.comparison import (
     RESULT_COLUMNS,
     choice_on_test,
@@ -197,7 +197,7 @@ _ON_THE_FLY = ("specaugment", "mixup")
 _WHOLE_AMOUNT = ("mixed", "dropped", "specaugment")
 
 PROTOCOLS = pd.DataFrame(
-    [("urbansound8k", 10, 10), ("esc50", 5, 50), ("esc10", 5, 10), ("embedded", 5, 10)],
+    [("urbansound8k", 10, 10), ("esc50", 5, 50), ("esc10", 5, 10), ("builtin", 5, 10)],
     columns=["dataset", "n_folds", "n_classes"],
 ).set_index("dataset")
 """Folds and classes of each data set; the fold after the test fold validates, see `protocol`."""
@@ -831,7 +831,7 @@ def run_arms(
         failed = _train_units(missing, shared, out_dir, workers, places, executor)
     results = _results(out_dir, units)
     if team is None or team.is_main_process:
-        audio.write_whole(out_dir / "results.csv", results.to_csv(index=False).encode())
+        store.write_atomic(out_dir / "results.csv", results.to_csv(index=False).encode())
         _write_predictions_and_curves(out_dir, units)
     if failed:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
@@ -1036,8 +1036,8 @@ def _run_unit(unit, shared, out_dir, device):
     result = about | _accuracies(parts["test"][1], chosen, len(names))
     result |= {"epochs": len(log), "seconds": round(time.perf_counter() - started, 3)}
     for ending, table in (("log.csv", log), ("csv", predictions)):
-        audio.write_whole(_unit_file(out_dir, unit, ending), table.to_csv(index=False).encode())
-    audio.write_whole(_unit_file(out_dir, unit, "json"), json.dumps(result, indent=1).encode())
+        store.write_atomic(_unit_file(out_dir, unit, ending), table.to_csv(index=False).encode())
+    store.write_atomic(_unit_file(out_dir, unit, "json"), json.dumps(result, indent=1).encode())
 
 
 def _train_and_classify(about, parts, n_classes, device):
@@ -1259,7 +1259,7 @@ def _write_predictions_and_curves(out_dir, units):
         # as text, a fifth of what the tables of a large study would take in memory
         content = io.BytesIO()
         content.writelines(_stacked(out_dir, units, ending, [*columns[name], *_PLACE]))
-        audio.write_whole(out_dir / f"{name}.csv", content.getvalue())
+        store.write_atomic(out_dir / f"{name}.csv", content.getvalue())
 
 
 def _stacked(out_dir, units, ending, columns):
@@ -1309,9 +1309,9 @@ def _parser():
         "accelerate launch -m soundscapes_utils esc --device accelerate ...",
     )
     say = parser.add_argument
-    say("--dataset", default="embedded", choices=list(PROTOCOLS.index))
+    say("--dataset", default="builtin", choices=list(PROTOCOLS.index))
     say("--root", default="", help="folder of ESC-50, ESC-10 or UrbanSound8K")
-    say("--data-dir", default="data", help="where the embedded sounds are kept")
+    say("--data-dir", default="data", help="where the built-in sounds are kept")
     say("--out", default="runs/esc", help="folder of units and tables")
     say("--arms", nargs="+", default=["real"], help="such as real both:1 repeat:1 both@ps1:4")
     say("--models", nargs="+", default=["sbcnn", "crnn"])
@@ -1425,4 +1425,4 @@ def _print_tables(out_dir, clips):
     for name, table in tables.items():
         print(f"\n{name}")
         print(table.round(4).to_string(index=False))
-        audio.write_whole(out_dir / f"{name}.csv", table.to_csv(index=False).encode())
+        store.write_atomic(out_dir / f"{name}.csv", table.to_csv(index=False).encode())

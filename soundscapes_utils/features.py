@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from soundscapes_utils import audio
+from soundscapes_utils import audio, store
 
 SAMPLE_RATE = 16_000
 CLIP_SECONDS = 4.0
@@ -85,7 +85,7 @@ def features(y, sample_rate=SAMPLE_RATE):
     (126, 64)
     """
     y = audio.resample(audio.check_audio(y, "signal"), sample_rate, SAMPLE_RATE)
-    y = torch.from_numpy(audio.fit_length(y, int(CLIP_SECONDS * SAMPLE_RATE)).copy())
+    y = torch.from_numpy(audio.fix_length(y, int(CLIP_SECONDS * SAMPLE_RATE)).copy())
     spectrum = torch.stft(
         y, WINDOW, HOP, window=torch.hann_window(WINDOW), pad_mode="reflect", return_complex=True
     )
@@ -200,7 +200,7 @@ def _kept(path, cache_dir, settings, compute):
     buffer = io.BytesIO()
     np.save(buffer, x)
     with _WRITING:
-        audio.write_whole(kept, buffer.getvalue())
+        store.write_atomic(kept, buffer.getvalue())
     return x, key
 
 

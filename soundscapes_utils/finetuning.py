@@ -55,7 +55,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from . import audio, ldm, metadata
+from . import audio, ldm, metadata, store
 
 # clips whose latents share a file of the cache; a killed run loses at most these
 _SHARD = 64
@@ -109,7 +109,7 @@ class FinetuneConfig:
     Parameters
     ----------
     checkpoint : str
-        Where to start: ``"embedded"``, a diffusers AudioLDM folder or a hub name.
+        Where to start: ``"builtin"``, a diffusers AudioLDM folder or a hub name.
     dataset_root : str
         ``dataset_root.json`` of an AudioCaps-format set (see `metadata.write_audiocaps`, and
         `captioned_set` for a table of sounds and captions).
@@ -157,7 +157,7 @@ class FinetuneConfig:
     text_condition_probability : float
         How often the condition is the caption's text embedding, not the audio embedding. 0 is the
         way of AudioLDM, whose CLAP was trained on hundreds of thousands of pairs. The small CLAP of
-        the embedded checkpoint leaves a wide gap between texts and sounds, and wants 0.5.
+        the built-in checkpoint leaves a wide gap between texts and sounds, and wants 0.5.
     condition_dropout : float
         How often the condition is that of the empty text, for classifier-free guidance.
     segment_s : float
@@ -305,7 +305,7 @@ def finetune(config):
 
     Examples
     --------
-    >>> config = FinetuneConfig("embedded", "set/dataset_root.json", "out", steps=100)
+    >>> config = FinetuneConfig("builtin", "set/dataset_root.json", "out", steps=100)
     >>> finetune(config).log.tail(1)  # doctest: +SKIP
     """
     _check(config)
@@ -360,7 +360,7 @@ def launch(config, processes=1):
 
     Examples
     --------
-    >>> config = FinetuneConfig("embedded", "set/dataset_root.json", "out", steps=100)
+    >>> config = FinetuneConfig("builtin", "set/dataset_root.json", "out", steps=100)
     >>> launch(config, processes=2).best_step  # doctest: +SKIP
     """
     if processes == 1:
@@ -666,7 +666,7 @@ def _vae_told(config):
 
 def _base(checkpoint):
     """Name a checkpoint without a place of this machine; a hub name as a whole."""
-    at_the_hub = checkpoint != "embedded" and not Path(checkpoint).exists()
+    at_the_hub = checkpoint != "builtin" and not Path(checkpoint).exists()
     return checkpoint if at_the_hub else Path(checkpoint).name
 
 
@@ -733,7 +733,7 @@ def note_scores(checkpoint, scores):
     tail = re.search(r"^## .*", rest, re.M | re.S)
     lines = _score_lines(scores.to_dict("records"))
     text = f"{head}{title}\n{lines}\n\n{tail[0] if tail else ''}"
-    audio.write_whole(card, text.encode())
+    store.write_atomic(card, text.encode())
     return card
 
 
@@ -806,7 +806,7 @@ def captioned_set(csv_file, out_dir, name="sounds", audio_dir=None, shares=(0.8,
     aside = rows[rows["problem"] != ""]
     rows = _with_splits(rows[rows["problem"] == ""].drop(columns="problem"), csv_file, shares)
     root = metadata.write_audiocaps(rows, out_dir, name)
-    audio.write_whole(out_dir / "set_aside.csv", aside.to_csv(index=False).encode())
+    store.write_atomic(out_dir / "set_aside.csv", aside.to_csv(index=False).encode())
     if len(aside):
         shown = "; ".join(f"{r.path}: {r.problem}" for r in aside.head(3).itertuples())
         warnings.warn(
@@ -832,7 +832,7 @@ def _csv_rows(csv_file):
         )
     rows = rows.rename(columns={names[0]: "path"})
     return rows.assign(
-        foreground_label=rows.get("label", pd.Series("sound", rows.index)).replace("", "sound"),
+        label=rows.get("label", pd.Series("sound", rows.index)).replace("", "sound"),
         scene="",
         source=rows.get("source", rows["path"]),
     )
@@ -1030,7 +1030,7 @@ def _sound_tensors(pipe, rows, start, config, tower, bar):
         rng = np.random.default_rng([config.seed, i])
         # of a clip that is no longer than a segment there is only one
         for _ in range(config.segments_per_clip if len(y) > frames * ldm.HOP else 1):
-            segment = loudest(y, frames * ldm.HOP, config.loudest_of, rng)
+            segment = audio.loudest_segment(y, frames * ldm.HOP, config.loudest_of, rng)
             mel = ldm.waveform_to_mel(segment, frames)
             latents.append(ldm.encode_mel(pipe, mel[None])[0].cpu())
             embeddings.append(ldm.embed_with(tower, segment, ldm.SAMPLE_RATE))
@@ -1061,36 +1061,6 @@ def _segment_frames(pipe, segment_s):
     # each of the U-Net's levels but the last halves the latent once more
     unit = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     return max(1, round(segment_s * ldm.SAMPLE_RATE / ldm.HOP / unit)) * unit
-
-
-def loudest(y, n, tries, rng):
-    """Cut the loudest of a few random segments out of a signal.
-
-    Events are short and recordings long: a segment drawn blindly would often hold none.
-
-    Parameters
-    ----------
-    y : np.ndarray [samples]
-        Signal.
-    n : int
-        Samples of a segment; a shorter signal is returned whole.
-    tries : int
-        Positions drawn; 1 cuts blindly.
-    rng : np.random.Generator
-        Draws the positions.
-
-    Returns
-    -------
-    np.ndarray [min(n, samples)]
-        The segment with the largest energy.
-
-    Examples
-    --------
-    >>> loudest(np.ones(5), 3, 4, np.random.default_rng(0)).tolist()
-    [1.0, 1.0, 1.0]
-    """
-    starts = rng.integers(0, max(1, len(y) - n + 1), size=tries)
-    return max((y[s : s + n] for s in starts), key=lambda part: float(np.sum(part**2)))
 
 
 def _write_tensors(tensors, file, note=None):
@@ -1373,7 +1343,7 @@ def learning_rate(config, step):
 
     Examples
     --------
-    >>> config = FinetuneConfig("embedded", "", "", steps=100, warmup_steps=10, decay_start=0.5)
+    >>> config = FinetuneConfig("builtin", "", "", steps=100, warmup_steps=10, decay_start=0.5)
     >>> learning_rate(config, 4) == 0.5 * config.learning_rate
     True
     >>> learning_rate(config, 99) < 0.01 * config.learning_rate
@@ -1694,7 +1664,7 @@ class _Run:
 
         if not self.rulers:
             paths = _spread(self._validation["path"].tolist(), _REFERENCE_CLIPS)
-            real = embeddings.excerpts(paths, self.config.segment_s)
+            real = audio.excerpts(paths, self.config.segment_s)
             for told in self.config.sample_embeddings:
                 name, _, path = told.partition("=")
                 ruler = embeddings.get_embedding(name, path)
@@ -1827,7 +1797,7 @@ class _Curves:
 
     def write(self, log):
         table = pd.DataFrame(log).to_csv(index=False)
-        audio.write_whole(self.folder / "training_log.csv", table.encode())
+        store.write_atomic(self.folder / "training_log.csv", table.encode())
         told = {k: v for k, v in log[-1].items() if k != "step" and v == v}
         self._tell(told, log[-1]["step"])
 
@@ -1835,7 +1805,7 @@ class _Curves:
         from . import fad
 
         table = pd.DataFrame(scores)
-        audio.write_whole(self.folder / "scores.csv", table.to_csv(index=False).encode())
+        store.write_atomic(self.folder / "scores.csv", table.to_csv(index=False).encode())
         last = table[table["step"] == step]
         names = {True: "floor", False: "samples"}
         told = {
@@ -1892,7 +1862,7 @@ def _mels(paths, frames, config, step):
     parts = []
     for path in paths:
         y, _ = audio.load_audio(path, ldm.SAMPLE_RATE)
-        segment = loudest(y, frames * ldm.HOP, config.loudest_of, rng)
+        segment = audio.loudest_segment(y, frames * ldm.HOP, config.loudest_of, rng)
         parts.append(ldm.waveform_to_mel(segment, frames))
     return torch.stack(parts)
 
@@ -1999,7 +1969,7 @@ class _VaeRun:
         row = {"step": self.step, "train_error": float(np.mean(losses))}
         self.log.append(row | {"val_error": error / val.numel()})
         table = pd.DataFrame(self.log).to_csv(index=False).encode()
-        audio.write_whole(_beside(self.config.out_dir, "logs") / "vae_log.csv", table)
+        store.write_atomic(_beside(self.config.out_dir, "logs") / "vae_log.csv", table)
         # the diffusion wants a latent of unit variance
         factor = 1 / float(torch.cat(latents).std())
         note = {"key": self.key, "step": self.step, "log": self.log}
@@ -2042,7 +2012,7 @@ def read_config(file, changes=()):
     --------
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "config.yaml"
-    >>> _ = file.write_text("checkpoint: embedded\ndataset_root: set.json\nout_dir: out")
+    >>> _ = file.write_text("checkpoint: builtin\ndataset_root: set.json\nout_dir: out")
     >>> read_config(file, [("steps", "20")]).steps
     20
     """
@@ -2082,7 +2052,7 @@ def write_config(config, file):
     Examples
     --------
     >>> import tempfile
-    >>> config = FinetuneConfig("embedded", "set.json", "out", sample_prompts=("rain", "wind"))
+    >>> config = FinetuneConfig("builtin", "set.json", "out", sample_prompts=("rain", "wind"))
     >>> read_config(write_config(config, Path(tempfile.mkdtemp()) / "config.yaml")) == config
     True
     """
@@ -2092,7 +2062,7 @@ def write_config(config, file):
     plain = json.loads(json.dumps(asdict(config)))
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    audio.write_whole(file, yaml.safe_dump(plain, sort_keys=False).encode())
+    store.write_atomic(file, yaml.safe_dump(plain, sort_keys=False).encode())
     return file
 
 

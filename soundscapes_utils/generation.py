@@ -65,7 +65,7 @@ MANIFEST = "manifest.jsonl"
 # What was published: the study with UrbanSound8K (A; audiocraft's loudness on writing is −14 LUFS)
 # and the challenge system (B), whose best of three by CLAP needs three clips a prompt.
 PRESETS = {
-    "audioldm2-A": {
+    "ronchini2024-audioldm2": {
         "backend": "audioldm2",
         "options": {
             "checkpoint": "cvssp/audioldm2",
@@ -77,7 +77,7 @@ PRESETS = {
         "candidates": 1,
         "loudness": "peak",
     },
-    "audiogen-A": {
+    "ronchini2024-audiogen": {
         "backend": "audiogen",
         "options": {
             "checkpoint": "facebook/audiogen-medium",
@@ -89,7 +89,7 @@ PRESETS = {
         "candidates": 1,
         "loudness": -14.0,
     },
-    "audioldm-B": {
+    "gaurav2024-audioldm": {
         "backend": "audioldm",
         "options": {
             "checkpoint": "cvssp/audioldm-s-full-v2",
@@ -229,7 +229,7 @@ class DiffusersBackend:
 
     Examples
     --------
-    >>> get_backend("audioldm", checkpoint="embedded", steps=2, device="cpu").settings["steps"]
+    >>> get_backend("audioldm", checkpoint="builtin", steps=2, device="cpu").settings["steps"]
     2
     """
 
@@ -319,7 +319,7 @@ class DiffusersBackend:
             ) from error
         sounds = torch.as_tensor(sounds).float().cpu().numpy()
         sounds = sounds.mean(axis=1) if sounds.ndim == 3 else sounds
-        return [audio.fit_length(y, n_samples, "pad") for y in sounds]
+        return [audio.fix_length(y, n_samples, "pad") for y in sounds]
 
 
 @dataclass
@@ -413,11 +413,11 @@ class AudioGenBackend:
         with _sample_by_row(seeds):
             sounds = self.model.generate(prompts)
         sounds = sounds.float().cpu().numpy()[:, 0]
-        return [audio.fit_length(y, n_samples, "pad") for y in sounds]
+        return [audio.fix_length(y, n_samples, "pad") for y in sounds]
 
 
 def _audioldm(
-    checkpoint="embedded",
+    checkpoint="builtin",
     *,
     steps=None,
     guidance_scale=None,
@@ -641,7 +641,7 @@ def get_backend(name, **options):
         class that the checkpoint names, such as those that ``AutoPipelineForText2Audio`` knows. A
         preset is a back-end with published settings.
     **options
-        ``checkpoint``: a folder or hub name; ``"embedded"`` for the model that comes along
+        ``checkpoint``: a folder or hub name; ``"builtin"`` for the model that comes along
         (default of ``audioldm``). ``device``: a torch device, else a GPU if there is one.
         ``guidance_scale``: weight of the prompt. ``clips_per_pass``: clips that share a pass (1;
         more is faster, on a GPU by far, and less exact). All but AudioGen: ``steps``, ``dtype``
@@ -662,7 +662,7 @@ def get_backend(name, **options):
 
     Examples
     --------
-    >>> backend = get_backend("audioldm", checkpoint="embedded", steps=2, device="cpu")
+    >>> backend = get_backend("audioldm", checkpoint="builtin", steps=2, device="cpu")
     >>> [clip.shape for clip in backend.generate(["a dog barking"], [0], 1.28)]
     [(20480,)]
     """
@@ -687,7 +687,7 @@ def get_backend(name, **options):
     return BACKENDS[name](**options)
 
 
-def preset(name, checkpoint="embedded", duration_s=2.56):
+def preset(name, checkpoint="builtin", duration_s=2.56):
     """Tell what goes with a back-end or preset beside the options of `get_backend`.
 
     Parameters
@@ -695,10 +695,10 @@ def preset(name, checkpoint="embedded", duration_s=2.56):
     name : str
         As for `get_backend`.
     checkpoint : str
-        The default stands for what was left open: the embedded model for ``audioldm``, the
+        The default stands for what was left open: the built-in model for ``audioldm``, the
         published checkpoint for every other back-end, the preset's own for a preset.
     duration_s : float
-        Seconds of a clip; the default, the length of the embedded model, stands for what was left
+        Seconds of a clip; the default, the length of the built-in model, stands for what was left
         open: the preset's, if it is one.
 
     Returns
@@ -709,13 +709,13 @@ def preset(name, checkpoint="embedded", duration_s=2.56):
 
     Examples
     --------
-    >>> preset("audioldm-B")["checkpoint"], preset("audioldm-B")["duration_s"]
+    >>> preset("gaurav2024-audioldm")["checkpoint"], preset("gaurav2024-audioldm")["duration_s"]
     ('cvssp/audioldm-s-full-v2', 4.0)
-    >>> preset("audioldm-B", "mini", 5.0)
+    >>> preset("gaurav2024-audioldm", "mini", 5.0)
     {'checkpoint': 'mini', 'duration_s': 5.0, 'candidates': 3, 'loudness': 'peak'}
     """
     known = PRESETS.get(name, {"backend": name, "options": {}})
-    if checkpoint == "embedded":
+    if checkpoint == "builtin":
         opener = inspect.signature(BACKENDS.get(known["backend"], _audioldm))
         default = opener.parameters["checkpoint"].default
         # `auto` has none, and says so when it is opened
@@ -773,7 +773,7 @@ def _before_loading(checkpoint, device, dtype, offload):
         note = f"licence {facts.licence}, {facts.download_gb} GB to download, {need} GB in {dtype}"
     else:
         note = f"licence and size not known here, see https://huggingface.co/{checkpoint}"
-    if not (checkpoint == "embedded" or Path(checkpoint).exists() or _is_cached(checkpoint)):
+    if not (checkpoint == "builtin" or Path(checkpoint).exists() or _is_cached(checkpoint)):
         print(f"{checkpoint}: {note}", file=sys.stderr)
 
 
@@ -853,7 +853,7 @@ def clip_seed(dataset, label, prompt, index, seed=0):
 
     Examples
     --------
-    >>> clip_seed("embedded", "dog", "a dog barking", 1)
+    >>> clip_seed("builtin", "dog", "a dog barking", 1)
     1283765925
     """
     identity = json.dumps([str(dataset), str(label), str(prompt), str(index), int(seed)])
@@ -866,7 +866,7 @@ def plan_clips(
     family="simple",
     *,
     duration_s,
-    dataset="embedded",
+    dataset="builtin",
     negative_prompt="",
     seed=0,
 ):
@@ -936,7 +936,7 @@ def class_counts(source, percent=100):
 
     Parameters
     ----------
-    source : pandas.DataFrame or dict or "urbansound8k-A"
+    source : pandas.DataFrame or dict or "ronchini2024"
         A table of real clips (column ``label``); numbers of one's own; or UrbanSound8K's, which
         Ronchini et al. generate at 100 %: 1000 a class, but siren 929, car_horn 429, gun_shot 374.
     percent : float
@@ -954,17 +954,17 @@ def class_counts(source, percent=100):
 
     Examples
     --------
-    >>> class_counts("urbansound8k-A", 200)["siren"]
+    >>> class_counts("ronchini2024", 200)["siren"]
     1858
     >>> class_counts(pd.DataFrame({"label": ["dog", "dog", "rain"]}), 300)
     {'dog': 6, 'rain': 3}
     """
     if isinstance(source, pd.DataFrame):
         source = source["label"].value_counts(sort=False).sort_index().to_dict()
-    elif source == "urbansound8k-A":
+    elif source == "ronchini2024":
         source = URBANSOUND8K_COUNTS
     if not isinstance(source, dict) or not source:
-        raise GenerationError("counts come from a table of clips, a dict, or 'urbansound8k-A'")
+        raise GenerationError("counts come from a table of clips, a dict, or 'ronchini2024'")
     if not percent > 0:
         raise GenerationError(f"percent is {percent}: must be positive")
     return {label: max(1, round(number * percent / 100)) for label, number in source.items()}
@@ -976,7 +976,7 @@ def read_counts(text, clips, n):
     Parameters
     ----------
     text : str
-        ``"200%"`` of the clips there are, ``"urbansound8k-A"``, ``"urbansound8k-A 400%"``; empty
+        ``"200%"`` of the clips there are, ``"ronchini2024"``, ``"ronchini2024 400%"``; empty
         for `n` clips each.
     clips : pandas.DataFrame
         Real clips; of it the column ``label`` is used.
@@ -998,17 +998,17 @@ def read_counts(text, clips, n):
     >>> clips = pd.DataFrame({"label": ["siren", "siren", "gun_shot"]})
     >>> read_counts("300%", clips, 10)
     {'gun_shot': 3, 'siren': 6}
-    >>> read_counts("urbansound8k-A", clips, 10)["siren"], read_counts("", clips, 10)["siren"]
+    >>> read_counts("ronchini2024", clips, 10)["siren"], read_counts("", clips, 10)["siren"]
     (929, 10)
     """
     labels = sorted(clips["label"].unique())
     if not text:
         return dict.fromkeys(labels, n)
-    found = re.fullmatch(r"(urbansound8k-A)?\s*(?:(\d+(?:\.\d+)?)\s*%)?", text.strip())
+    found = re.fullmatch(r"(ronchini2024)?\s*(?:(\d+(?:\.\d+)?)\s*%)?", text.strip())
     if not found:
         raise GenerationError(
-            f"counts is {text!r}: give '200%' of the real clips, 'urbansound8k-A', "
-            "'urbansound8k-A 400%', or leave it empty"
+            f"counts is {text!r}: give '200%' of the real clips, 'ronchini2024', "
+            "'ronchini2024 400%', or leave it empty"
         )
     counts = class_counts(found[1] or clips, float(found[2] or 100))
     without = [label for label in labels if label not in counts]
@@ -1023,7 +1023,7 @@ def plan_captions(mixes, *, duration_s, seed=0):
     Parameters
     ----------
     mixes : pandas.DataFrame
-        Columns ``mix_id, foreground_label, caption`` are used.
+        Columns ``clip_id, label, caption`` are used.
     duration_s : float
         Seconds of each clip.
     seed : int
@@ -1032,23 +1032,23 @@ def plan_captions(mixes, *, duration_s, seed=0):
     Returns
     -------
     pandas.DataFrame
-        As from `plan_clips`; ``clip_id`` is the ``mix_id`` and ``prompt_family`` is ``"caption"``.
+        As from `plan_clips`; ``clip_id`` is the ``clip_id`` and ``prompt_family`` is ``"caption"``.
 
     Examples
     --------
     >>> mixes = pd.DataFrame(
-    ...     {"mix_id": ["test-0"], "foreground_label": ["dog"], "caption": ["a dog in a park"]})
+    ...     {"clip_id": ["test-0"], "label": ["dog"], "caption": ["a dog in a park"]})
     >>> plan_captions(mixes, duration_s=2.56).prompt.item()
     'a dog in a park'
     """
     rows = [
         {
-            "clip_id": mix.mix_id,
-            "label": mix.foreground_label,
+            "clip_id": mix.clip_id,
+            "label": mix.label,
             "prompt": mix.caption,
             "prompt_family": "caption",
             "negative_prompt": "",
-            "seed": clip_seed("mixes", mix.foreground_label, mix.caption, mix.mix_id, seed),
+            "seed": clip_seed("mixes", mix.label, mix.caption, mix.clip_id, seed),
             "duration_s": float(duration_s),
         }
         for mix in mixes.itertuples()

@@ -30,7 +30,7 @@ from . import audio
 SAMPLE_RATE = 16_000
 HOP = 160
 N_MELS = 64
-EMBEDDED_CHECKPOINT = Path(__file__).resolve().parents[1] / "data" / "checkpoints" / "mini-audioldm"
+BUILTIN_CHECKPOINT = Path(__file__).resolve().parents[1] / "data" / "checkpoints" / "mini-audioldm"
 INFO_FILE = "soundscapes.json"
 CARD_FILE = "README.md"
 HUB_CLAP = "laion/clap-htsat-unfused"
@@ -421,7 +421,7 @@ def resolve(checkpoint):
     Parameters
     ----------
     checkpoint : str or Path
-        ``"embedded"``, a folder, or a hub name such as ``cvssp/audioldm-s-full-v2``.
+        ``"builtin"``, a folder, or a hub name such as ``cvssp/audioldm-s-full-v2``.
 
     Returns
     -------
@@ -438,7 +438,7 @@ def resolve(checkpoint):
     >>> resolve("cvssp/audioldm-s-full-v2")
     'cvssp/audioldm-s-full-v2'
     """
-    path = EMBEDDED_CHECKPOINT if checkpoint == "embedded" else Path(checkpoint)
+    path = BUILTIN_CHECKPOINT if checkpoint == "builtin" else Path(checkpoint)
     if (path / "model_index.json").is_file():
         return str(path)
     hub_like = str(checkpoint).count("/") == 1 and not str(checkpoint).startswith((".", "/", "~"))
@@ -446,7 +446,7 @@ def resolve(checkpoint):
         return str(checkpoint)
     raise CheckpointError(
         f"{checkpoint}: no model_index.json in {path}. Give a diffusers AudioLDM folder, a hub name, "
-        "or 'embedded'; the embedded one is re-made by `python -m soundscapes_utils train-mini`."
+        "or 'builtin'; the built-in one is re-made by `python -m soundscapes_utils train-mini`."
     )
 
 
@@ -511,7 +511,7 @@ def load_pipeline(checkpoint, device=None):
     Parameters
     ----------
     checkpoint : str or Path
-        ``"embedded"``, a folder in diffusers' layout, or a hub name.
+        ``"builtin"``, a folder in diffusers' layout, or a hub name.
     device : str, optional
         Where to put it; a GPU if there is one.
 
@@ -528,7 +528,7 @@ def load_pipeline(checkpoint, device=None):
 
     Examples
     --------
-    >>> pipe = load_pipeline("embedded", device="cpu")
+    >>> pipe = load_pipeline("builtin", device="cpu")
     >>> pipe("a dog barking", audio_length_in_s=2.56, num_inference_steps=2).audios.shape
     (1, 40960)
     """
@@ -761,7 +761,7 @@ def embed_text(pipe, texts):
 
     Examples
     --------
-    >>> embed_text(load_pipeline("embedded", device="cpu"), ["a dog", ""]).shape
+    >>> embed_text(load_pipeline("builtin", device="cpu"), ["a dog", ""]).shape
     torch.Size([2, 128])
     """
     texts = list(texts)
@@ -827,7 +827,7 @@ def load_audio_tower(checkpoint):
     return tower.eval(), rate
 
 
-def embed_audio(waveforms, sample_rate, checkpoint="embedded"):
+def embed_audio(waveforms, sample_rate, checkpoint="builtin"):
     """Embed waveforms by a checkpoint's CLAP audio tower.
 
     Parameters

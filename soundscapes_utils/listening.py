@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import audio, captions
+from . import audio, captions, store
 from .generation import GENERATED_COLUMNS
 
 PAGE_RATE = 16_000
@@ -166,7 +166,7 @@ def _decoded(pipe, latents, n):
 
     with torch.no_grad():
         mel = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
-    return audio.fit_length(ldm.vocode(pipe, mel)[0].astype(np.float32), n, "pad")
+    return audio.fix_length(ldm.vocode(pipe, mel)[0].astype(np.float32), n, "pad")
 
 
 def _to_peak(y):
@@ -248,7 +248,7 @@ def write_page(out_dir, generated, real=None, *, title="Listen", per_class=24, s
         families=_different(card["family"] for card in cards),
         numbers=_different(name for card in cards for name in card["numbers"]),
     )
-    return audio.write_whole(out_dir / "index.html", page.encode())
+    return store.write_atomic(out_dir / "index.html", page.encode())
 
 
 def page_of_run(run_dir, table="generated", per_class=24):
@@ -376,8 +376,8 @@ def _files(path, out_dir):
         y, rate = audio.load_audio(path, PAGE_RATE)
         buffer = io.BytesIO()
         sf.write(buffer, np.clip(y, -1, 1), rate, format="FLAC", subtype="PCM_16")
-        audio.write_whole(sound, buffer.getvalue())
-        audio.write_whole(picture, _picture(y, rate))
+        store.write_atomic(sound, buffer.getvalue())
+        store.write_atomic(picture, _picture(y, rate))
     seconds = sf.info(sound).duration
     parts = [file.relative_to(out_dir).as_posix() for file in (sound, picture)]
     return *parts, round(seconds, 2)
@@ -386,7 +386,7 @@ def _files(path, out_dir):
 def _picture(y, rate):
     from matplotlib import pyplot as plt
 
-    mel = audio.log_mel(audio.fit_length(y, max(len(y), 1024), "pad"), rate)
+    mel = audio.log_mel(audio.fix_length(y, max(len(y), 1024), "pad"), rate)
     width = max(1, len(mel) // PICTURE_FRAMES)
     mel = mel[: len(mel) // width * width].reshape(-1, width, mel.shape[1]).mean(axis=1)
     buffer = io.BytesIO()

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from soundscapes_utils import audio
+from soundscapes_utils import audio, store
 from soundscapes_utils.captions import caption_columns, event_labels, tidy
 
 # AudioSet's machine ids of the classes and scenes that have one of the same meaning. The others
@@ -164,7 +164,7 @@ def write_audiocaps(mixes, out_dir, name):
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> path = audio.save_audio(folder / "mixes" / "test" / "mix.wav", [0.1, 0.2], 16000)
-    >>> mix = {"split": "test", "foreground_label": "dog", "scene": "park", "caption": "a dog"}
+    >>> mix = {"split": "test", "label": "dog", "scene": "park", "caption": "a dog"}
     >>> root = write_audiocaps(pd.DataFrame([mix | {"path": path}]), folder, "scenes")
     >>> root.name, validate(root).empty
     ('dataset_root.json', True)
@@ -226,7 +226,7 @@ def _write_json(path, content):
 
 def _write_text(path, text):
     try:
-        audio.write_whole(path, text.encode())
+        store.write_atomic(path, text.encode())
     except audio.AudioError as error:
         raise MetadataError(str(error)) from error
 
@@ -261,8 +261,8 @@ def write_metadata(mixes, out_dir, name, events=None):
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> path = audio.save_audio(folder / "mixes" / "test" / "m-0.wav", [0.1] * 8000, 8000)
-    >>> mix = {"mix_id": "m-0", "split": "test", "foreground": "dog.wav", "scene": "park"}
-    >>> mix |= {"foreground_label": "dog", "foreground_source": "1", "background": "park.wav"}
+    >>> mix = {"clip_id": "m-0", "split": "test", "foreground": "dog.wav", "scene": "park"}
+    >>> mix |= {"label": "dog", "source_id": "1", "background": "park.wav"}
     >>> mix |= {"onset_s": 0.2, "duration_s": 1.0, "snr_db": 6.0, "caption": "a dog", "path": path}
     >>> mix |= {"active_start_s": 0.1, "active_end_s": 0.5, "foreground_gain_db": 0.0}
     >>> root = write_metadata(pd.DataFrame([mix]), folder / "metadata", "scenes")
@@ -308,7 +308,7 @@ def write_audiofolder(mixes):
     --------
     >>> import tempfile
     >>> path = audio.save_audio(Path(tempfile.mkdtemp()) / "test" / "m-0.wav", [0.1, 0.2], 16000)
-    >>> mix = {"split": "test", "foreground_label": "dog", "scene": "park", "caption": "a dog"}
+    >>> mix = {"split": "test", "label": "dog", "scene": "park", "caption": "a dog"}
     >>> (file,) = write_audiofolder(pd.DataFrame([mix | {"path": path}]))
     >>> json.loads(file.read_text())["file_name"]
     'm-0.wav'
@@ -317,12 +317,12 @@ def write_audiofolder(mixes):
     folders = _split_folders(mixes)
     spoken = caption_columns(mixes)
     told = [
-        name for name in ("mix_id", "scene", "onset_s", "duration_s", "snr_db") if name in mixes
+        name for name in ("clip_id", "scene", "onset_s", "duration_s", "snr_db") if name in mixes
     ]
     for split, folder in folders.items():
         rows = [
             {"file_name": Path(row["path"]).resolve().relative_to(folder).as_posix()}
-            | {"label": row["foreground_label"], "events": event_labels(row)}
+            | {"label": row["label"], "events": event_labels(row)}
             | {name: _plain(row[name]) for name in (*told, *spoken)}
             for row in _rows(mixes[mixes.split == split])
         ]
@@ -395,21 +395,21 @@ def write_strong_labels(mixes, out_dir, name, events=None):
     --------
     >>> import tempfile
     >>> path = audio.save_audio(Path(tempfile.mkdtemp()) / "test" / "m-0.wav", [0.1, 0.2], 16000)
-    >>> mix = {"mix_id": "m-0", "split": "test", "duration_s": 10.0, "path": path}
-    >>> events = pd.DataFrame({"mix_id": ["m-0"], "label": "dog", "onset_s": 1.5, "offset_s": 2.25})
+    >>> mix = {"clip_id": "m-0", "split": "test", "duration_s": 10.0, "path": path}
+    >>> events = pd.DataFrame({"clip_id": ["m-0"], "label": "dog", "onset_s": 1.5, "offset_s": 2.25})
     >>> files = write_strong_labels(pd.DataFrame([mix]), tempfile.mkdtemp(), "scenes", events)
     >>> files["test"].read_text().split()
     ['filename', 'onset', 'offset', 'event_label', 'm-0.wav', '1.500', '2.250', 'dog']
     """
-    events = _events(mixes, events).set_index("mix_id")
+    events = _events(mixes, events).set_index("clip_id")
     paths = {}
     for split, rows in mixes.groupby("split", sort=False):
         folder = _folder(rows.path)
         files = {
-            row["mix_id"]: Path(row["path"]).resolve().relative_to(folder).as_posix()
+            row["clip_id"]: Path(row["path"]).resolve().relative_to(folder).as_posix()
             for row in _rows(rows)
         }
-        named = pd.Series(files, name="filename").rename_axis("mix_id").to_frame()
+        named = pd.Series(files, name="filename").rename_axis("clip_id").to_frame()
         strong = named.join(events[["onset_s", "offset_s", "label"]])
         strong.columns = ["filename", "onset", "offset", "event_label"]
         lengths = pd.DataFrame({"filename": files.values(), "duration": rows.duration_s.tolist()})
@@ -434,10 +434,10 @@ def write_jams(mixes, out_dir, events=None):
     mixes : pandas.DataFrame
         From :func:`~soundscapes_utils.mixing.render_mixes`.
     out_dir : str or Path
-        Gets ``<split>/<mix_id>.jams``; the folder of the clips puts them beside these.
+        Gets ``<split>/<clip_id>.jams``; the folder of the clips puts them beside these.
     events : pandas.DataFrame, optional
         From :func:`~soundscapes_utils.mixing.events_table`, which is called where it is not given:
-        ``mix_id, event, repetition, label, foreground, onset_s, offset_s, snr_db``.
+        ``clip_id, event, repetition, label, foreground, onset_s, offset_s, snr_db``.
 
     Returns
     -------
@@ -454,9 +454,9 @@ def write_jams(mixes, out_dir, events=None):
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> path = audio.save_audio(folder / "test" / "m-0.wav", [0.1, 0.2], 16000)
-    >>> mix = {"mix_id": "m-0", "split": "test", "foreground_label": "dog", "foreground": "dog.wav"}
+    >>> mix = {"clip_id": "m-0", "split": "test", "label": "dog", "foreground": "dog.wav"}
     >>> mix |= {"scene": "park", "background": "park.wav", "onset_s": 1.0, "duration_s": 10.0}
-    >>> event = {"mix_id": "m-0", "event": 0, "repetition": 0, "label": "dog", "snr_db": 6.0}
+    >>> event = {"clip_id": "m-0", "event": 0, "repetition": 0, "label": "dog", "snr_db": 6.0}
     >>> event |= {"foreground": "dog.wav", "onset_s": 1.5, "offset_s": 2.25}
     >>> mixes, events = pd.DataFrame([mix | {"path": path}]), pd.DataFrame([event])
     >>> (file,) = write_jams(mixes, folder, events)
@@ -465,11 +465,11 @@ def write_jams(mixes, out_dir, events=None):
     >>> read_jams(folder).onset_s.tolist()
     [1.0]
     """
-    sounding = {mix_id: _rows(rows) for mix_id, rows in _events(mixes, events).groupby("mix_id")}
+    sounding = {clip_id: _rows(rows) for clip_id, rows in _events(mixes, events).groupby("clip_id")}
     files = []
     for mix in _rows(mixes):
-        file = Path(out_dir) / mix["split"] / f"{mix['mix_id']}.jams"
-        content = _jams(mix, sounding.get(mix["mix_id"], []))
+        file = Path(out_dir) / mix["split"] / f"{mix['clip_id']}.jams"
+        content = _jams(mix, sounding.get(mix["clip_id"], []))
         _write_text(file, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
         files.append(file)
     return files
@@ -496,7 +496,7 @@ def _jams(mix, events):
             }
         ],
         "file_metadata": {
-            "title": mix["mix_id"],
+            "title": mix["clip_id"],
             "artist": "",
             "release": "",
             "duration": duration,
@@ -728,7 +728,7 @@ def validate(dataset_root_json, *, sample_rate=None, duration_s=None, full=True)
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> path = audio.save_audio(folder / "mixes" / "test" / "mix.wav", [0.0, 0.0], 16000)
-    >>> mix = {"split": "test", "foreground_label": "dog", "scene": "park", "caption": "a dog"}
+    >>> mix = {"split": "test", "label": "dog", "scene": "park", "caption": "a dog"}
     >>> root = write_audiocaps(pd.DataFrame([mix | {"path": path}]), folder, "scenes")
     >>> validate(root).problem.tolist()
     ['is silent; leave it out or replace it']
@@ -876,9 +876,9 @@ def _span_problem(onset, offset, seconds):
 # What two splits must not share, and the columns that tell: an event's recording may turn up as
 # another mix's background, so both sides are taken together.
 _SHARED = {
-    "foreground sources": ["foreground_source"],
+    "foreground sources": ["source_id"],
     "scene locations": ["background_source"],
-    "sources, once as event and once as scene": ["foreground_source", "background_source"],
+    "sources, once as event and once as scene": ["source_id", "background_source"],
     "recordings": ["foreground", "background"],
     "mixed files": ["path"],
 }
@@ -915,7 +915,7 @@ def check_leaks(mixes, *, cities=False, contents=False):
 
     Examples
     --------
-    >>> names = ["foreground", "foreground_source", "background", "background_source", "path"]
+    >>> names = ["foreground", "source_id", "background", "background_source", "path"]
     >>> mixes = pd.DataFrame({name: [f"{name} 1", f"{name} 2"] for name in names})
     >>> check_leaks(mixes.assign(split=["train", "test"]))
     >>> check_leaks(mixes.assign(split=["train", "test"], background_source="lyon-3"))
@@ -963,7 +963,7 @@ def _heard(mixes, cities):
     for cell in mixes.get("events", ()):
         for event in mixing.further_events(cell):
             heard["foreground"].add(str(event["foreground"]))
-            heard["foreground_source"].add(str(event["foreground_source"]))
+            heard["source_id"].add(str(event["source_id"]))
     heard["pairs"] = set(zip(mixes.foreground, mixes.background, strict=True))
     if cities:
         heard["city"] = {source.partition("-")[0] for source in heard["background_source"]}

@@ -1,7 +1,7 @@
 """Make the mini-AudioLDM: fit its latent, train its CLAP pair, train its U-Net from scratch.
 
 The result is a checkpoint in AudioLDM's layout, small enough for two CPU cores. Two data sets feed
-it: the procedural sounds (the embedded checkpoint, from a pool that no study clip comes from) and a
+it: the procedural sounds (the built-in checkpoint, from a pool that no study clip comes from) and a
 folder of real recordings (of which the test fold is never touched).
 """
 
@@ -147,8 +147,8 @@ def get_checkpoint(checkpoint, clips, foregrounds, backgrounds, **options):
 
     Examples
     --------
-    >>> get_checkpoint("embedded", None, None, None)
-    'embedded'
+    >>> get_checkpoint("builtin", None, None, None)
+    'builtin'
     """
     if checkpoint != "mini":
         return checkpoint
@@ -198,7 +198,7 @@ def _mix_pairs(mixes):
     return pd.DataFrame(
         {
             "path": mixes["path"],
-            "alike": mixes["foreground_label"] + " / " + mixes["scene"],
+            "alike": mixes["label"] + " / " + mixes["scene"],
             "texts": [json.dumps(row) for row in mixes[columns].to_numpy().tolist()],
         }
     )
@@ -236,9 +236,7 @@ def event_texts(label):
 def _event_set(events, work):
     """Write the single events as an AudioCaps-format set, which is what the trainer reads."""
     texts = {label: event_texts(label) for label in events["label"].unique()}
-    rows = events.rename(columns={"label": "foreground_label"}).assign(
-        mix_id=events["clip_id"], scene=""
-    )
+    rows = events.rename(columns={"label": "label"}).assign(clip_id=events["clip_id"], scene="")
     for i in range(min(len(t) for t in texts.values())):
         rows["caption" if i == 0 else f"caption_{i + 1}"] = [
             texts[label][i] for label in events["label"]
@@ -267,7 +265,7 @@ def _segments(paths, config):
         y, _ = audio.load_audio(path, ldm.SAMPLE_RATE)
         rng = np.random.default_rng([config.seed, i])
         parts = [
-            finetuning.loudest(y, SEGMENT_FRAMES * ldm.HOP, 4, rng)
+            audio.loudest_segment(y, SEGMENT_FRAMES * ldm.HOP, 4, rng)
             for _ in range(config.segments_per_clip)
         ]
         mels.append(torch.stack([ldm.waveform_to_mel(part, SEGMENT_FRAMES) for part in parts]))
@@ -412,7 +410,7 @@ def main(argv):
         prog="python -m soundscapes_utils train-mini",
         description="Train the mini-AudioLDM on a pool of procedural sounds. Run again to resume.",
     )
-    parser.add_argument("--out", default=str(ldm.EMBEDDED_CHECKPOINT), help="folder to write")
+    parser.add_argument("--out", default=str(ldm.BUILTIN_CHECKPOINT), help="folder to write")
     parser.add_argument("--data-dir", default="data", help="where the pool of sounds is kept")
     parser.add_argument("--clips-per-class", type=int, default=120)
     parser.add_argument("--scenes-per-class", type=int, default=25)

@@ -27,15 +27,15 @@ import numpy as np
 import pandas as pd
 import soundfile as sf
 
-from soundscapes_utils import audio, captions
+from soundscapes_utils import audio, captions, store
 from soundscapes_utils.datasets import assign_splits
 
 MIX_COLUMNS = [
-    "mix_id",
+    "clip_id",
     "split",
     "foreground",
-    "foreground_label",
-    "foreground_source",
+    "label",
+    "source_id",
     "background",
     "scene",
     "background_source",
@@ -60,7 +60,7 @@ MIX_COLUMNS = [
     "path",
 ]
 EVENT_COLUMNS = [
-    "mix_id",
+    "clip_id",
     "event",
     "repetition",
     "label",
@@ -80,7 +80,7 @@ FORMATS = ("wav", "flac")
 MEASURES = ("rms", "lufs")
 # What Gaurav et al. (DCASE 2024 Task 7) report, and what their public code does instead.
 PRESETS = {
-    "report-B": {
+    "gaurav2024-report": {
         "mode": "lambda",
         "foreground_lambda": 1.0,
         "background_lambda": 1.0,
@@ -88,7 +88,7 @@ PRESETS = {
         "duration_s": 10.0,
         "sample_rate": 44_100,
     },
-    "team-B": {
+    "gaurav2024-code": {
         "mode": "lambda",
         "foreground_gain_db": 3.0,
         "background_gain_db": -3.0,
@@ -105,7 +105,7 @@ _STEPS = np.float32(32768)
 _FRAME_S = 0.02
 _ACTIVE_DB = 30.0
 _RECIPE_FIELDS = ("onset_s", "duration_s", "foreground_gain_db", "background_gain_db")
-_NEEDED = ("mix_id", "split", "foreground", "background", *_RECIPE_FIELDS)
+_NEEDED = ("clip_id", "split", "foreground", "background", *_RECIPE_FIELDS)
 _PLACEMENT = {"fade_s": 0.0, "repeats": 1, "gap_s": 0.0}
 # Recipes pass through CSV, whose readers are exact to about 15 digits only.
 _DECIMALS = 4
@@ -394,7 +394,7 @@ def _mixed(events, bg, n, rate, bg_gain_db, engine, stems=False):
     if engine not in ENGINES:
         raise audio.AudioError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
     placed = [(*_placed(event, n, rate), event.gain_db) for event in events]
-    bg = audio.fit_length(bg, n)
+    bg = audio.fix_length(bg, n)
     mix = _mix_pydub if engine == "pydub" else _mix_numpy
     return mix(placed, bg, rate, bg_gain_db, stems)
 
@@ -597,7 +597,7 @@ def plan_mixes(
     sample_rate : int, optional
         Rate at which levels are measured: that of the rendering, for a ratio that holds there. By
         default each file's own.
-    preset : {"report-B", "team-B"}, optional
+    preset : {"gaurav2024-report", "gaurav2024-code"}, optional
         Values of :data:`PRESETS` for the options that are left at their defaults.
     snr_measure : {"rms", "lufs"}
         Level that the ratio compares. "rms" is taken over the foreground's active frames; "lufs" is
@@ -637,8 +637,8 @@ def plan_mixes(
     Notes
     -----
     The 51,000 mixes of Gaurav et al. (DCASE 2024 Task 7), 2,000 events over 25 or 26 scenes each,
-    are ``plan_mixes(events, scenes, 51_000, preset="report-B")`` with ESC-50 and TAU 2020 Mobile.
-    "team-B" is what their public code does, ``foreground * 2 + 3`` over ``background - 3``: on a
+    are ``plan_mixes(events, scenes, 51_000, preset="gaurav2024-report")`` with ESC-50 and TAU 2020 Mobile.
+    "gaurav2024-code" is what their public code does, ``foreground * 2 + 3`` over ``background - 3``: on a
     pydub segment ``* 2`` *plays the clip twice* and ``+ 3`` adds 3 dB. A factor of 2 would be 6 dB.
 
     Distributions for every parameter are scaper's idea (Salamon et al., WASPAA 2017).
@@ -652,9 +652,9 @@ def plan_mixes(
     >>> clips = pd.DataFrame({"path": paths, "source_id": names, "fold": [1, 2, 3] * 2})
     >>> clips["label"] = [name.split("-")[0] for name in names]
     >>> mixes = plan_mixes(clips[:3], clips[3:], n=3, test_fold=3, duration_s=0.1)
-    >>> mixes[["split", "foreground_source", "background_source"]].to_numpy().tolist()
+    >>> mixes[["split", "source_id", "background_source"]].to_numpy().tolist()
     [['train', 'dog-2', 'park-2'], ['val', 'dog-1', 'park-1'], ['test', 'dog-3', 'park-3']]
-    >>> mixes = plan_mixes(clips[:3], clips[3:], n=3, test_fold=3, preset="team-B")
+    >>> mixes = plan_mixes(clips[:3], clips[3:], n=3, test_fold=3, preset="gaurav2024-code")
     >>> mixes[["repeats", "foreground_gain_db", "background_gain_db"]].iloc[0].tolist()
     [2.0, 3.0, -3.0]
     """
@@ -878,7 +878,7 @@ def _level(path, loop, sample_rate, duration_s, measure):
     y, rate = audio.load_audio(path, sample_rate, duration_s)
     if not loop:
         return (*_event_level(y, rate, measure, path), y.size / rate)
-    y = audio.fit_length(audio.check_audio(y, path), round(duration_s * rate))
+    y = audio.fix_length(audio.check_audio(y, path), round(duration_s * rate))
     return _whole_level(y, rate, measure, path), 0.0, duration_s, duration_s
 
 
@@ -920,8 +920,8 @@ def _place(drawn, samplers, options, measure):
             "mix": mixes,
             "event": event,
             "foreground": [clip.path for clip in clips],
-            "foreground_label": [clip.label for clip in clips],
-            "foreground_source": [clip.source_id for clip in clips],
+            "label": [clip.label for clip in clips],
+            "source_id": [clip.source_id for clip in clips],
             "onset_s": np.floor(onset * 1000) / 1000,
             "active_start_s": _rounded(start),
             "active_end_s": _rounded(end),
@@ -945,7 +945,7 @@ def _plan_table(drawn, placed, duration_s, measure, n_captions):
     names = [f"{row.split}-{row.index:05d}" for row in drawn]
     table = placed[placed.event == 0].reset_index(drop=True)
     table = table.assign(
-        mix_id=names,
+        clip_id=names,
         split=[row.split for row in drawn],
         background=[row.background.path for row in drawn],
         scene=[row.background.label for row in drawn],
@@ -993,7 +993,7 @@ def render_mixes(
     format="wav",
     shard=None,
 ):
-    """Make the files of a table of recipes, each as ``out_dir/<split>/<mix_id>.wav``.
+    """Make the files of a table of recipes, each as ``out_dir/<split>/<clip_id>.wav``.
 
     Files are written whole or not at all. What an earlier call has made from the same recipe and
     the same sources is kept, even if that call was killed; ``recipes.csv`` in `out_dir` remembers
@@ -1019,7 +1019,7 @@ def render_mixes(
         ``distributed.Client`` that exists. Its workers must see the sources and `out_dir` under the
         same paths.
     stems : bool
-        Write ``<mix_id>_foreground`` and ``<mix_id>_background`` beside each mix; in 16 bit they
+        Write ``<clip_id>_foreground`` and ``<clip_id>_background`` beside each mix; in 16 bit they
         sum to it exactly (see :func:`mix_events`).
     format : {"wav", "flac"}
         Both hold the same 16-bit samples.
@@ -1040,7 +1040,7 @@ def render_mixes(
         before it stay; calling again goes on from there.
     ValueError
         Unknown engine, backend, format or shard, a rate or number of workers below 1, a missing
-        column, a mix_id twice, or no Dask client.
+        column, a clip_id twice, or no Dask client.
 
     Examples
     --------
@@ -1061,9 +1061,9 @@ def render_mixes(
     if sample_rate < 1 or (workers is not None and workers < 1):
         raise ValueError(f"sample_rate {sample_rate} and workers {workers} must be at least 1")
     _check_columns(mixes)
-    if mixes.mix_id.duplicated().any():
-        twice = mixes.mix_id[mixes.mix_id.duplicated()].iloc[0]
-        raise ValueError(f"mix_id {twice} occurs twice; give every mix an id of its own")
+    if mixes.clip_id.duplicated().any():
+        twice = mixes.clip_id[mixes.clip_id.duplicated()].iloc[0]
+        raise ValueError(f"clip_id {twice} occurs twice; give every mix an id of its own")
     if backend == "dask":
         _require_dask_client()
     out_dir = Path(out_dir)
@@ -1078,12 +1078,12 @@ def render_mixes(
     finally:
         done = _settle(out_dir, journals)
     if shard:
-        mine = {job["mix_id"] for job in part}
-        mixes = mixes[mixes.mix_id.isin(mine)]
-    paths = {job["mix_id"]: job["path"] for job in part}
+        mine = {job["clip_id"] for job in part}
+        mixes = mixes[mixes.clip_id.isin(mine)]
+    paths = {job["clip_id"]: job["path"] for job in part}
     return mixes.assign(
-        path=[paths[mix_id] for mix_id in mixes.mix_id],
-        peak_scale=[done[mix_id][1] for mix_id in mixes.mix_id],
+        path=[paths[clip_id] for clip_id in mixes.clip_id],
+        peak_scale=[done[clip_id][1] for clip_id in mixes.clip_id],
     )
 
 
@@ -1124,7 +1124,7 @@ def _job(row, out_dir, sample_rate, engine, stems, format, stamp):
             return {kind: str(path), f"{kind}_stamp": stamp(str(path))}
         except OSError as error:
             raise audio.AudioError(
-                f"mix {row['mix_id']}: its source {path} is not there; restore it or plan the "
+                f"mix {row['clip_id']}: its source {path} is not there; restore it or plan the "
                 "mixes again"
             ) from error
 
@@ -1143,8 +1143,8 @@ def _job(row, out_dir, sample_rate, engine, stems, format, stamp):
     job |= {"stems": True} if stems else {}
     job |= {"format": format} if format != "wav" else {}
     key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
-    path = out_dir / row["split"] / f"{row['mix_id']}.{format}"
-    return job | {"recipe": key, "mix_id": row["mix_id"], "path": str(path)}
+    path = out_dir / row["split"] / f"{row['clip_id']}.{format}"
+    return job | {"recipe": key, "clip_id": row["clip_id"], "path": str(path)}
 
 
 def _placement(event):
@@ -1162,7 +1162,7 @@ def _stamp(path):
 
 
 def _is_made(job, done):
-    recipe, _ = done.get(job["mix_id"], (None, None))
+    recipe, _ = done.get(job["clip_id"], (None, None))
     return recipe == job["recipe"] and all(Path(path).is_file() for path in _files(job))
 
 
@@ -1193,7 +1193,7 @@ def _by_source(jobs):
 
     def place(job):
         inner = rank[kept][job[kept]]
-        return inner // room, rank[passing][job[passing]], inner, job["mix_id"]
+        return inner // room, rank[passing][job[passing]], inner, job["clip_id"]
 
     return sorted(jobs, key=place)
 
@@ -1244,7 +1244,7 @@ def _render_chunk(jobs, journal):
         journal.parent.mkdir(parents=True, exist_ok=True)
         with journal.open("a", encoding="utf-8", buffering=1) as lines:
             for job in jobs:
-                lines.write(json.dumps([job["mix_id"], job["recipe"], _render_files(job)]) + "\n")
+                lines.write(json.dumps([job["clip_id"], job["recipe"], _render_files(job)]) + "\n")
                 made += 1
     except audio.AudioError as error:
         return made, str(error)
@@ -1257,7 +1257,7 @@ def _render_files(job):
     parts, peak_scale = _render(job, _SOURCES)
     # the mix comes last: where it is, its parts are
     for path, part in list(zip(_files(job), parts, strict=False))[::-1]:
-        audio.write_whole(path, _encoded(part, job["sample_rate"], job.get("format", "wav")))
+        store.write_atomic(path, _encoded(part, job["sample_rate"], job.get("format", "wav")))
     return peak_scale
 
 
@@ -1280,7 +1280,7 @@ def _render(job, sources):
         gain = job["background_gain_db"]
         return _rounded_mix(events, bg, n, rate, gain, job["engine"], stems)
     except audio.AudioError as error:
-        raise audio.AudioError(f"mix {job['mix_id']}: {error}") from error
+        raise audio.AudioError(f"mix {job['clip_id']}: {error}") from error
 
 
 def _encoded(steps, rate, format):
@@ -1364,8 +1364,8 @@ def _read_journals(folder):
         # a line without an end was cut off by a kill
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
-                mix_id, recipe, peak_scale = json.loads(line)
-                done[mix_id] = (recipe, peak_scale)
+                clip_id, recipe, peak_scale = json.loads(line)
+                done[clip_id] = (recipe, peak_scale)
     return done
 
 
@@ -1373,17 +1373,17 @@ def _read_recipes(out_dir):
     path = out_dir / _RECIPES_FILE
     if not path.is_file():
         return {}
-    types = {"mix_id": str, "recipe": str}
+    types = {"clip_id": str, "recipe": str}
     table = pd.read_csv(path, dtype=types, float_precision="round_trip")
     return {
-        row.mix_id: (row.recipe, float(row.peak_scale)) for row in table.itertuples(index=False)
+        row.clip_id: (row.recipe, float(row.peak_scale)) for row in table.itertuples(index=False)
     }
 
 
 def _write_recipes(out_dir, done):
-    rows = [(mix_id, *made) for mix_id, made in sorted(done.items())]
-    table = pd.DataFrame(rows, columns=["mix_id", "recipe", "peak_scale"])
-    audio.write_whole(out_dir / _RECIPES_FILE, table.to_csv(index=False).encode())
+    rows = [(clip_id, *made) for clip_id, made in sorted(done.items())]
+    table = pd.DataFrame(rows, columns=["clip_id", "recipe", "peak_scale"])
+    store.write_atomic(out_dir / _RECIPES_FILE, table.to_csv(index=False).encode())
 
 
 def _remove_halves(pending, out_dir):
@@ -1446,7 +1446,7 @@ class MixDataset:
         _check_columns(mixes)
         self._jobs = _jobs(mixes, Path(), sample_rate, engine, stems)
         forms = [name for name in mixes.columns if name.startswith("caption")]
-        self._texts = mixes[["mix_id", *forms]].to_dict("records")
+        self._texts = mixes[["clip_id", *forms]].to_dict("records")
         self._limit = cache_mb * 2**20
         self._sources = dict.fromkeys(_KINDS, _Sources(self._limit))
 
@@ -1454,7 +1454,7 @@ class MixDataset:
         return len(self._jobs)
 
     def __getitem__(self, index):
-        """Return ``audio`` (float32), ``peak_scale``, ``mix_id`` and the captions of a mix."""
+        """Return ``audio`` (float32), ``peak_scale``, ``clip_id`` and the captions of a mix."""
         parts, scale = _render(self._jobs[index], self._sources)
         mix = _as_mix(parts, scale)._asdict()
         return {k: value for k, value in mix.items() if value is not None} | self._texts[index]
@@ -1482,7 +1482,7 @@ def further_events(events):
     Returns
     -------
     list of dict
-        Per event ``foreground, foreground_label, foreground_source, onset_s, foreground_gain_db,
+        Per event ``foreground, label, source_id, onset_s, foreground_gain_db,
         snr_db, fade_s`` and where in its clip it sounds, named as the columns of the table.
 
     Raises
@@ -1494,7 +1494,7 @@ def further_events(events):
     --------
     >>> further_events("")
     []
-    >>> further_events('[{"foreground_label":"dog","onset_s":1.5}]')[0]["onset_s"]
+    >>> further_events('[{"label":"dog","onset_s":1.5}]')[0]["onset_s"]
     1.5
     """
     if not isinstance(events, str) or not events:
@@ -1535,8 +1535,8 @@ def events_table(mixes):
 
     Examples
     --------
-    >>> mix = {"mix_id": "test-00000", "foreground": "dog.wav", "foreground_label": "dog"}
-    >>> mix |= {"foreground_source": "12", "onset_s": 1.0, "duration_s": 4.0, "repeats": 2}
+    >>> mix = {"clip_id": "test-00000", "foreground": "dog.wav", "label": "dog"}
+    >>> mix |= {"source_id": "12", "onset_s": 1.0, "duration_s": 4.0, "repeats": 2}
     >>> mix |= {"active_start_s": 0.5, "active_end_s": 1.5, "clip_s": 2.0, "snr_db": 6.0}
     >>> table = events_table(pd.DataFrame([mix | {"foreground_gain_db": 3.0}]))
     >>> table[["event", "repetition", "label", "onset_s", "offset_s"]].to_numpy().tolist()
@@ -1561,8 +1561,8 @@ def _occurrences(mix, number, event):
         offset = round(min(begin + end, mix["duration_s"]), _DECIMALS)
         if onset < mix["duration_s"]:
             rows.append(
-                (mix["mix_id"], number, repetition, event["foreground_label"],
-                 event["foreground_source"], event["foreground"], onset, offset, event["snr_db"],
+                (mix["clip_id"], number, repetition, event["label"],
+                 event["source_id"], event["foreground"], onset, offset, event["snr_db"],
                  event["foreground_gain_db"], event.get("fade_s", 0.0))
             )  # fmt: skip
     return rows

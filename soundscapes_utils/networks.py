@@ -281,7 +281,7 @@ def load_transformer_inputs(paths, checkpoint, cache_dir, workers=None):
 
 def _transformer_input_of(extractor, path):
     y, rate = audio.load_audio(path, sample_rate=SAMPLE_RATE, duration=CLIP_SECONDS)
-    y = audio.fit_length(audio.check_audio(y, path), int(CLIP_SECONDS * SAMPLE_RATE))
+    y = audio.fix_length(audio.check_audio(y, path), int(CLIP_SECONDS * SAMPLE_RATE))
     x = extractor(y, sampling_rate=rate, return_tensors="np")["input_values"][0]
     # frames of 25 ms every 10 ms; the rest is padding, which the network adds again
     return x[: 1 + (len(y) - 400) // 160].astype(np.float16)

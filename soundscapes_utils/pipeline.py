@@ -24,75 +24,16 @@ import tempfile
 import threading
 import time
 import tomllib
-import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+
+from . import store
 
 PACKAGE = Path(__file__).resolve().parent
 
 
-class MissingStage(FileNotFoundError):
-    """A table that an earlier notebook leaves is not there; the message names that notebook."""
-
-
 # --- inside a notebook ---------------------------------------------------------------------------
-
-
-def project_root(start=None):
-    """Find the project: nearest folder upwards that holds ``notebooks/`` and ``pyproject.toml``.
-
-    Parameters
-    ----------
-    start : path-like, optional
-        Where to begin; the working directory by default. If nothing is found upwards from there,
-        the folder that this package was installed from is tried.
-
-    Returns
-    -------
-    Path
-        Absolute.
-
-    Raises
-    ------
-    FileNotFoundError
-        If neither place belongs to a copy of the project.
-
-    Examples
-    --------
-    >>> (project_root() / "notebooks").is_dir()
-    True
-    """
-    begin = Path(start or Path.cwd()).resolve()
-    for folder in (begin, *begin.parents, PACKAGE.parent):
-        if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"{begin} is not inside a copy of the project (no folder with notebooks/ and "
-        "pyproject.toml upwards from it): change into the clone first"
-    )
-
-
-def project_path(path):
-    """Resolve a path: absolute ones stay, relative ones are taken from the project's root.
-
-    Parameters
-    ----------
-    path : path-like
-
-    Returns
-    -------
-    Path
-        Absolute; it need not exist.
-
-    Examples
-    --------
-    >>> project_path("data") == project_root() / "data"
-    True
-    """
-    path = Path(path).expanduser()
-    return path if path.is_absolute() else project_root() / path
 
 
 @contextmanager
@@ -111,129 +52,25 @@ def _replacing(path):
         Path(name).unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """Where one run keeps its tables, figures and sounds; made by :func:`open_run`.
+def run_parameters(run):
+    """Tabulate the parameters of this run: those of the batch run, or the notebooks' defaults.
 
-    Attributes
-    ----------
-    path : Path
-        The run's folder, absolute.
+    Returns
+    -------
+    pandas.DataFrame
+        One row a parameter, one column a notebook (its number), values as text; empty where a
+        notebook has no such parameter.
     """
+    import pandas as pd
 
-    path: Path
-
-    @property
-    def tables(self):
-        """Path of ``tables/``, made if need be."""
-        return self._folder("tables")
-
-    @property
-    def figures(self):
-        """Path of ``figures/``, made if need be."""
-        return self._folder("figures")
-
-    @property
-    def audio(self):
-        """Path of ``audio/``, made if need be."""
-        return self._folder("audio")
-
-    def _folder(self, name):
-        folder = self.path / name
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def save_table(self, table, name):
-        """Write a table as ``tables/<name>.csv``, whole or not at all.
-
-        Parameters
-        ----------
-        table : pandas.DataFrame
-            Its index is not written.
-        name : str
-            Without folder and extension.
-
-        Returns
-        -------
-        Path
-        """
-        path = self.tables / f"{name}.csv"
-        with _replacing(path) as part:
-            table.to_csv(part, index=False)
-        return path
-
-    def load_table(self, name, made_by):
-        """Read ``tables/<name>.csv``.
-
-        Parameters
-        ----------
-        name : str
-            Without folder and extension.
-        made_by : str
-            The notebook that leaves this table, as in ``"01_dataset_mixing"``.
-
-        Returns
-        -------
-        pandas.DataFrame
-
-        Raises
-        ------
-        MissingStage
-            If the table is not there yet.
-        """
-        import pandas as pd
-
-        path = self.tables / f"{name}.csv"
-        if not path.is_file():
-            raise MissingStage(
-                f"{self.path.name} has no table {name!r} yet: run notebook {made_by} first, with "
-                f"the same run_dir (looked for {path})"
-            )
-        return pd.read_csv(path)
-
-    def save_figure(self, figure, name, caption=""):
-        """Write a figure as ``figures/<name>.png``, whole or not at all.
-
-        Parameters
-        ----------
-        figure : matplotlib.figure.Figure
-        name : str
-            Without folder and extension; begin it with the notebook's number.
-        caption : str, optional
-            What it shows, for the report (and for readers who cannot see it); kept inside the
-            PNG as its description. By default the figure's own title.
-
-        Returns
-        -------
-        Path
-        """
-        path = self.figures / f"{name}.png"
-        described = {"Description": caption or _figure_title(figure) or name}
-        with _replacing(path) as part:
-            figure.savefig(part, dpi=110, bbox_inches="tight", metadata=described)
-        return path
-
-    def parameters(self):
-        """Tabulate the parameters of this run: those of the batch run, or the notebooks' defaults.
-
-        Returns
-        -------
-        pandas.DataFrame
-            One row a parameter, one column a notebook (its number), values as text; empty where a
-            notebook has no such parameter.
-        """
-        import pandas as pd
-
-        path = self.path / "run.json"
-        if path.is_file():
-            planned = json.loads(path.read_text(encoding="utf-8"))["parameters"]
-        else:
-            planned = {stem: notebook_parameters(file) for stem, file in notebooks().items()}
-        columns = {stem[:2]: pd.Series(values, dtype=object) for stem, values in planned.items()}
-        table = pd.DataFrame(columns).sort_index().drop(index=INJECTED, errors="ignore")
-        return table.rename_axis("parameter").map(
-            lambda value: "" if value != value else str(value)
-        )
+    path = run.path / "run.json"
+    if path.is_file():
+        planned = json.loads(path.read_text(encoding="utf-8"))["parameters"]
+    else:
+        planned = {stem: notebook_parameters(file) for stem, file in notebooks().items()}
+    columns = {stem[:2]: pd.Series(values, dtype=object) for stem, values in planned.items()}
+    table = pd.DataFrame(columns).sort_index().drop(index=INJECTED, errors="ignore")
+    return table.rename_axis("parameter").map(lambda value: "" if value != value else str(value))
 
 
 def profile_table():
@@ -254,39 +91,6 @@ def profile_table():
     rows = {name: read_profile(name) for name in profiles()}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(ABOUT))
     return table.rename_axis("profile")
-
-
-def _figure_title(figure):
-    titles = [figure.get_suptitle()] + [axes.get_title() for axes in figure.axes]
-    return next((title for title in titles if title), "")
-
-
-def open_run(run_dir):
-    """Open, or begin, the folder of a run.
-
-    Parameters
-    ----------
-    run_dir : path-like
-        Relative paths are taken from the project's root, so ``"runs/quick"`` is the same folder
-        from ``notebooks/``, from the root and in batch.
-
-    Returns
-    -------
-    RunFolder
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> run = open_run(tempfile.mkdtemp())
-    >>> run.tables.is_dir()
-    True
-    """
-    # Bars in plain text are what a stored notebook should have; tqdm warns that widgets are absent.
-    warnings.filterwarnings("ignore", message="IProgress not found")
-    run_folder = RunFolder(project_path(run_dir))
-    for folder in ("tables", "figures", "audio"):
-        run_folder._folder(folder)
-    return run_folder
 
 
 # --- profiles and parameters ---------------------------------------------------------------------
@@ -333,7 +137,7 @@ def notebooks(root=None):
     >>> list(notebooks())[:2]
     ['00_start_here', '01_dataset_mixing']
     """
-    folder = Path(root or project_root()) / "notebooks"
+    folder = Path(root or store.project_root()) / "notebooks"
     return {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
 
 
@@ -398,7 +202,7 @@ def profiles(root=None):
     >>> "quick" in profiles()
     True
     """
-    folder = Path(root or project_root()) / "notebooks" / "profiles"
+    folder = Path(root or store.project_root()) / "notebooks" / "profiles"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
@@ -587,7 +391,7 @@ def _check_paths(stem, values, root):
 
 def _from(root, path):
     """Resolve as :func:`project_path` does, in a given project."""
-    return Path(root or project_root()) / Path(path).expanduser()
+    return Path(root or store.project_root()) / Path(path).expanduser()
 
 
 # --- what makes a notebook's results stale -------------------------------------------------------
@@ -636,7 +440,7 @@ def _inputs(values, root):
     """Folders that a notebook reads and a person provides. `data_dir` is the runs' own cache."""
     named = {name: value for name, value in values.items() if _is_path(name) and value}
     named.pop("data_dir", None)
-    if values.get("checkpoint") == "embedded":
+    if values.get("checkpoint") == "builtin":
         named["checkpoint"] = "data/checkpoints/mini-audioldm"
     elif values.get("checkpoint"):
         named["checkpoint"] = values["checkpoint"]
@@ -697,7 +501,7 @@ def run(profile="quick", parameters=None, *, name=None, only=None, fresh=False, 
     """
     from . import report
 
-    root = Path(root or project_root(PACKAGE))
+    root = Path(root or store.project_root(PACKAGE))
     name = name or profile
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UsageError(f"the run's name {name!r} may hold letters, digits, '.', '-' and '_' only")

@@ -134,10 +134,10 @@ def mix_grid(mixes):
     from . import captions
 
     splits = list(mixes.split.unique())
-    named = mixes[["split", "foreground_label", "scene"]].map(captions.tidy)
-    whole = pd.crosstab(named.foreground_label, named.scene)
+    named = mixes[["split", "label", "scene"]].map(captions.tidy)
+    whole = pd.crosstab(named.label, named.scene)
     grids = [
-        pd.crosstab(part.foreground_label, part.scene).reindex_like(whole).fillna(0)
+        pd.crosstab(part.label, part.scene).reindex_like(whole).fillna(0)
         for part in (named[named.split == split] for split in splits)
     ]
     highest = max(grid.to_numpy().max() for grid in grids)
@@ -562,7 +562,7 @@ def sets_compared(table, by, title=""):
     Parameters
     ----------
     table : pandas.DataFrame
-        One row a set: the column `by`, and those of `soundscapes_utils.choosing.summarise`.
+        One row a set: the column `by`, and those of `soundscapes_utils.selection.summarise`.
     by : str
         What tells the sets apart.
     title : str, optional
@@ -604,7 +604,7 @@ def filters_beside_random(table, title=""):
     Parameters
     ----------
     table : pandas.DataFrame
-        From `soundscapes_utils.choosing.choose_filter`.
+        From `soundscapes_utils.selection.choose_filter`.
     title : str, optional
         Above the panel.
 

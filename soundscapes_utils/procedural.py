@@ -1,4 +1,4 @@
-"""The embedded data set: environmental sounds made by rule, without any download.
+"""The built-in data set: environmental sounds made by rule, without any download.
 
 Ten events with ESC-10's names and ten scenes with TAU Urban Acoustic Scenes' names, each a physical
 sketch: impulses, filtered noise, chirps, formants and modulators. A *source* is one dog, one clock,
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy import fft
 
-from soundscapes_utils import audio
+from soundscapes_utils import audio, store
 
 SAMPLE_RATE = 44_100
 EVENT_SECONDS = 5.0
@@ -1069,4 +1069,4 @@ def _is_whole(path, label):
 def _write_text(path, text):
     # an unchanged file keeps its date, so that nothing downstream is made again
     if not (path.is_file() and path.read_text() == text):
-        audio.write_whole(path, text.encode())
+        store.write_atomic(path, text.encode())

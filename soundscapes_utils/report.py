@@ -10,14 +10,14 @@ import json
 import shutil
 from pathlib import Path
 
-from . import pipeline
+from . import pipeline, store
 
 # Which tables name sounds worth hearing: title, caption, how many, and the column whose values
 # should all be heard before any value is heard twice.
 SOUNDS = {
-    "01": ("mixes", "caption", "foreground_label", 6),
+    "01": ("mixes", "caption", "label", 6),
     "02": ("generated", "prompt", "label", 10),
-    "03": ("scene_samples", "prompt", "mix_id", 4),
+    "03": ("scene_samples", "prompt", "clip_id", 4),
 }
 # what notebook 02 leaves beside its few sounds here
 LISTENING = "listen/index.html"
@@ -44,7 +44,7 @@ def headlines(run_dir):
     """
     import pandas as pd
 
-    tables = pipeline.project_path(run_dir) / "tables"
+    tables = store.project_path(run_dir) / "tables"
     found = [
         pd.read_csv(path, dtype=str, keep_default_na=False).assign(stage=path.stem[:2])
         for path in sorted(tables.glob("[0-9][0-9]_summary.csv"))
@@ -75,7 +75,7 @@ def write_report(run_dir):
     """
     import jinja2
 
-    folder = pipeline.project_path(run_dir)
+    folder = store.project_path(run_dir)
     if not (folder / "run.json").is_file():
         raise FileNotFoundError(f"{folder} holds no run (no run.json): run a profile first")
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -113,7 +113,7 @@ def copy_for_readme(run_dir, out_dir):
     str
         The table in Markdown.
     """
-    folder = pipeline.project_path(run_dir)
+    folder = store.project_path(run_dir)
     firsts = {}
     for figure in sorted((folder / "figures").glob("[0-9][0-9]_*.png")):
         firsts.setdefault(figure.stem[:2], figure)
@@ -149,7 +149,7 @@ def publish(run_dir="runs/quick"):
     """
     import nbformat
 
-    folder = pipeline.project_path(run_dir)
+    folder = store.project_path(run_dir)
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if record["profile"] != "quick" or record["given"]:
         raise pipeline.UsageError(
@@ -266,14 +266,14 @@ def _sounds(folder, number):
     chosen = table[table[spread].isin(table[spread].drop_duplicates()[:count])]
     by = [spread, "checkpoint"] if number == "03" else [spread]
     return [
-        _player(folder, pipeline.project_path(row["path"]), _sound_title(row, number), row[text])
+        _player(folder, store.project_path(row["path"]), _sound_title(row, number), row[text])
         for row in chosen.drop_duplicates(by).to_dict("records")
     ]
 
 
 def _sound_title(row, number):
     if number == "01":
-        return f"{row['foreground_label']} in {row['scene']}"
+        return f"{row['label']} in {row['scene']}"
     return row["label"] if number == "02" else Path(row["checkpoint"]).name
 
 

@@ -257,7 +257,7 @@ def test_check_audio_tells_silence_from_quiet():
 @given(hnp.arrays(np.float32, st.integers(1, 50), elements=st.floats(-1, 1, width=32)),
        st.integers(1, 200))  # fmt: skip
 def test_fit_length_repeats_and_pads(y, n):
-    repeated, padded = audio.fit_length(y, n), audio.fit_length(y, n, "pad")
+    repeated, padded = audio.fix_length(y, n), audio.fix_length(y, n, "pad")
     index = np.arange(n)
     np.testing.assert_array_equal(repeated, y[index % y.size])
     np.testing.assert_array_equal(padded, np.where(index < y.size, y[index % y.size], 0))
@@ -267,7 +267,7 @@ def test_fit_length_repeats_and_pads(y, n):
 @pytest.mark.parametrize(("y", "n", "mode"), [([], 3, "pad"), ([1.0], 0, "pad"), ([1.0], 3, "no")])
 def test_fit_length_refuses(y, n, mode):
     with pytest.raises(audio.AudioError):
-        audio.fit_length(np.array(y), n, mode)
+        audio.fix_length(np.array(y), n, mode)
 
 
 def test_resample_refuses_a_rate_of_zero():

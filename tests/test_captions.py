@@ -131,7 +131,7 @@ def digest(texts):
 
 
 def test_texts_that_models_were_trained_on_stay_as_they_were():
-    # digests of the texts of the first release: the embedded model's vocabulary
+    # digests of the texts of the first release: the built-in model's vocabulary
     events, scenes = [*captions.EVENTS, "Steam_Whistle"], [*captions.SCENES, "wind"]
     mixes = [
         captions.mix_captions(label, scene, seed)
@@ -378,7 +378,7 @@ def test_negative_prompts_can_name_what_a_class_is_taken_for():
 
 
 def test_vocabulary_counts_words_and_pairs():
-    table = pd.DataFrame({"caption_2": ["a b a", "a b"], "caption": ["x", "x"], "mix_id": 1})
+    table = pd.DataFrame({"caption_2": ["a b a", "a b"], "caption": ["x", "x"], "clip_id": 1})
     rows = captions.vocabulary(table).set_index("column")
     assert rows.index.tolist() == ["caption", "caption_2", "all"]
     second = rows.loc["caption_2"]
@@ -488,15 +488,15 @@ def test_prompts_of_a_file_are_a_family(tmp_path):
 @pytest.fixture
 def mixes():
     rows = [("m0", "dog", "park"), ("m1", "dog", "park"), ("m2", "siren", "bus")]
-    table = pd.DataFrame(rows, columns=["mix_id", "foreground_label", "scene"]).assign(seed=5)
-    three = [captions.mix_captions(r.foreground_label, r.scene, 5) for r in table.itertuples()]
+    table = pd.DataFrame(rows, columns=["clip_id", "label", "scene"]).assign(seed=5)
+    three = [captions.mix_captions(r.label, r.scene, 5) for r in table.itertuples()]
     return table.assign(**dict(zip(CAPTIONS, zip(*three, strict=True), strict=True)))
 
 
 def test_captions_of_a_file_by_mix(mixes, tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text(
-        "mix_id,caption,caption_2\nm0,a terrier barks,joggers and a dog\nm2,sailors hear sirens,\n"
+        "clip_id,caption,caption_2\nm0,a terrier barks,joggers and a dog\nm2,sailors hear sirens,\n"
         "m9,nobody,nothing\nm0,a terrier barks,a hound\n"
     )
     given, problems = captions.read_captions(path, mixes)
@@ -510,7 +510,7 @@ def test_captions_of_a_file_by_mix(mixes, tmp_path):
         [0, "no caption for mix m2"],
         [3, "caption speaks of 'sailor', another sense of siren"],
         [3, "caption_2 is empty"],
-        [4, "no mix of mix_id m9"],
+        [4, "no mix of clip_id m9"],
         [5, "caption says the same as one before"],
     ]
     replaced = captions.use_captions(mixes, given, n=2)
@@ -533,7 +533,7 @@ def test_captions_of_a_file_by_mix(mixes, tmp_path):
 
 
 def test_captions_of_a_file_by_label_and_scene(mixes, tmp_path):
-    mixes["events"] = ["", '[{"foreground_label": "siren"}]', np.nan]
+    mixes["events"] = ["", '[{"label": "siren"}]', np.nan]
     path = tmp_path / "mine.jsonl"
     rows = [
         {"label": "dog", "scene": "park", "caption": "a terrier barks"},
@@ -542,7 +542,7 @@ def test_captions_of_a_file_by_label_and_scene(mixes, tmp_path):
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     given, problems = captions.read_captions(path, mixes)
-    assert given.mix_id.tolist() == ["m0", "m2"]
+    assert given.clip_id.tolist() == ["m0", "m2"]
     assert problems.row.tolist() == [0, 2]
     assert "another sense of siren" in problems.problem[1]
 
@@ -568,4 +568,4 @@ def test_files_that_are_none_of_ours_are_named(tmp_path, name, text, message):
 
 def test_use_captions_needs_a_number(mixes):
     with pytest.raises(ValueError, match="at least 1"):
-        captions.use_captions(mixes, pd.DataFrame(columns=["mix_id", "caption"]), n=0)
+        captions.use_captions(mixes, pd.DataFrame(columns=["clip_id", "caption"]), n=0)

@@ -242,9 +242,9 @@ def test_audit_sets_bad_clips_aside(esc_root):
 
 
 def test_embedded_sets_have_the_layouts_they_borrow(tmp_path):
-    clips = datasets.load_clips("embedded", data_dir=tmp_path, clips_per_class=5)
+    clips = datasets.load_clips("builtin", data_dir=tmp_path, clips_per_class=5)
     assert clips.groupby("label").fold.nunique().tolist() == [5] * 10
-    events, scenes = datasets.load_scenes("embedded", clips, data_dir=tmp_path, scenes_per_class=5)
+    events, scenes = datasets.load_scenes("builtin", clips, data_dir=tmp_path, scenes_per_class=5)
     assert len(events) == 50 and scenes.label.nunique() == 10
     for table in (events, scenes):
         assert set(datasets.assign_splits(table, 5)) == {"train", "val", "test"}
@@ -783,5 +783,5 @@ def test_real_dcase_set_passes_its_checksum(web, tmp_path):
 
 
 def test_unknown_dataset_lists_the_names():
-    with pytest.raises(datasets.DatasetError, match="embedded, esc10, esc50, urbansound8k"):
+    with pytest.raises(datasets.DatasetError, match="builtin, esc10, esc50, urbansound8k"):
         datasets.load_clips("esc")

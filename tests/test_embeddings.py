@@ -147,7 +147,7 @@ def test_excerpts_take_the_loudest_stretch_at_one_level(tmp_path):
     late = audio.save_audio(tmp_path / "late.wav", y, 16_000)
     short = audio.save_audio(tmp_path / "short.wav", noise(0.1), 16_000)
     silent = audio.save_audio(tmp_path / "silent.wav", np.zeros(9_000), 16_000)
-    found = embeddings.excerpts([late, short, silent], 0.25)
+    found = audio.excerpts([late, short, silent], 0.25)
     assert [len(e) for e in found] == [4_000] * 3
     cut = y[20_000:24_000] / np.abs(y[20_000:24_000]).max()
     # 16 bit and the mean of the whole file leave a trace
@@ -155,7 +155,7 @@ def test_excerpts_take_the_loudest_stretch_at_one_level(tmp_path):
     assert np.abs(found[1]).max() == pytest.approx(10 ** (-1 / 20))
     assert not found[2].any()
     with pytest.raises(ValueError, match="seconds must be positive"):
-        embeddings.excerpts([late], 0)
+        audio.excerpts([late], 0)
 
 
 # --- windows ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 from toy_clips import CLASSES, RATE, killed_by_its_name, tone, write_clips
 
-from soundscapes_utils import audio, esc, networks
+from soundscapes_utils import audio, esc, networks, store
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -503,7 +503,7 @@ def test_the_time_to_come_follows_the_patches(tmp_path, patches, epochs, told):
     for clips, rounds in ((20, 10), (40, epochs), (60, epochs)):
         about = {"model": "sbcnn", "epochs": rounds, "patches_per_epoch": patches}
         units.append({"key": "first", "about": about | {"n_real": clips - 5, "n_synthetic": 5}})
-    audio.write_whole(tmp_path / "units/first.json", b'{"seconds": 10.0}')
+    store.write_atomic(tmp_path / "units/first.json", b'{"seconds": 10.0}')
     line = esc._estimate(units[0], units, tmp_path, 1)
     assert line == f"sbcnn: the first took 10.0 s; about {told} for 2 more"
 

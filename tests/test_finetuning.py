@@ -44,7 +44,7 @@ def dataset(tmp_path_factory):
         path.parent.mkdir(exist_ok=True)
         audio.save_audio(path, 0.2 * rng.normal(size=16_000).clip(-3, 3), 16_000)
         rows.append((str(i), split, str(path), "dog", "park", *TEXTS[:3]))
-    names = ["mix_id", "split", "path", "foreground_label", "scene"]
+    names = ["clip_id", "split", "path", "label", "scene"]
     table = pd.DataFrame(rows, columns=[*names, "caption", "caption_2", "caption_3"])
     return metadata.write_audiocaps(table, folder / "metadata", "noise")
 
@@ -139,7 +139,7 @@ def test_divergence_stops_and_names_the_last_good_step(config, monkeypatch):
 
 
 def test_set_without_validation_is_refused(config, tmp_path):
-    clips = metadata.read_audiocaps(config.dataset_root).assign(foreground_label="dog", scene="")
+    clips = metadata.read_audiocaps(config.dataset_root).assign(label="dog", scene="")
     only = clips[clips["split"] == "train"]
     root = metadata.write_audiocaps(only, tmp_path / "only", "only")
     with pytest.raises(finetuning.TrainingError, match="no clips in its split 'val'"):
@@ -223,8 +223,8 @@ def test_segments_are_the_loudest_of_the_tries():
     y = np.zeros(10_000, np.float32)
     y[7000:7100] = 1
     rng = np.random.default_rng(0)
-    assert finetuning.loudest(y, 2000, 200, rng).sum() == 100
-    assert len(finetuning.loudest(y[:500], 2000, 4, rng)) == 500
+    assert audio.loudest_segment(y, 2000, 200, rng).sum() == 100
+    assert len(audio.loudest_segment(y[:500], 2000, 4, rng)) == 500
 
 
 # --- options of the loop ------------------------------------------------------------------------
@@ -484,7 +484,7 @@ def test_card_names_the_hub_checkpoint_as_a_whole_and_its_licence(checkpoint):
     assert finetuning._licence_name(finetuning._licence(name)) == "cc-by-nc-sa-4.0"
     assert finetuning._base(str(checkpoint)) == "small"
     assert finetuning._licence_name(finetuning._licence(str(checkpoint))) == "unknown"
-    assert finetuning._licence("embedded") == "mit"
+    assert finetuning._licence("builtin") == "mit"
 
 
 def test_card_tells_data_licence_steps_and_loss(config):
@@ -885,8 +885,8 @@ def test_wrong_tables_name_the_fault(sounds):
 @pytest.mark.parametrize(
     "text, told",
     [
-        ("checkpoint: embedded\nstep: 3", "unknown name 'step'; did you mean steps"),
-        ("checkpoint: embedded", "dataset_root, out_dir must be given"),
+        ("checkpoint: builtin\nstep: 3", "unknown name 'step'; did you mean steps"),
+        ("checkpoint: builtin", "dataset_root, out_dir must be given"),
         ("checkpoint: a\ndataset_root: b\nout_dir: c\nsteps: many", "steps must be int"),
         ("checkpoint: a\ndataset_root: b\nout_dir: c\nsteps: 2.5", "steps must be int"),
         ("- a list", "not a YAML file of names"),

@@ -443,8 +443,8 @@ def test_audiocraft_is_imported_without_laion_clap(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(
-    not (ldm.EMBEDDED_CHECKPOINT / "model_index.json").is_file(),
-    reason="the embedded checkpoint has not been made",
+    not (ldm.BUILTIN_CHECKPOINT / "model_index.json").is_file(),
+    reason="the built-in checkpoint has not been made",
 )
 def test_embedded_checkpoint_makes_the_same_clip_alone_and_in_a_batch():
     backend = generation.get_backend("audioldm", steps=3, device="cpu")
@@ -456,7 +456,7 @@ def test_embedded_checkpoint_makes_the_same_clip_alone_and_in_a_batch():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("audiomagic", {}, "audioldm, audioldm2, audiogen.*audioldm2-A"),
+        ("audiomagic", {}, "audioldm, audioldm2, audiogen.*ronchini2024-audioldm2"),
         ("auto", {}, "needs a checkpoint"),
         ("audioldm", {"offload": "moon"}, "'model' or 'sequential'"),
         ("audiogen", {"steps": 3}, "it takes .*top_k"),
@@ -537,16 +537,16 @@ def test_counts_may_differ_by_class():
 
 
 def test_counts_of_urbansound8k_are_those_of_the_data_set():
-    counts = generation.class_counts("urbansound8k-A")
+    counts = generation.class_counts("ronchini2024")
     assert sum(counts.values()) == 8732
     assert [counts[name] for name in ("siren", "car_horn", "gun_shot")] == [929, 429, 374]
-    assert sum(generation.class_counts("urbansound8k-A", 400).values()) == 4 * 8732
+    assert sum(generation.class_counts("ronchini2024", 400).values()) == 4 * 8732
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: generation.class_counts("esc50"), "urbansound8k-A"),
+        (lambda: generation.class_counts("esc50"), "ronchini2024"),
         (lambda: generation.class_counts({}), "a dict"),
         (lambda: generation.class_counts({"dog": 1}, 0), "must be positive"),
         (
@@ -565,8 +565,8 @@ def test_impossible_counts_are_refused(make, message):
     [
         ("", {"car_horn": 5, "siren": 5}),
         ("150%", {"car_horn": 2, "siren": 3}),
-        ("urbansound8k-A", {"car_horn": 429, "siren": 929}),
-        (" urbansound8k-A 400 % ", {"car_horn": 1716, "siren": 3716}),
+        ("ronchini2024", {"car_horn": 429, "siren": 929}),
+        (" ronchini2024 400 % ", {"car_horn": 1716, "siren": 3716}),
     ],
 )
 def test_counts_are_read_from_a_line(text, wanted):
@@ -579,7 +579,7 @@ def test_counts_are_read_from_a_line(text, wanted):
     [
         ("esc50", "siren", "counts is 'esc50': give '200%'"),
         ("0%", "siren", "must be positive"),
-        ("urbansound8k-A", "dog", "no number for the class 'dog'"),
+        ("ronchini2024", "dog", "no number for the class 'dog'"),
     ],
 )
 def test_impossible_lines_of_counts_are_refused(text, label, message):
@@ -588,13 +588,13 @@ def test_impossible_lines_of_counts_are_refused(text, label, message):
 
 
 def test_a_preset_fills_in_what_was_left_open():
-    ours = generation.preset("audioldm2-A")
+    ours = generation.preset("ronchini2024-audioldm2")
     assert (ours["checkpoint"], ours["duration_s"]) == ("cvssp/audioldm2", 4.0)
-    assert generation.preset("audiogen-A")["loudness"] == -14.0
-    mine = generation.preset("audioldm-B", "my/folder", 8.0)
+    assert generation.preset("ronchini2024-audiogen")["loudness"] == -14.0
+    mine = generation.preset("gaurav2024-audioldm", "my/folder", 8.0)
     assert (mine["checkpoint"], mine["duration_s"], mine["candidates"]) == ("my/folder", 8.0, 3)
     for name, checkpoint in [
-        ("audioldm", "embedded"),
+        ("audioldm", "builtin"),
         ("audiogen", "facebook/audiogen-medium"),
         ("auto", ""),
     ]:
@@ -604,7 +604,7 @@ def test_a_preset_fills_in_what_was_left_open():
 
 def test_captions_of_mixes_become_a_plan():
     mixes = pd.DataFrame(
-        {"mix_id": ["m1", "m2"], "foreground_label": ["dog", "rain"], "caption": ["same", "same"]}
+        {"clip_id": ["m1", "m2"], "label": ["dog", "rain"], "caption": ["same", "same"]}
     )
     plan = generation.plan_captions(mixes, duration_s=2.56)
     assert plan.clip_id.tolist() == ["m1", "m2"]
@@ -928,13 +928,13 @@ def test_command_line_takes_the_level_of_a_preset(tmp_path, monkeypatch):
     small_plan(1).to_csv(tmp_path / "plan.csv", index=False)
     monkeypatch.setattr(generation, "get_backend", lambda name, **options: Tones())
     arguments = ["generate", str(tmp_path / "plan.csv"), str(tmp_path / "clips")]
-    assert main([*arguments, "--backend", "audiogen-A"]) == 0
+    assert main([*arguments, "--backend", "ronchini2024-audiogen"]) == 0
     table = pd.read_csv(tmp_path / "clips/generated.csv")
     np.testing.assert_allclose(table.lufs, -14, atol=0.1)
 
 
 def test_command_line_keeps_the_candidate_that_suits_its_prompt_best(tmp_path, monkeypatch, capsys):
-    from soundscapes_utils import choosing
+    from soundscapes_utils import selection
     from soundscapes_utils.__main__ import main
 
     small_plan(1).drop(columns="duration_s").to_csv(tmp_path / "plan.csv", index=False)
@@ -943,19 +943,19 @@ def test_command_line_keeps_the_candidate_that_suits_its_prompt_best(tmp_path, m
 
     def last(candidates, generated, clap):
         asked.append(clap)
-        return choosing.best_candidates(candidates, generated, np.arange(len(generated)))
+        return selection.best_candidates(candidates, generated, np.arange(len(generated)))
 
-    monkeypatch.setattr(choosing, "best_by_clap", last)
+    monkeypatch.setattr(selection, "best_by_clap", last)
     arguments = ["generate", str(tmp_path / "plan.csv"), str(tmp_path / "clips")]
-    assert main([*arguments, "--backend", "audioldm-B", "--clap", "mini-clap"]) == 0
+    assert main([*arguments, "--backend", "gaurav2024-audioldm", "--clap", "mini-clap"]) == 0
     assert asked == ["mini-clap"]
     table = pd.read_csv(tmp_path / "clips/generated.csv")
     assert table.score.tolist() == [2, 5]
     assert (table.duration_s == 4.0).all(), "the preset's, where the plan says nothing"
     assert "2 clips chosen of 6 candidates" in capsys.readouterr().out
     small_plan(1).to_csv(tmp_path / "plan.csv", index=False)
-    assert main([*arguments, "--backend", "audioldm-B", "--best-of", "1"]) == 0
-    assert "other durations than the 4.0 s of audioldm-B" in capsys.readouterr().out
+    assert main([*arguments, "--backend", "gaurav2024-audioldm", "--best-of", "1"]) == 0
+    assert "other durations than the 4.0 s of gaurav2024-audioldm" in capsys.readouterr().out
 
 
 def test_command_line_plans_what_a_preset_and_the_counts_say(tmp_path, capsys):
@@ -963,7 +963,15 @@ def test_command_line_plans_what_a_preset_and_the_counts_say(tmp_path, capsys):
 
     clips, out = tmp_path / "clips.csv", tmp_path / "plan.csv"
     pd.DataFrame({"label": ["dog", "dog", "rain"]}).to_csv(clips, index=False)
-    arguments = ["plan", str(clips), str(out), "--counts", "200%", "--backend", "audioldm2-A"]
+    arguments = [
+        "plan",
+        str(clips),
+        str(out),
+        "--counts",
+        "200%",
+        "--backend",
+        "ronchini2024-audioldm2",
+    ]
     assert main([*arguments, "--family", "task"]) == 0
     plan = pd.read_csv(out)
     assert plan.label.value_counts().to_dict() == {"dog": 4, "rain": 2}

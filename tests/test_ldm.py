@@ -378,7 +378,7 @@ def test_checkpoint_names_no_place_of_the_machine_that_made_it(saved, tmp_path):
     tower, _ = ldm.load_audio_tower(str(saved))
     for folder in (
         ldm.save_checkpoint(pipe, tmp_path / "again", {}, tower),
-        ldm.EMBEDDED_CHECKPOINT,
+        ldm.BUILTIN_CHECKPOINT,
     ):
         texts = [p.read_text() for p in folder.rglob("*.json")]
         assert texts and not any("_name_or_path" in text for text in texts)
@@ -443,7 +443,7 @@ def test_hub_checkpoints_have_the_published_sampling():
 
 
 def test_embedded_checkpoint_is_small_free_of_pickle_and_documented():
-    folder = ldm.EMBEDDED_CHECKPOINT
+    folder = ldm.BUILTIN_CHECKPOINT
     files = [p for p in folder.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 25e6
     assert {p.suffix for p in files} <= {".json", ".safetensors", ".md", ".txt"}

@@ -30,8 +30,8 @@ def mixes(tmp_path):
             {
                 "split": split,
                 "foreground": f"e{number}.wav",
-                "foreground_label": ("dog", "mouse_click")[number % 2],
-                "foreground_source": str(number),
+                "label": ("dog", "mouse_click")[number % 2],
+                "source_id": str(number),
                 "background": f"s{number}.wav",
                 "scene": "street_traffic",
                 "background_source": f"city-{number}",
@@ -162,7 +162,7 @@ def test_clean_mixes_pass(mixes):
 @given(st.data())
 def test_every_kind_of_leak_is_found_and_named(data):
     splits = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
-    columns = ["foreground", "foreground_source", "background", "background_source", "path"]
+    columns = ["foreground", "source_id", "background", "background_source", "path"]
     table = pd.DataFrame({c: [f"{c}-{i}" for i in range(8)] for c in columns}).assign(split=splits)
     metadata.check_leaks(table)
     victim, thief = data.draw(
@@ -174,8 +174,8 @@ def test_every_kind_of_leak_is_found_and_named(data):
         st.sampled_from(
             [(c, c) for c in columns]
             + [("foreground", "background"), ("background", "foreground")]
-            + [("foreground_source", "background_source")]
-            + [("background_source", "foreground_source")]
+            + [("source_id", "background_source")]
+            + [("background_source", "source_id")]
         )
     )
     table.loc[thief, given_to] = table.loc[victim, taken]
@@ -187,14 +187,12 @@ def test_every_kind_of_leak_is_found_and_named(data):
 
 
 def test_leak_inside_a_split_is_none(mixes):
-    mixes.loc[1, ["foreground", "foreground_source"]] = mixes.loc[
-        0, ["foreground", "foreground_source"]
-    ]
+    mixes.loc[1, ["foreground", "source_id"]] = mixes.loc[0, ["foreground", "source_id"]]
     metadata.check_leaks(mixes)
 
 
 def test_long_lists_are_cut(mixes):
-    many = pd.concat([mixes.assign(foreground_source=str(i)) for i in range(9)])
+    many = pd.concat([mixes.assign(source_id=str(i)) for i in range(9)])
     with pytest.raises(
         metadata.LeakError, match=r"share 9 foreground sources \(0, 1, 2, 3, 4, …\)"
     ):
@@ -233,10 +231,10 @@ def test_ids_are_audiosets_own():
 
 
 def test_leak_through_a_further_event_is_found(mixes):
-    further = [{"foreground": "x.wav", "foreground_source": "x", "foreground_label": "dog"}]
+    further = [{"foreground": "x.wav", "source_id": "x", "label": "dog"}]
     table = mixes.assign(events=[json.dumps(further), "", "", "", "", ""])
     metadata.check_leaks(table)
-    stolen = [{**further[0], "foreground_source": "4"}]
+    stolen = [{**further[0], "source_id": "4"}]
     table.loc[0, "events"] = json.dumps(stolen)
     with pytest.raises(
         metadata.LeakError, match=r"train and test share 1 foreground sources \(4\)"
@@ -280,7 +278,7 @@ def test_the_same_sound_under_another_name_is_found(tmp_path_factory, data):
             for c in columns
         }
     ).assign(split=splits, path=[f"{i}.wav" for i in range(6)])
-    table["foreground_source"] = table.index.astype(str)
+    table["source_id"] = table.index.astype(str)
     table["background_source"] = "city-" + table.index.astype(str)
     metadata.check_leaks(table, contents=True)
     victim, thief = data.draw(
@@ -352,7 +350,7 @@ def test_audiofolder_needs_a_folder_a_split(mixes):
 
 def test_strong_labels_say_when_each_event_sounds(rendered, tmp_path):
     files = metadata.write_strong_labels(rendered, tmp_path, "scenes")
-    events = mixing.events_table(rendered).set_index("mix_id")
+    events = mixing.events_table(rendered).set_index("clip_id")
     for split, file in files.items():
         table = pd.read_csv(file, sep="\t")
         assert table.columns.tolist() == ["filename", "onset", "offset", "event_label"]
@@ -366,9 +364,9 @@ def test_strong_labels_say_when_each_event_sounds(rendered, tmp_path):
 
 def test_mix_without_a_sounding_event_keeps_its_row(rendered, tmp_path):
     events = mixing.events_table(rendered)
-    silent = rendered.mix_id[rendered.split == "test"].iloc[0]
+    silent = rendered.clip_id[rendered.split == "test"].iloc[0]
     files = metadata.write_strong_labels(
-        rendered, tmp_path, "scenes", events[events.mix_id != silent]
+        rendered, tmp_path, "scenes", events[events.clip_id != silent]
     )
     assert f"{silent}.wav\t\t\t\n" in files["test"].read_text()
 
@@ -381,7 +379,7 @@ def test_jams_hold_the_events_and_the_recipe(rendered, tmp_path):
         assert background["value"]["role"] == "background"
         assert (background["time"], background["duration"]) == (0, 2)
         assert background["value"]["label"] == mix["scene"]
-        own = events[events.mix_id == mix["mix_id"]]
+        own = events[events.clip_id == mix["clip_id"]]
         assert [o["time"] for o in foregrounds] == own.onset_s.tolist()
         assert [o["value"]["snr"] for o in foregrounds] == [mix["snr_db"]]
         # the clips begin with 0.1 s of silence, which is no part of the event
@@ -391,11 +389,11 @@ def test_jams_hold_the_events_and_the_recipe(rendered, tmp_path):
 
 def test_recipes_out_of_jams_render_the_same_bytes(rendered, tmp_path):
     metadata.write_jams(rendered, tmp_path / "jams")
-    again = metadata.read_jams(tmp_path / "jams").sort_values("mix_id")
+    again = metadata.read_jams(tmp_path / "jams").sort_values("clip_id")
     made = mixing.render_mixes(again, tmp_path / "again", 8000, workers=1)
-    paths = dict(zip(rendered.mix_id, rendered.path, strict=True))
+    paths = dict(zip(rendered.clip_id, rendered.path, strict=True))
     for row in made.itertuples():
-        assert Path(row.path).read_bytes() == Path(paths[row.mix_id]).read_bytes()
+        assert Path(row.path).read_bytes() == Path(paths[row.clip_id]).read_bytes()
     (tmp_path / "jams/test/own.jams").write_text("{}")
     with pytest.raises(metadata.MetadataError, match=r"own\.jams: holds no recipe"):
         metadata.read_jams(tmp_path / "jams")
@@ -405,8 +403,8 @@ def test_several_events_reach_every_format(rendered, tmp_path):
     first = rendered.iloc[0]
     further = {
         "foreground": first.foreground,
-        "foreground_label": "mouse_click",
-        "foreground_source": first.foreground_source,
+        "label": "mouse_click",
+        "source_id": first.source_id,
         "onset_s": 0.5,
         "foreground_gain_db": 0.0,
         "snr_db": 3.0,
@@ -416,9 +414,9 @@ def test_several_events_reach_every_format(rendered, tmp_path):
     assert metadata.validate(root).empty
     labels = metadata.read_audiocaps(root).labels
     assert "mouse click" in labels[0] and "mouse click" not in labels[1]
-    content = json.loads((tmp_path / f"meta/jams/{first.split}/{first.mix_id}.jams").read_text())
+    content = json.loads((tmp_path / f"meta/jams/{first.split}/{first.clip_id}.jams").read_text())
     roles = [o["value"]["label"] for o in content["annotations"][0]["data"]]
-    assert roles == [first.scene, first.foreground_label, "mouse_click"]
+    assert roles == [first.scene, first.label, "mouse_click"]
     assert content["annotations"][0]["data"][2]["value"]["snr"] == 3.0
 
 
@@ -434,7 +432,7 @@ def test_jams_library_reads_and_validates(rendered, tmp_path):
         jam = jams.load(str(file), validate=True, strict=True)
         (annotation,) = jam.annotations.search(namespace="scaper")
         assert jam.file_metadata.duration == 2.0
-        own = events[events.mix_id == file.stem]
+        own = events[events.clip_id == file.stem]
         assert [o.value["role"] for o in annotation.data] == ["background", "foreground"]
         assert [o.time for o in annotation.data][1:] == own.onset_s.tolist()
         tags = jams.convert(annotation, "tag_open")
@@ -477,8 +475,8 @@ def test_every_damage_is_found_in_its_file(tmp_path, message):
     paths = [
         audio.save_audio(tmp_path / f"mixes/{s}/{s}.wav", TONE, 16000) for s in ("val", "test")
     ]
-    mix = {"foreground_label": "dog", "scene": "park", "caption": "a dog", "caption_2": "a hound"}
-    rows = [mix | {"split": p.stem, "path": str(p), "mix_id": p.stem} for p in paths]
+    mix = {"label": "dog", "scene": "park", "caption": "a dog", "caption_2": "a hound"}
+    rows = [mix | {"split": p.stem, "path": str(p), "clip_id": p.stem} for p in paths]
     root = metadata.write_audiocaps(pd.DataFrame(rows), tmp_path / "meta", "scenes")
     assert metadata.validate(root, sample_rate=16000, duration_s=0.1).empty
     DAMAGES[message](paths[0], tmp_path / "meta/scenes_val.json")

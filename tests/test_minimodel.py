@@ -83,7 +83,7 @@ def test_training_leaves_the_test_fold_out_and_resumes_to_the_same_bytes(
     assert read and not test_paths & set(read)
     info = ldm.checkpoint_info(folder)
     assert info["training_folds"] == [2, 3, 4]
-    # who wants this model again is sent to what makes it, not to what makes the embedded one
+    # who wants this model again is sent to what makes it, not to what makes the built-in one
     card = (folder / "README.md").read_text()
     assert "get_checkpoint" in card and "train-mini" not in card
     of_the_pool = info | {"training_dataset": minimodel._POOL}

@@ -172,7 +172,7 @@ def int16_noise(seed, n, peak):
     return np.random.default_rng(seed).integers(-peak, peak, n, dtype=np.int16)
 
 
-@pytest.mark.parametrize(("preset", "steps"), [("report-B", 0), ("team-B", 2)])
+@pytest.mark.parametrize(("preset", "steps"), [("gaurav2024-report", 0), ("gaurav2024-code", 2)])
 def test_presets_do_what_pydub_does(tmp_path, preset, steps):
     rate = 44_100
     labels = {"e": ["dog"], "s": ["park"]}
@@ -186,13 +186,13 @@ def test_presets_do_what_pydub_does(tmp_path, preset, steps):
     done = mixing.render_mixes(mixes, tmp_path / "out", rate)
     for row in done.itertuples():
         x1, x2 = (AudioSegment.from_wav(path) for path in (row.foreground, row.background))
-        theirs = x2.overlay(x1) if preset == "report-B" else (x2 - 3).overlay(x1 * 2 + 3)
+        theirs = x2.overlay(x1) if preset == "gaurav2024-report" else (x2 - 3).overlay(x1 * 2 + 3)
         ours, found_rate = sf.read(row.path, dtype="int16")
         theirs = np.frombuffer(theirs.raw_data, "<i2")
         assert found_rate == rate and ours.size == theirs.size == 1.5 * rate
         assert np.abs(ours.astype(int) - theirs).max() <= steps
     # the trap: on a segment, "* 2" is no gain
-    assert (done.repeats == (2 if preset == "team-B" else 1)).all()
+    assert (done.repeats == (2 if preset == "gaurav2024-code" else 1)).all()
     assert len(x1 * 2) == 2 * len(x1)
 
 
@@ -248,7 +248,7 @@ def test_plan_is_the_table_of_mixes_and_balanced(clips):
     assert mixes.columns.tolist() == mixing.MIX_COLUMNS
     assert mixes.split.value_counts().to_dict() == {"train": 54, "val": 18, "test": 18}
     for _, part in mixes.groupby("split"):
-        grid = pd.crosstab(part.foreground_label, part.scene).to_numpy()
+        grid = pd.crosstab(part.label, part.scene).to_numpy()
         assert grid.shape == (3, 2) and np.ptp(grid) == 0
         used = part.foreground.value_counts()
         assert used.max() - used.min() <= 1
@@ -258,19 +258,19 @@ def test_plan_is_the_table_of_mixes_and_balanced(clips):
 @given(st.integers(0, 2**31), st.integers(5, 60), st.integers(1, 5), st.sampled_from(mixing.MODES))
 def test_any_plan_is_balanced_seeded_and_free_of_leaks(clips, seed, n, test_fold, mode):
     mixes = plan(clips, n, seed, test_fold=test_fold, mode=mode)
-    assert len(mixes) == n and mixes.mix_id.is_unique and set(mixes.split) == set(mixing.SPLITS)
+    assert len(mixes) == n and mixes.clip_id.is_unique and set(mixes.split) == set(mixing.SPLITS)
     metadata.check_leaks(mixes)
-    fold = mixes.foreground_source.str.split("-").str[2].astype(int)
+    fold = mixes.source_id.str.split("-").str[2].astype(int)
     assert (fold[mixes.split == "test"] == test_fold).all()
     for split, part in mixes.groupby("split"):
-        for column, names in (("foreground_label", LABELS), ("scene", SCENES)):
+        for column, names in (("label", LABELS), ("scene", SCENES)):
             counts = part[column].value_counts().reindex(names, fill_value=0)
             assert counts.max() - counts.min() <= 1, split
     pd.testing.assert_frame_equal(mixes, plan(clips, n, seed, test_fold=test_fold, mode=mode))
 
 
 def test_more_mixes_keep_the_first_ones(clips):
-    few, many = (plan(clips, n).set_index("mix_id") for n in (20, 60))
+    few, many = (plan(clips, n).set_index("clip_id") for n in (20, 60))
     pd.testing.assert_frame_equal(few, many.loc[few.index])
     assert not plan(clips, 20, seed=1).equals(plan(clips, 20))
 
@@ -380,7 +380,7 @@ def test_every_option_draws_for_itself(clips):
         clips, 40, events=(1, 3), repeat=["choice", [1, 3]], gap_s=0.01, fade_s=[0.0, 0.02],
         background_gain_db=["normal", -3, 1, -6, 0], snr_db=("choice", [0, 6]), n_captions=5,
     )  # fmt: skip
-    same = ["mix_id", "foreground", "background", "seed"]
+    same = ["clip_id", "foreground", "background", "seed"]
     pd.testing.assert_frame_equal(plain[same], rich[same])
     assert set(rich.snr_db) == {0.0, 6.0} and set(rich.repeats) == {1, 3}
     assert rich.background_gain_db.between(-6, 0).all() and rich.fade_s.between(0, 0.02).all()
@@ -389,14 +389,16 @@ def test_every_option_draws_for_itself(clips):
     assert [c for c in rich if c.startswith("caption")][-1] == "caption_5"
     one = plan(clips, 40, n_captions=1)
     assert [c for c in one if c.startswith("caption")] == ["caption"]
-    few = plan(clips, 20, events=(1, 3)).set_index("mix_id")
+    few = plan(clips, 20, events=(1, 3)).set_index("clip_id")
     pd.testing.assert_frame_equal(
-        few, plan(clips, 40, events=(1, 3)).set_index("mix_id").loc[few.index]
+        few, plan(clips, 40, events=(1, 3)).set_index("clip_id").loc[few.index]
     )
 
 
 def test_51000_mixes_are_one_line_and_use_every_event_25_or_26_times(clips):
-    mixes = mixing.plan_mixes(*clips, 51 * 15, preset="report-B", duration_s=1.0, sample_rate=None)
+    mixes = mixing.plan_mixes(
+        *clips, 51 * 15, preset="gaurav2024-report", duration_s=1.0, sample_rate=None
+    )
     uses = mixes.foreground.value_counts()
     assert len(uses) == 30 and set(uses) <= {25, 26}
     assert (mixes[["onset_s", "foreground_gain_db", "background_gain_db"]] == 0).all().all()
@@ -407,18 +409,18 @@ def test_further_events_have_other_labels_and_are_all_listed(clips):
     further = mixes.events.map(mixing.further_events)
     assert (further.map(len) == 2).all()
     for row, more in zip(mixes.itertuples(), further, strict=True):
-        assert {row.foreground_label, *(e["foreground_label"] for e in more)} == set(LABELS)
+        assert {row.label, *(e["label"] for e in more)} == set(LABELS)
         assert row.caption.count(" and ") >= 1
     events = mixing.events_table(mixes)
     assert events.columns.tolist() == mixing.EVENT_COLUMNS and len(events) == 180
     assert (
-        events.groupby("mix_id", sort=False).event.apply(list).map(lambda e: e == [0, 1, 2]).all()
+        events.groupby("clip_id", sort=False).event.apply(list).map(lambda e: e == [0, 1, 2]).all()
     )
     # the clips are silent for 0.1 s, then sound for 0.4 s
     np.testing.assert_allclose(events.offset_s - events.onset_s, 0.4, atol=1e-9)
     assert (events.offset_s <= 1).all() and (events.snr_db == 3).all()
     folds = events.source.str.split("-").str[2].astype(int)
-    split = events.mix_id.str.split("-").str[0]
+    split = events.clip_id.str.split("-").str[0]
     assert (folds[split == "test"] == 5).all() and (folds[split == "val"] == 1).all()
     assert not folds[split == "train"].isin([1, 5]).any()
 
@@ -426,7 +428,7 @@ def test_further_events_have_other_labels_and_are_all_listed(clips):
 def test_events_table_lists_repetitions_within_the_mix(clips):
     mixes = plan(clips, 5, repeat=3, gap_s=0.1, onset=0.2)
     events = mixing.events_table(mixes)
-    first = events[events.mix_id == mixes.mix_id[0]]
+    first = events[events.clip_id == mixes.clip_id[0]]
     # 0.2 + 0.1 of silence in the clip; 0.5 + 0.1 later again, and then the mix is over
     np.testing.assert_allclose(first[["onset_s", "offset_s"]], [[0.3, 0.7], [0.9, 1.0]])
     with pytest.raises(ValueError, match="is no JSON"):
@@ -612,11 +614,11 @@ def test_shards_are_the_whole(clips, tmp_path, capsys):
         call = ["mix", str(tmp_path / "plan.csv"), str(tmp_path / "parts"), "--sample-rate", "8000"]
         assert cli.main([*call, "--shard", f"{i}/3", "--workers", "1"]) == 0
         parts.append(mixing.render_mixes(mixes, tmp_path / "parts", RATE, shard=f"{i}/3"))
-    assert sorted(pd.concat(parts).mix_id) == sorted(mixes.mix_id)
+    assert sorted(pd.concat(parts).clip_id) == sorted(mixes.clip_id)
     assert folder_bytes(tmp_path / "whole") == folder_bytes(tmp_path / "parts")
     assert cli.main(call) == 0
     table = pd.read_csv(tmp_path / "parts" / "mixes.csv")
-    assert table.mix_id.tolist() == mixes.mix_id.tolist() and table.peak_scale.notna().all()
+    assert table.clip_id.tolist() == mixes.clip_id.tolist() and table.peak_scale.notna().all()
     assert "50 mixes are in" in capsys.readouterr().out
     assert cli.main([*call, "--shard", "4/3"]) == 2
     assert "from 1 to n" in capsys.readouterr().err
@@ -688,7 +690,7 @@ def test_items_are_the_samples_of_the_files(clips, tmp_path, stems):
     items = mixing.MixDataset(mixes, RATE, stems=stems)
     names = ("", "_foreground", "_background") if stems else ("",)
     for item, row in zip(items, done.itertuples(), strict=True):
-        assert item["mix_id"] == row.mix_id and item["peak_scale"] == row.peak_scale
+        assert item["clip_id"] == row.clip_id and item["peak_scale"] == row.peak_scale
         assert (item["caption"], item["caption_3"]) == (row.caption, row.caption_3)
         for name, key in zip(names, ("audio", "foreground", "background"), strict=False):
             expected = sf.read(row.path.replace(".wav", f"{name}.wav"), dtype="float32")[0]

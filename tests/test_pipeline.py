@@ -16,7 +16,7 @@ import pytest
 from nbformat import v4
 
 from soundscapes_utils import __main__ as cli
-from soundscapes_utils import pipeline
+from soundscapes_utils import pipeline, store
 
 FIRST = """
 run_dir = "runs/quick"  # where results go
@@ -26,7 +26,7 @@ flag = False  # a switch
 folds = [1, 2]  # a list
 esc50_root = ""  # recordings
 """
-USES_PACKAGE = "from soundscapes_utils import pipeline\nrun = pipeline.open_run(run_dir)\n"
+USES_PACKAGE = "from soundscapes_utils import pipeline\nrun = store.RunFolder(run_dir)\n"
 WRITE = USES_PACKAGE + (
     "import pandas as pd\n"
     "run.save_table(pd.DataFrame({'seed': [seed]}), 'mixes0')\n"
@@ -73,26 +73,26 @@ def executions(root, name="quick"):
 
 
 def test_relative_run_dir_is_the_same_folder_from_the_root_and_from_notebooks(project, monkeypatch):
-    from_root = pipeline.open_run("runs/x").path
+    from_root = store.RunFolder("runs/x").path
     monkeypatch.chdir(project / "notebooks")
-    assert pipeline.open_run("runs/x").path == from_root == project / "runs" / "x"
+    assert store.RunFolder("runs/x").path == from_root == project / "runs" / "x"
 
 
 def test_tables_come_back_as_they_were_saved(tmp_path):
-    run = pipeline.open_run(tmp_path)
+    run = store.RunFolder(tmp_path)
     table = pd.DataFrame({"label": ["dog", "rain, heavy"], "value": [1.5, -2e-9]})
     run.save_table(table, "t")
     pd.testing.assert_frame_equal(run.load_table("t", made_by="00_x"), table)
 
 
 def test_missing_table_names_the_notebook_to_run(tmp_path):
-    with pytest.raises(pipeline.MissingStage, match="run notebook 02_synthetic_generation first"):
-        pipeline.open_run(tmp_path).load_table("generated", made_by="02_synthetic_generation")
+    with pytest.raises(store.MissingStage, match="run notebook 02_synthetic_generation first"):
+        store.RunFolder(tmp_path).load_table("generated", made_by="02_synthetic_generation")
 
 
 @pytest.mark.parametrize("fails_at", ["to_csv", "replace"])
 def test_full_disk_leaves_the_old_table_and_no_debris(tmp_path, monkeypatch, fails_at):
-    run = pipeline.open_run(tmp_path)
+    run = store.RunFolder(tmp_path)
     run.save_table(pd.DataFrame({"a": [1]}), "t")
 
     def no_space(*_, **__):
@@ -113,7 +113,7 @@ def test_figure_carries_its_caption(tmp_path):
 
     figure = Figure()
     figure.subplots().set_title("Loudness of the mixes")
-    path = pipeline.open_run(tmp_path).save_figure(figure, "01_loudness")
+    path = store.RunFolder(tmp_path).save_figure(figure, "01_loudness")
     assert Image.open(path).info["Description"] == "Loudness of the mixes"
 
 

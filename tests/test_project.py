@@ -18,9 +18,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from soundscapes_utils import pipeline
+from soundscapes_utils import pipeline, store
 
-ROOT = pipeline.project_root(Path(__file__).parent)
+ROOT = store.project_root(Path(__file__).parent)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LOCK_LINES = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
 MODULES = sorted(path.stem for path in (ROOT / "soundscapes_utils").glob("[a-z]*.py"))

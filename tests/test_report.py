@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from nbformat import v4
 
-from soundscapes_utils import pipeline, report
+from soundscapes_utils import pipeline, report, store
 
 
 class References(html.parser.HTMLParser):
@@ -30,15 +30,13 @@ def finished_run(folder):
 
     from soundscapes_utils import audio
 
-    run = pipeline.open_run(folder)
+    run = store.RunFolder(folder)
     sounds = []
     for number, label in enumerate(["dog", "rain"]):
         path = run.audio / f"{label}.wav"
         y = 0.3 * np.sin(np.arange(16_000) * 0.05 * (number + 1)).astype(np.float32)
         audio.save_audio(path, y, 16_000)
-        sounds.append(
-            {"foreground_label": label, "scene": "park", "caption": "<b>a dog", "path": path}
-        )
+        sounds.append({"label": label, "scene": "park", "caption": "<b>a dog", "path": path})
     run.save_table(pd.DataFrame(sounds), "mixes")
     figure = Figure()
     figure.subplots().set_title('Two "mixes" & more')
@@ -82,7 +80,7 @@ def test_accuracy_is_the_mean_over_folds_and_runs(tmp_path):
     rows = [("real", 1, 0.5), ("real", 2, 0.7), ("both", 1, 0.9)]
     table = pd.DataFrame(rows, columns=["arm", "fold", "accuracy"])
     table = table.assign(model="cnn", backend=["", "", "ldm"], prompt_family="", ratio=0)
-    pipeline.open_run(tmp_path).save_table(table, "results")
+    store.RunFolder(tmp_path).save_table(table, "results")
     shown = report._accuracy(tmp_path)
     by_arm = {row[shown["columns"].index("arm")]: row for row in shown["rows"]}
     assert by_arm["real"][shown["columns"].index("accuracy, mean")] == "0.6"
@@ -109,7 +107,7 @@ def quick_run(tmp_path, monkeypatch):
     injected = v4.new_code_cell("seed = 0", metadata={"tags": ["injected-parameters"]})
     result = v4.new_output("execute_result", {"text/plain": "2"}, execution_count=3)
     cells = [cells[0], injected, v4.new_code_cell("1 + 1", outputs=[result], execution_count=3)]
-    run = pipeline.open_run("runs/quick")
+    run = store.RunFolder("runs/quick")
     (run.path / "notebooks").mkdir()
     nbformat.write(v4.new_notebook(cells=cells), run.path / "notebooks/00_start.ipynb")
     record = {"profile": "quick", "given": {}, "stages": {"00_start": {"status": "finished"}}}

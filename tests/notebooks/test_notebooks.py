@@ -14,14 +14,14 @@ import nbformat
 import pandas as pd
 import pytest
 
-from soundscapes_utils import pipeline
+from soundscapes_utils import pipeline, store
 
-ROOT = pipeline.project_root(Path(__file__).parent)
+ROOT = store.project_root(Path(__file__).parent)
 NOTEBOOKS = pipeline.notebooks(ROOT)
 # The tables that stages hand to each other, with the columns that the others rely on.
 TABLES = {
     "clips": "clip_id path label fold source_id dataset duration_s sample_rate",
-    "mixes": "mix_id split foreground foreground_label foreground_source background scene "
+    "mixes": "clip_id split foreground label source_id background scene "
     "background_source onset_s foreground_gain_db background_gain_db snr_db peak_scale seed "
     "caption caption_2 caption_3 path",
     "generated": "clip_id label prompt prompt_family negative_prompt backend checkpoint seed "

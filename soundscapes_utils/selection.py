@@ -25,7 +25,7 @@ def text_embedder(name="mini-clap", path=""):
     name : {"mini-clap", "laion-clap"}
         As for `embeddings.get_embedding`.
     path : str or Path
-        The same as there: an AudioLDM checkpoint (the embedded one by default), or a CLAP in
+        The same as there: an AudioLDM checkpoint (the built-in one by default), or a CLAP in
         transformers' format (``laion/clap-htsat-unfused`` by default).
 
     Returns
@@ -58,7 +58,7 @@ def text_embedder(name="mini-clap", path=""):
     from . import embeddings, ldm
 
     if name == "mini-clap":
-        source, parts = ldm.resolve(path or "embedded"), ("tokenizer", "text_encoder")
+        source, parts = ldm.resolve(path or "builtin"), ("tokenizer", "text_encoder")
     else:
         source, parts = str(path or embeddings._LAION_HUB), ("", "")
     tower = _text_tower(source, *parts)
@@ -695,7 +695,7 @@ def _by_class(labels, n, choose):
     return kept
 
 
-# --- choosing a filter, on validation folds --------------------------------------------------------
+# --- selection a filter, on validation folds --------------------------------------------------------
 
 
 def choose_filter(

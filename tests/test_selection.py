@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from soundscapes_utils import choosing, generation
+from soundscapes_utils import generation, selection
 
 SETTINGS = settings(deadline=None, max_examples=30)
 
@@ -23,7 +23,7 @@ def directions(degrees):
 def test_clap_scores_are_cosines_of_angles():
     # classes at 0 and 90 degrees; lengths must not matter
     audio = directions([10, 30, 80]) * [[1], [5], [0.1]]
-    table = choosing.clap_scores(audio, ["a", "a", "a"], directions([0, 90]) * 3, ["a", "b"])
+    table = selection.clap_scores(audio, ["a", "a", "a"], directions([0, 90]) * 3, ["a", "b"])
     own, other = np.cos(np.deg2rad([10, 30, 80])), np.cos(np.deg2rad([80, 60, 10]))
     assert table.clap_score.tolist() == pytest.approx(own)
     assert table.clap_margin.tolist() == pytest.approx(own - other)
@@ -33,7 +33,7 @@ def test_clap_scores_are_cosines_of_angles():
 def test_several_texts_of_a_class_are_averaged_and_prompts_only_move_the_score():
     audio = directions([20.0])
     text = directions([-10, 30, 90])
-    table = choosing.clap_scores(audio, ["a"], text, ["a", "a", "b"], directions([20.0]))
+    table = selection.clap_scores(audio, ["a"], text, ["a", "a", "b"], directions([20.0]))
     # the mean of −10 and 30 degrees points to 10
     assert table.clap_score[0] == pytest.approx(1)
     assert table.clap_margin[0] == pytest.approx(np.cos(np.deg2rad(10)) - np.cos(np.deg2rad(70)))
@@ -54,7 +54,7 @@ def test_several_texts_of_a_class_are_averaged_and_prompts_only_move_the_score()
 def test_clap_scores_name_what_does_not_fit(change, message):
     arguments = {"audio": np.eye(2), "labels": ["a", "b"], "text": np.eye(2), "classes": ["a", "b"]}
     with pytest.raises(ValueError, match=message):
-        choosing.clap_scores(**(arguments | change))
+        selection.clap_scores(**(arguments | change))
 
 
 def test_the_judge_is_the_one_of_class_consistency():
@@ -64,22 +64,22 @@ def test_the_judge_is_the_one_of_class_consistency():
     labels = np.array(["a", "b", "c"] * 20)
     shift = np.array([["a", "b", "c"].index(label) for label in labels])[:, None]
     real, made = (rng.normal(size=(60, 4)) + 0.8 * shift for _ in range(2))
-    found = choosing.agreement((real, labels), made, labels)
+    found = selection.agreement((real, labels), made, labels)
     judged = esc.class_consistency((real, labels), (made, labels), (real, labels))
     assert (found.judged_as == labels).mean() == judged.generated.iloc[-1]
     # where the label is the most probable one, its probability is above one in three
     assert (found.agreement[found.judged_as == labels] > 1 / 3).all()
     with pytest.raises(ValueError, match="no real recording of d to learn from"):
-        choosing.agreement((real, labels), made[:1], ["d"])
+        selection.agreement((real, labels), made[:1], ["d"])
 
 
 def test_joint_rank_is_the_product_of_ranks():
     labels = ["a", "a", "a", "b", "b"]
-    joint = choosing.joint_rank(labels, [9, 5, 5, 1, 2], [0.1, 0.9, 0.5, 0.2, 0.1])
+    joint = selection.joint_rank(labels, [9, 5, 5, 1, 2], [0.1, 0.9, 0.5, 0.2, 0.1])
     ranks = np.array([[1, 3], [2.5, 1], [2.5, 2], [2, 1], [1, 2]])
     assert joint == pytest.approx(1 / np.sqrt(ranks.prod(axis=1)))
     with pytest.raises(ValueError, match="at least one"):
-        choosing.joint_rank(labels)
+        selection.joint_rank(labels)
 
 
 @SETTINGS
@@ -87,33 +87,33 @@ def test_joint_rank_is_the_product_of_ranks():
 def test_joint_rank_is_blind_to_scale_and_order(values, random):
     labels = [random.choice("ab") for _ in values]
     x = np.array(values, dtype=float)
-    joint = choosing.joint_rank(labels, x, -x)
-    assert joint == pytest.approx(choosing.joint_rank(labels, np.exp(x), -3 * x + 7))
+    joint = selection.joint_rank(labels, x, -x)
+    assert joint == pytest.approx(selection.joint_rank(labels, np.exp(x), -3 * x + 7))
     order = np.random.default_rng(random.randrange(99)).permutation(len(x))
-    turned = choosing.joint_rank(np.array(labels)[order], x[order], -x[order])
+    turned = selection.joint_rank(np.array(labels)[order], x[order], -x[order])
     assert turned == pytest.approx(joint[order])
 
 
 def test_summary_of_a_set_is_counted_and_averaged_by_class():
     scores = pd.DataFrame({"label": ["a", "a", "b", "b"], "judged_as": ["a", "a", "b", "a"]})
     scores = scores.assign(clap_score=[1, 2, 3, 4], clap_margin=[0, 0, 0, 1])
-    found = choosing.summarise(scores, [[0.0], [1.0], [5.0], [8.0]])
+    found = selection.summarise(scores, [[0.0], [1.0], [5.0], [8.0]])
     assert (found["n"], found["judge_agrees"], found["clap_score"]) == (4, 0.75, 2.5)
     # pairs across classes do not count
     assert found["spread"] == (1 + 3) / 2 and found["clap_margin"] == 0.25
     assert found["ci_low"] <= 0.75 <= found["ci_high"]
     # Wilson's interval of four right out of four, 1 / (1 + z² / n) to 1: no certainty
-    sure = choosing.summarise(scores.assign(judged_as=scores.label), [[0.0]] * 4)
+    sure = selection.summarise(scores.assign(judged_as=scores.label), [[0.0]] * 4)
     assert (sure["ci_low"], sure["ci_high"]) == pytest.approx((1 / (1 + 1.959964**2 / 4), 1))
     with pytest.raises(ValueError, match="embeddings has 1 rows"):
-        choosing.summarise(scores, [[0.0]])
+        selection.summarise(scores, [[0.0]])
 
 
 # --- filters ---------------------------------------------------------------------------------------
 
 
 def test_best_of_a_class_and_the_earlier_of_equals():
-    kept = choosing.keep_best(["a", "b", "a", "b", "a"], [1, 0, 3, 0, 3], {"a": 2, "b": 1})
+    kept = selection.keep_best(["a", "b", "a", "b", "a"], [1, 0, 3, 0, 3], {"a": 2, "b": 1})
     assert kept.tolist() == [False, True, True, False, True]
 
 
@@ -123,7 +123,7 @@ def test_every_filter_keeps_the_stated_number(n, seed):
     labels = ["a"] * 5 + ["b"] * 9
     rng = np.random.default_rng(seed)
     criteria = {"score": rng.normal(size=14), "margin": rng.normal(size=14)}
-    filters = choosing.make_filters(labels, criteria, n, rng.normal(size=(14, 3)), seed)
+    filters = selection.make_filters(labels, criteria, n, rng.normal(size=(14, 3)), seed)
     assert list(filters) == ["random", "score", "margin", "joint", "diverse"]
     for kept in filters.values():
         assert kept[:5].sum() == kept[5:].sum() == n
@@ -131,9 +131,9 @@ def test_every_filter_keeps_the_stated_number(n, seed):
 
 def test_random_drop_follows_seed_and_class_alone_and_takes_everyone_in_turn():
     labels = ["a"] * 8 + ["b"] * 8
-    kept = choosing.keep_random(labels, 3, seed=1)
-    assert choosing.keep_random(labels[:8], 3, seed=1).tolist() == kept[:8].tolist()
-    share = np.mean([choosing.keep_random(labels, 3, seed=s) for s in range(400)], axis=0)
+    kept = selection.keep_random(labels, 3, seed=1)
+    assert selection.keep_random(labels[:8], 3, seed=1).tolist() == kept[:8].tolist()
+    share = np.mean([selection.keep_random(labels, 3, seed=s) for s in range(400)], axis=0)
     # a binomial share of 400 draws: five standard deviations are 0.12
     assert np.abs(share - 3 / 8).max() < 0.12
 
@@ -143,35 +143,35 @@ def test_random_drop_follows_seed_and_class_alone_and_takes_everyone_in_turn():
 def test_k_centre_covers_within_twice_the_best_possible(seed, k):
     x = np.random.default_rng(seed).normal(size=(7, 2))
     labels = ["a"] * 7
-    found = choosing.covering_radius(labels, x, choosing.keep_diverse(labels, x, k))
+    found = selection.covering_radius(labels, x, selection.keep_diverse(labels, x, k))
     best = min(
-        choosing.covering_radius(labels, x, np.isin(np.arange(7), chosen))
+        selection.covering_radius(labels, x, np.isin(np.arange(7), chosen))
         for chosen in itertools.combinations(range(7), k)
     )
     assert best <= found <= 2 * best + 1e-12
 
 
 def test_k_centre_takes_no_clip_twice():
-    kept = choosing.keep_diverse(["a"] * 4, np.ones((4, 2)), 3)
+    kept = selection.keep_diverse(["a"] * 4, np.ones((4, 2)), 3)
     assert kept.sum() == 3
 
 
 def test_too_few_clips_and_bad_values_are_named():
     with pytest.raises(ValueError, match="3 clips of b are to be kept, there are 1"):
-        choosing.keep_random(["a", "a", "a", "b"], 3)
+        selection.keep_random(["a", "a", "a", "b"], 3)
     with pytest.raises(ValueError, match="1 of them not finite"):
-        choosing.keep_best(["a", "a"], [1, np.nan], 1)
+        selection.keep_best(["a", "a"], [1, np.nan], 1)
     with pytest.raises(ValueError, match="no clip of b was kept"):
-        choosing.covering_radius(["a", "b"], np.eye(2), [True, False])
+        selection.covering_radius(["a", "b"], np.eye(2), [True, False])
     with pytest.raises(ValueError, match="one True or False a clip"):
-        choosing.describe_filters(["a", "b"], {"f": [0, 1]}, {})
+        selection.describe_filters(["a", "b"], {"f": [0, 1]}, {})
 
 
 def test_description_counts_and_averages():
     labels = ["a", "a", "b", "b", "b"]
     kept = np.array([True, False, True, True, False])
     x = np.array([[0.0], [1.0], [0.0], [3.0], [6.0]])
-    table = choosing.describe_filters(labels, {"f": kept}, {"score": [1, 2, 3, 4, 5]}, x)
+    table = selection.describe_filters(labels, {"f": kept}, {"score": [1, 2, 3, 4, 5]}, x)
     whole, left = table.to_dict("records")
     assert whole == {
         "filter": "all",
@@ -189,7 +189,7 @@ def test_description_counts_and_averages():
     }
 
 
-# --- choosing a filter -----------------------------------------------------------------------------
+# --- selection a filter -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +210,8 @@ def test_the_filter_that_drops_mislabelled_clips_is_chosen(spoilt):
 
     def judge(x, y):
         seen.append(len(x))
-        agreed = choosing.agreement((x, y), made[0], made[1]).agreement
-        return choosing.keep_best(made[1], agreed, 35)
+        agreed = selection.agreement((x, y), made[0], made[1]).agreement
+        return selection.keep_best(made[1], agreed, 35)
 
     filters = {
         "all": np.ones(120, bool),
@@ -219,7 +219,7 @@ def test_the_filter_that_drops_mislabelled_clips_is_chosen(spoilt):
         "right": ~wrong,
         "judge": judge,
     }
-    table = choosing.choose_filter(real, folds, made, filters, test_fold=5, draws=39).set_index(
+    table = selection.choose_filter(real, folds, made, filters, test_fold=5, draws=39).set_index(
         "filter"
     )
     # the judge never saw the fold that validated
@@ -249,18 +249,18 @@ def accuracy_by_hand(real, made, kept):
 def test_the_better_of_two_thresholds_is_chosen(spoilt, monkeypatch):
     real, folds, made, wrong = spoilt
     criteria = {"score": -wrong.astype(float), "agreement": np.random.default_rng(0).random(120)}
-    masks = choosing.make_filters(made[1], criteria, choosing.share_of_each(made[1], 0.95))
-    masks |= choosing.filters_at_shares(made[1], criteria, [0.5])
+    masks = selection.make_filters(made[1], criteria, selection.share_of_each(made[1], 0.95))
+    masks |= selection.filters_at_shares(made[1], criteria, [0.5])
     # 58 % of each class are right
     assert not (masks["score 50%"] & wrong).any() and (masks["score"] & wrong).sum() > 30
-    heard, judge = [], choosing.agreement
+    heard, judge = [], selection.agreement
     monkeypatch.setattr(
-        choosing,
+        selection,
         "agreement",
         lambda train, *rest: heard.append(len(train[0])) or judge(train, *rest),
     )
-    offered = choosing.offer_filters(masks, *made, criteria)
-    table = choosing.choose_filter(real, folds, made, offered, test_fold=5, draws=9)
+    offered = selection.offer_filters(masks, *made, criteria)
+    table = selection.choose_filter(real, folds, made, offered, test_fold=5, draws=9)
     table = table.set_index("filter")
     assert not any("random" in name for name in table.index)
     assert set(heard) == {90}, "no judge has heard the fold that validates"
@@ -275,9 +275,9 @@ def test_the_better_of_two_thresholds_is_chosen(spoilt, monkeypatch):
 
 def test_shares_are_rounded_down_but_leave_one():
     labels = ["dog"] * 7 + ["rain"]
-    assert choosing.share_of_each(labels, 0.5) == {"dog": 3, "rain": 1}
+    assert selection.share_of_each(labels, 0.5) == {"dog": 3, "rain": 1}
     with pytest.raises(ValueError, match="share is 0"):
-        choosing.share_of_each(labels, 0)
+        selection.share_of_each(labels, 0)
 
 
 def test_the_best_by_clap_is_nearest_to_its_own_prompt(monkeypatch):
@@ -290,13 +290,13 @@ def test_the_best_by_clap_is_nearest_to_its_own_prompt(monkeypatch):
         def embed(self, paths, silence):
             return np.array([sounds[path] for path in paths])
 
-    monkeypatch.setattr(choosing, "text_embedder", lambda *_: lambda t: [texts[one] for one in t])
+    monkeypatch.setattr(selection, "text_embedder", lambda *_: lambda t: [texts[one] for one in t])
     monkeypatch.setattr(embeddings, "get_embedding", lambda *_: Ear())
     names = pd.DataFrame({"clip_id": ["a", "a-c2", "b", "b-c2"], "candidate_of": list("aabb")})
     made = names[["clip_id"]].assign(
         path=list("1234"), prompt=["a dog"] * 2 + ["rain"] * 2, score=np.nan
     )
-    best = choosing.best_by_clap(names, made)
+    best = selection.best_by_clap(names, made)
     assert best.path.tolist() == ["2", "3"]
     np.testing.assert_allclose(best.score, [3 / 9.01**0.5, 2 / 5**0.5])
 
@@ -304,10 +304,10 @@ def test_the_best_by_clap_is_nearest_to_its_own_prompt(monkeypatch):
 def test_a_filter_that_is_random_itself_is_one_of_many(spoilt):
     real, folds, made, _ = spoilt
     # 21 of each class, drawn as the fourth of the control's own drops
-    mask = choosing.keep_random(made[1], 21, seed=3)
-    found = choosing.choose_filter(real, folds, made, {"r": mask}, test_fold=5, draws=19).iloc[0]
+    mask = selection.keep_random(made[1], 21, seed=3)
+    found = selection.choose_filter(real, folds, made, {"r": mask}, test_fold=5, draws=19).iloc[0]
     drops = [
-        accuracy_by_hand(real, made, choosing.keep_random(made[1], 21, seed=draw))
+        accuracy_by_hand(real, made, selection.keep_random(made[1], 21, seed=draw))
         for draw in range(19)
     ]
     assert found.accuracy == pytest.approx(drops[3])
@@ -317,7 +317,7 @@ def test_a_filter_that_is_random_itself_is_one_of_many(spoilt):
 
 def test_excerpts_of_one_source_count_once(spoilt):
     real, folds, made, wrong = spoilt
-    table = choosing.choose_filter(
+    table = selection.choose_filter(
         real, folds, made, {"right": ~wrong}, test_fold=5, sources=np.arange(120) // 3, draws=1
     )
     assert table.n_validation[0] == 40
@@ -326,7 +326,7 @@ def test_excerpts_of_one_source_count_once(spoilt):
 def test_real_recordings_of_other_folds_may_be_learned_from(spoilt):
     real, folds, made, wrong = spoilt
     alone, both = (
-        choosing.choose_filter(
+        selection.choose_filter(
             real, folds, made, {"wrong": wrong}, test_fold=5, with_real=with_real, draws=1
         ).accuracy[0]
         for with_real in (False, True)
@@ -337,13 +337,13 @@ def test_real_recordings_of_other_folds_may_be_learned_from(spoilt):
 def test_the_test_fold_is_refused(spoilt):
     real, folds, made, wrong = spoilt
     with pytest.raises(ValueError, match="30 recordings of test fold 4"):
-        choosing.choose_filter(real, folds, made, {"right": ~wrong}, test_fold=4)
+        selection.choose_filter(real, folds, made, {"right": ~wrong}, test_fold=4)
     with pytest.raises(ValueError, match="two folds"):
-        choosing.choose_filter(real, np.ones(120), made, {"right": ~wrong}, test_fold=5)
+        selection.choose_filter(real, np.ones(120), made, {"right": ~wrong}, test_fold=5)
     with pytest.raises(ValueError, match="filter none keeps fewer than two classes"):
-        choosing.choose_filter(real, folds, made, {"none": np.zeros(120, bool)}, test_fold=5)
+        selection.choose_filter(real, folds, made, {"none": np.zeros(120, bool)}, test_fold=5)
     with pytest.raises(ValueError, match="give one of each"):
-        choosing.choose_filter(real, folds[1:], made, {"right": ~wrong}, test_fold=5)
+        selection.choose_filter(real, folds[1:], made, {"right": ~wrong}, test_fold=5)
 
 
 # --- probe -----------------------------------------------------------------------------------------
@@ -356,15 +356,15 @@ def test_the_test_fold_is_refused(spoilt):
 )
 def test_area_is_that_of_scikit_learn(real, fake):
     truth = [0] * len(real) + [1] * len(fake)
-    assert choosing._auc(real, fake) == pytest.approx(roc_auc_score(truth, real + fake))
+    assert selection._auc(real, fake) == pytest.approx(roc_auc_score(truth, real + fake))
 
 
 def test_probe_finds_a_shift_and_nothing_where_there_is_none():
     rng = np.random.default_rng(1)
     x, same = rng.normal(size=(150, 3)), rng.normal(size=(150, 3))
     names = [f"r{i}" for i in range(150)], [f"s{i}" for i in range(150)]
-    none = choosing.real_or_synthetic(x, same, *names, repeats=200, floors=6)
-    shifted = choosing.real_or_synthetic(
+    none = selection.real_or_synthetic(x, same, *names, repeats=200, floors=6)
+    shifted = selection.real_or_synthetic(
         x, same + np.array([1.5, 0, 0]), *names, repeats=200, floors=6
     )
     assert none.comparison.tolist() == ["synthetic", "real against real"]
@@ -385,12 +385,12 @@ def test_probe_does_not_recognise_a_source_by_its_twin():
     sources = np.repeat(np.arange(40), 5)
     x = rng.normal(size=(40, 60))[sources] + 0.01 * rng.normal(size=(200, 60))
     real, fake = sources < 20, sources >= 20
-    table = choosing.real_or_synthetic(
+    table = selection.real_or_synthetic(
         x[real], x[fake], sources[real], sources[fake], folds=5, floors=2, repeats=200
     )
     # with leaking twins the area is 1
     assert table.ci_low[0] < 0.6 and table.auc[0] < 0.8
-    parts = choosing._probed(x[real], x[fake], sources[real], sources[fake], 5, 0)
+    parts = selection._probed(x[real], x[fake], sources[real], sources[fake], 5, 0)
     held = [set(side[1]) for sides in parts for side in sides]
     assert sum(map(len, held)) == len(set().union(*held)) == 40
 
@@ -398,9 +398,9 @@ def test_probe_does_not_recognise_a_source_by_its_twin():
 def test_probe_needs_sources():
     x = np.random.default_rng(0).normal(size=(20, 2))
     with pytest.raises(ValueError, match="4 real and 20 synthetic sources are too few"):
-        choosing.real_or_synthetic(x, x, np.arange(20) // 5, np.arange(20))
+        selection.real_or_synthetic(x, x, np.arange(20) // 5, np.arange(20))
     with pytest.raises(ValueError, match="real is 2 wide, synthetic 1"):
-        choosing.real_or_synthetic(x, x[:, :1], np.arange(20), np.arange(20))
+        selection.real_or_synthetic(x, x[:, :1], np.arange(20), np.arange(20))
 
 
 # --- candidates ------------------------------------------------------------------------------------
@@ -408,39 +408,39 @@ def test_probe_needs_sources():
 
 def test_more_candidates_only_add_and_one_changes_nothing():
     plan = generation.plan_clips(["dog", "rain"], 2, duration_s=1)
-    one, two, four = (choosing.plan_candidates(plan, n) for n in (1, 2, 4))
+    one, two, four = (selection.plan_candidates(plan, n) for n in (1, 2, 4))
     assert one[plan.columns].equals(plan)
     assert two[~two.clip_id.isin(plan.clip_id)].clip_id.str.endswith("-c2").all()
     both = four.merge(two, on=["clip_id", "seed", "candidate_of"])
     assert len(both) == len(two) == 8 and four.seed.nunique() == 16
-    other = choosing.plan_candidates(generation.plan_clips(["dog"], 1, duration_s=1, seed=1), 2)
+    other = selection.plan_candidates(generation.plan_clips(["dog"], 1, duration_s=1, seed=1), 2)
     assert not set(other.seed) & set(four.seed)
     with pytest.raises(ValueError, match="at least 1"):
-        choosing.plan_candidates(plan, 0)
+        selection.plan_candidates(plan, 0)
 
 
 def test_the_best_candidate_takes_its_clips_place():
     plan = generation.plan_clips(["dog", "rain"], 2, duration_s=1)
-    candidates = choosing.plan_candidates(plan, 3)
+    candidates = selection.plan_candidates(plan, 3)
     # all of the third clip failed, and one of the first
     made = candidates[
         ~candidates.candidate_of.eq("rain-simple-0000") & candidates.clip_id.ne("dog-simple-0000")
     ]
     made = made.assign(score=np.nan)[["clip_id", "label", "seed", "score"]]
     scores = [0.2, 0.7, 0.5, 0.9, 0.9, -0.1, -0.2, -0.3]
-    best = choosing.best_candidates(candidates, made, scores)
+    best = selection.best_candidates(candidates, made, scores)
     assert best.clip_id.tolist() == ["dog-simple-0000", "dog-simple-0001", "rain-simple-0001"]
     assert best.score.tolist() == [0.7, 0.9, -0.1]
     assert best.seed.tolist() == [made.seed.iloc[1], made.seed.iloc[3], made.seed.iloc[5]]
     assert best.columns.tolist() == made.columns.tolist()
     with pytest.raises(ValueError, match="is no candidate"):
-        choosing.best_candidates(candidates.iloc[1:], candidates.iloc[:1].assign(score=0), [0])
+        selection.best_candidates(candidates.iloc[1:], candidates.iloc[:1].assign(score=0), [0])
 
 
 def test_a_clip_without_rivals_keeps_its_row():
-    candidates = choosing.plan_candidates(generation.plan_clips(["dog"], 3, duration_s=1), 1)
+    candidates = selection.plan_candidates(generation.plan_clips(["dog"], 3, duration_s=1), 1)
     made = pd.DataFrame({"clip_id": candidates.clip_id, "score": np.nan, "path": ["a", "b", "c"]})
-    assert choosing.best_candidates(candidates, made, [3, 2, 1]).equals(made)
+    assert selection.best_candidates(candidates, made, [3, 2, 1]).equals(made)
 
 
 # --- text towers -----------------------------------------------------------------------------------
@@ -450,9 +450,9 @@ def test_text_tower_of_a_checkpoint_is_the_pipelines():
     from soundscapes_utils import ldm
 
     texts = ["a dog barking", "the sound of rain and nothing else"]
-    pipe = ldm.load_pipeline("embedded", device="cpu")
+    pipe = ldm.load_pipeline("builtin", device="cpu")
     expected = ldm.embed_text(pipe, texts).numpy()
-    assert choosing.text_embedder()(texts) == pytest.approx(expected, abs=1e-6)
+    assert selection.text_embedder()(texts) == pytest.approx(expected, abs=1e-6)
 
 
 def test_text_tower_of_a_whole_clap_is_that_of_transformers(tmp_path):
@@ -465,7 +465,7 @@ def test_text_tower_of_a_whole_clap_is_that_of_transformers(tmp_path):
     model = ClapTextModelWithProjection(ClapTextConfig(**_clap_text_config(len(tokenizer)))).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    rows = choosing.text_embedder("laion-clap", tmp_path)(["a dog barking"])
+    rows = selection.text_embedder("laion-clap", tmp_path)(["a dog barking"])
     with torch.no_grad():
         expected = model(**tokenizer(["a dog barking"], return_tensors="pt")).text_embeds[0]
     assert rows[0] == pytest.approx((expected / expected.norm()).numpy(), abs=1e-5)
@@ -475,6 +475,6 @@ def test_unknown_and_absent_towers_are_named(tmp_path):
     from soundscapes_utils import ldm
 
     with pytest.raises(ValueError, match="yamnet has no text tower here"):
-        choosing.text_embedder("yamnet")
+        selection.text_embedder("yamnet")
     with pytest.raises(ldm.CheckpointError, match="no CLAP text tower"):
-        choosing.text_embedder("laion-clap", tmp_path)
+        selection.text_embedder("laion-clap", tmp_path)
