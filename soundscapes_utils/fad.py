@@ -18,7 +18,6 @@ _EPS = np.finfo(np.float64).eps
 _TOLERANCE = 1e-8  # relative error of a FAD beyond which the slower, exact root is taken
 _LARGEST = 1e150  # whose square still is a float64
 _KEPT = 0.8  # share of the recordings in a subsample for an interval
-FLOOR_NAME = "real (floor)"
 _UNTRUSTED = "extrapolated from fewer clips than dimensions: biased"
 
 
@@ -1526,32 +1525,30 @@ def score_table(
     candidates,
     *,
     embedding,
-    reference_name="real",
     metrics=("FAD", "KAD"),
     floor=None,
     groups=None,
     repeats=200,
     seed=0,
 ):
-    """Score candidates against one reference, with n, interval and floor.
+    """Score candidates against one reference, each with n, interval and noise floor.
 
     Parameters
     ----------
     reference : array_like, shape (n, d)
-        Embeddings of held-out real clips.
+        Embeddings of held-out real clips; the column ``reference`` says "real" until the caller
+        assigns another name.
     candidates : dict of str to array_like, shape (n_i, d)
         Embeddings to score, by name.
     embedding : str
         Name of the embedding, for the table.
-    reference_name : str, default "real"
-        Name of the reference, for the table.
     metrics : sequence of str
         Keys of `METRICS`. KAD's bandwidth is the reference's for all candidates.
     floor : array_like, shape (m, d), optional
         Real clips that are *not* in the reference: as many of them as the candidate has are
-        scored as if they were a candidate. Without it the floor is `noise_floor` of the reference.
+        scored in its place. By default the floor is `noise_floor` of the reference's halves.
     groups : dict of str to array_like, optional
-        Recording of every row, by candidate's name; the reference's under `reference_name`.
+        Recording of every row, by candidate's name; the reference's under "real".
     repeats : int, default 200
         Subsamples for each interval; a tenth of it (at least 10) splits for a floor of halves.
     seed : int, default 0
@@ -1560,9 +1557,10 @@ def score_table(
     Returns
     -------
     pandas.DataFrame
-        The ``scores`` table: ``metric, embedding, reference, candidate, value, ci_low, ci_high,
-        n_reference, n_candidate, note``. Floor rows have ``candidate == fad.FLOOR_NAME``. The
-        interval is empty where a set has too few recordings for one, and the note says so.
+        One row per metric and candidate, columns `SCORE_COLUMNS`: ``value`` with its interval,
+        ``floor`` (what real clips score) with its own, ``floor_n`` real clips in the candidate's
+        place. The interval is empty where a set has too few recordings for one, and the note says
+        so.
 
     Raises
     ------
@@ -1572,11 +1570,10 @@ def score_table(
     Examples
     --------
     >>> rng = np.random.default_rng(0)
-    >>> table = score_table(
-    ...     rng.normal(size=(40, 4)), {"noisy": rng.normal(0, 2, (20, 4))}, embedding="toy"
-    ... )
-    >>> table.candidate.tolist()
-    ['real (floor)', 'noisy', 'real (floor)', 'noisy']
+    >>> noisy = rng.normal(0, 2, (20, 4))
+    >>> table = score_table(rng.normal(size=(40, 4)), {"noisy": noisy}, embedding="toy")
+    >>> (table["floor"] < table["value"]).tolist()
+    [True, True]
     """
     import pandas as pd
 
@@ -1586,7 +1583,7 @@ def score_table(
     if unknown:
         raise ValueError(f"unknown metrics {sorted(unknown)}; known: {', '.join(METRICS)}")
     groups = groups or {}
-    reference_groups = groups.get(reference_name)
+    reference_groups = groups.get("real")
     rows = []
     for name in metrics:
         metric = METRICS[name]
@@ -1594,26 +1591,38 @@ def score_table(
             metric = partial(kernel_distance, bandwidth=median_distance(reference))
         score = partial(_score, name, reference, reference_groups, metric, repeats, seed)
         if floor is None:
-            found = [_floor_of_halves(reference, reference_groups, metric, repeats, seed)]
+            halves = _floor_of_halves(reference, reference_groups, metric, repeats, seed)
         else:
-            origin = "real clips outside the reference"
             sets = _floor_sets(floor, candidates, seed)
-            found = [score(FLOOR_NAME, real, None, origin) for real in sets]
-        found += [score(key, y, groups.get(key)) for key, y in candidates.items()]
-        rows += [{"metric": name, **row} for row in found]
-    table = pd.DataFrame(rows).assign(embedding=embedding, reference=reference_name)
+            floors = {len(real): score("floor", real, None) for real in sets}
+        for candidate, y in candidates.items():
+            row = score(candidate, y, groups.get(candidate))
+            if floor is None:
+                below, origin = halves, halves["note"]
+            else:
+                below = floors[min(len(y), len(floor))]
+                origin = "; ".join(
+                    filter(None, ["real clips outside the reference", below["note"]])
+                )
+            row |= {
+                "floor": below["value"],
+                "floor_low": below["ci_low"],
+                "floor_high": below["ci_high"],
+                "floor_n": below["n_candidate"],
+                "note": "; ".join(filter(None, [row["note"], f"floor: {origin}"])),
+            }
+            rows.append({"metric": name, **row})
+    table = pd.DataFrame(rows).assign(embedding=embedding, reference="real")
     return table[SCORE_COLUMNS]
 
 
 SCORE_COLUMNS = [
     *("metric", "embedding", "reference", "candidate", "value", "ci_low", "ci_high"),
-    *("n_reference", "n_candidate", "note"),
+    *("n_reference", "n_candidate", "floor", "floor_low", "floor_high", "floor_n", "note"),
 ]
 
 
-def _score(
-    name, reference, reference_groups, metric, repeats, seed, candidate, y, y_groups, origin=""
-):
+def _score(name, reference, reference_groups, metric, repeats, seed, candidate, y, y_groups):
     groups = {"groups_x": reference_groups, "groups_y": y_groups, "seed": seed}
     recordings = [
         _codes(len(reference), reference_groups, "reference"),
@@ -1637,7 +1646,7 @@ def _score(
         "ci_high": high,
         "n_reference": len(reference),
         "n_candidate": len(y),
-        "note": "; ".join(filter(None, [origin, note])),
+        "note": note,
     }
 
 
@@ -1658,15 +1667,7 @@ def _floor_of_halves(reference, groups, metric, repeats, seed):
     note = f"disjoint halves of the reference, {splits} splits"
     if metric is _extrapolated and n // 4 < reference.shape[1]:
         note = f"{note}; {_UNTRUSTED}"
-    return {
-        "candidate": FLOOR_NAME,
-        "value": values.mean(),
-        "ci_low": low,
-        "ci_high": high,
-        "n_reference": n,
-        "n_candidate": n,
-        "note": note,
-    }
+    return {"value": values.mean(), "ci_low": low, "ci_high": high, "n_candidate": n, "note": note}
 
 
 def challenge_scores(published, candidates, networks, *, repeats=200, seed=0):
@@ -1705,23 +1706,21 @@ def challenge_scores(published, candidates, networks, *, repeats=200, seed=0):
     missing = set(networks) - set(published)
     if missing:
         raise ValueError(f"no published embeddings of {sorted(missing)}; there are: {[*published]}")
-    name = "development set"
     tables = []
     for network, embedding in networks.items():
         reference, clips = as_points(published[network])
-        points, groups = {}, {name: clips}
+        points, groups = {}, {"real": clips}
         for model, sounds in candidates.items():
             points[model], groups[model] = as_points(embedding.embed_windows(sounds))
         table = score_table(
-            reference, points, embedding=network, reference_name=name, groups=groups,
-            repeats=repeats, seed=seed,
-        )  # fmt: skip
-        tables.append(table)
+            reference, points, embedding=network, groups=groups, repeats=repeats, seed=seed
+        )
+        tables.append(table.assign(reference="development set"))
     return pd.concat(tables, ignore_index=True)
 
 
-def beside_floor(scores):
-    """Put the floor beside every score: the ``scores`` table as people read it.
+def score_lines(scores):
+    """Write scores as people read them: three digits, intervals in brackets, n next to them.
 
     Parameters
     ----------
@@ -1732,50 +1731,23 @@ def beside_floor(scores):
     -------
     pandas.DataFrame
         ``embedding, metric, reference, candidate``; ``n`` (of reference / candidate); ``score`` and
-        ``floor``, both with interval; ``floor_n``. Of several floors the one nearest in n is taken.
-
-    Raises
-    ------
-    ValueError
-        A score for whose embedding, metric and reference there is no floor.
+        ``floor``, both with interval; ``floor_n``, real clips in the candidate's place.
 
     Examples
     --------
     >>> rng = np.random.default_rng(0)
-    >>> table = score_table(
-    ...     rng.normal(size=(40, 4)), {"noisy": rng.normal(0, 2, (20, 4))}, embedding="toy"
-    ... )
-    >>> beside_floor(table)["n"].tolist()
+    >>> noisy = rng.normal(0, 2, (20, 4))
+    >>> table = score_table(rng.normal(size=(40, 4)), {"noisy": noisy}, embedding="toy")
+    >>> score_lines(table)["n"].tolist()
     ['40 / 20', '40 / 20']
     """
-    import pandas as pd
-
-    scores = scores.reset_index(drop=True)
-    is_floor = scores["candidate"] == FLOOR_NAME
-    rows = []
-    for row in scores[~is_floor].itertuples():
-        same = is_floor
-        for key in ("metric", "embedding", "reference"):
-            same = same & (scores[key] == getattr(row, key))
-        if not same.any():
-            raise ValueError(
-                f"no floor for {row.metric} in {row.embedding} against {row.reference}"
-            )
-        nearest = (scores.loc[same, "n_candidate"] - row.n_candidate).abs().idxmin()
-        floor = scores.loc[nearest]
-        rows.append(
-            {
-                "embedding": row.embedding,
-                "metric": row.metric,
-                "reference": row.reference,
-                "candidate": row.candidate,
-                "n": f"{row.n_reference} / {row.n_candidate}",
-                "score": _with_interval(row.value, row.ci_low, row.ci_high),
-                "floor": _with_interval(floor["value"], floor["ci_low"], floor["ci_high"]),
-                "floor_n": f"{floor['n_reference']} / {floor['n_candidate']}",
-            }
-        )
-    return pd.DataFrame(rows)
+    sizes = zip(scores["n_reference"], scores["n_candidate"], strict=True)
+    return scores[["embedding", "metric", "reference", "candidate"]].assign(
+        n=[f"{reference} / {candidate}" for reference, candidate in sizes],
+        score=[_with_interval(*row) for row in scores[["value", "ci_low", "ci_high"]].to_numpy()],
+        floor=[_with_interval(*r) for r in scores[["floor", "floor_low", "floor_high"]].to_numpy()],
+        floor_n=scores["floor_n"],
+    )
 
 
 def _with_interval(value, low, high):
