@@ -435,3 +435,23 @@ def _row_correlation(a, b, ranked):
     # a resample that drew one item over and over shows no association
     safe = np.where(spread > 1e-300, spread, 1.0)
     return np.where(spread > 1e-300, (a * b).sum(axis=-1) / safe, 0.0)
+
+
+def linear_probe(seed=0):
+    """Logistic regression on standardised features: the classifier that judges an embedding.
+
+    Returns
+    -------
+    sklearn.pipeline.Pipeline
+        Not yet fitted; ``fit(x, y)``, ``predict(x)``, ``predict_proba(x)``.
+
+    Examples
+    --------
+    >>> linear_probe().fit([[0.0], [1.0]], ["a", "b"]).predict([[0.9]]).tolist()
+    ['b']
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, random_state=seed))
