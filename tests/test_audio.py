@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from soundscapes_utils import audio
+from soundscapes_utils import audio, store
 
 ESC10 = Path(__file__).parents[2] / "shared/data/ESC-10/audio"
 needs_esc10 = pytest.mark.skipif(not ESC10.is_dir(), reason="../shared/data/ESC-10 is not there")
@@ -238,7 +238,7 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(audio.AudioError, match=r"No space left on device.*free some space"):
+    with pytest.raises(store.DataError, match=r"No space left on device.*free some space"):
         audio.save_audio(path, [0.25], 16_000)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
