@@ -41,7 +41,7 @@ class AudioError(store.DataError):
 
 
 def check_audio(y, name, silent_ok=False):
-    """Return a signal as float32, or say why it is none.
+    """Return a signal as float32, shape (samples,), or say why it is not one.
 
     Parameters
     ----------
@@ -52,20 +52,10 @@ def check_audio(y, name, silent_ok=False):
     silent_ok : bool, default False
         Accept a signal that would be digital silence in 16 bit.
 
-    Returns
-    -------
-    np.ndarray of float32, shape (samples,)
-        The signal, not copied where it was float32 already.
-
     Raises
     ------
     AudioError
         Not one-dimensional, empty, not finite, or (unless `silent_ok`) silent.
-
-    Examples
-    --------
-    >>> check_audio([0.0, 0.5], "two samples").dtype
-    dtype('float32')
     """
     y = np.asarray(y)
     if y.ndim != 1:
@@ -77,31 +67,14 @@ def check_audio(y, name, silent_ok=False):
     low, high = float(y.min()), float(y.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         bad = int(np.count_nonzero(~np.isfinite(y)))
-        raise AudioError(f"{name}: {bad} of {y.size} samples are NaN or infinite; make it anew")
+        raise AudioError(f"{name}: {bad} of {y.size} samples are NaN or infinite; make it again")
     if not silent_ok and max(-low, high) < _SILENCE_PEAK:
         raise AudioError(f"{name}: is silent; leave it out or replace it")
     return y
 
 
 def resample(y, from_rate, to_rate):
-    """Change the sample rate with soxr's "HQ" recipe (the rate that all stages share).
-
-    Parameters
-    ----------
-    y : np.ndarray, shape (samples,)
-        Signal.
-    from_rate, to_rate : int
-        Sample rates in Hz.
-
-    Returns
-    -------
-    np.ndarray of float32, shape (about samples * to_rate / from_rate,)
-        The same object where both rates are equal and `y` is float32.
-
-    Raises
-    ------
-    AudioError
-        A rate is not positive.
+    """Change the sample rate (Hz) with soxr's "HQ" recipe, which all stages share.
 
     Examples
     --------
@@ -124,7 +97,7 @@ def load_audio(path, sample_rate=None, duration=None):
     path : str or Path
         Any format libsndfile reads: WAV, FLAC, OGG, MP3, AIFF.
     sample_rate : int, optional
-        Resample to this rate in Hz (soxr "HQ"); by default keep the file's.
+        Resample to this rate in Hz; by default keep the file's.
     duration : float, optional
         Read at most this many seconds from the start; a shorter file stays shorter.
 
@@ -138,7 +111,7 @@ def load_audio(path, sample_rate=None, duration=None):
     Raises
     ------
     AudioError
-        Missing, empty, cut short, no sound file, or samples that are not finite. Silence is
+        Missing, empty, cut short, not a sound file, or samples that are not finite. Silence is
         returned: :func:`check_audio` refuses it where it matters.
 
     Examples
@@ -163,30 +136,12 @@ def load_audio(path, sample_rate=None, duration=None):
 
 
 def read_header(path):
-    """Read how long a sound file is without reading its samples.
-
-    Parameters
-    ----------
-    path : str or Path
-        Any format that :func:`load_audio` reads.
-
-    Returns
-    -------
-    samples : int
-        In each channel.
-    sample_rate : int
-        Hz.
+    """Read samples per channel and sample rate (Hz) of a sound file without its samples.
 
     Raises
     ------
     AudioError
-        Missing, empty, cut short, or no sound file.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> read_header(save_audio(Path(tempfile.mkdtemp()) / "click.wav", [0.0, 1.0, 0.0], 16000))
-    (3, 16000)
+        Missing, empty, cut short, or not a sound file.
     """
     path = Path(path)
     with _opened(path) as file:
@@ -214,7 +169,7 @@ def _opened(path):
     except (sf.SoundFileError, OSError) as error:
         raise AudioError(
             f"{path}: cannot be read as sound ({error}); it may be damaged or cut short, "
-            "or be no sound file: replace it with WAV, FLAC, OGG or MP3"
+            "or not be a sound file: replace it with WAV, FLAC, OGG or MP3"
         ) from error
 
 
@@ -230,9 +185,8 @@ def _refuse_truncated(path, info):
 def save_audio(path, y, sample_rate):
     """Write a signal as 16-bit PCM; the file is there complete or not at all.
 
-    A sample is stored as ``round(32768 * y)``, so that what was read from 16 bit is written back
-    bit by bit. Nothing is scaled and nothing is clipped silently: beyond full scale is an error
-    (+1 itself becomes the largest code, 32767).
+    A sample is stored as ``round(32768 * y)``, so that what was read from 16 bit is written back bit by
+    bit. Nothing is scaled and nothing is clipped silently (+1 itself becomes the largest code, 32767).
 
     Parameters
     ----------
@@ -243,15 +197,10 @@ def save_audio(path, y, sample_rate):
     sample_rate : int
         Rate in Hz.
 
-    Returns
-    -------
-    Path
-        The file written.
-
     Raises
     ------
     AudioError
-        Empty, not finite or clipping signal, other file ending, or a disk that refuses.
+        Empty, not finite or clipping signal, or another file ending.
 
     Examples
     --------
@@ -284,22 +233,10 @@ def fix_length(y, n, mode="repeat"):
     mode : {"repeat", "pad"}
         What fills a short signal: itself again, or zeros at the end.
 
-    Returns
-    -------
-    np.ndarray, shape (n,)
-        Same dtype as `y`.
-
-    Raises
-    ------
-    AudioError
-        Empty signal, `n` < 1 or unknown `mode`.
-
     Examples
     --------
     >>> fix_length(np.array([1, 2, 3]), 5).tolist()
     [1, 2, 3, 1, 2]
-    >>> fix_length(np.array([1, 2, 3]), 5, "pad").tolist()
-    [1, 2, 3, 0, 0]
     """
     y = np.asarray(y)
     if mode not in ("repeat", "pad"):
@@ -312,30 +249,17 @@ def fix_length(y, n, mode="repeat"):
 
 
 def loudest_segment(y, n, tries, rng):
-    """Cut the loudest of a few random segments out of a signal.
+    """Cut the loudest of a few random segments of `n` samples out of a signal; a shorter one is whole.
 
     Events are short and recordings long: a segment drawn blindly would often hold none.
 
     Parameters
     ----------
-    y : np.ndarray [samples]
-        Signal.
+    y : np.ndarray, shape (samples,)
     n : int
-        Samples of a segment; a shorter signal is returned whole.
     tries : int
         Positions drawn; 1 cuts blindly.
     rng : np.random.Generator
-        Draws the positions.
-
-    Returns
-    -------
-    np.ndarray [min(n, samples)]
-        The segment with the largest energy.
-
-    Examples
-    --------
-    >>> loudest_segment(np.ones(5), 3, 4, np.random.default_rng(0)).tolist()
-    [1.0, 1.0, 1.0]
     """
     starts = rng.integers(0, max(1, len(y) - n + 1), size=tries)
     return max((y[s : s + n] for s in starts), key=lambda part: float(np.sum(part**2)))
@@ -351,7 +275,6 @@ def excerpts(files, seconds, sample_rate=16_000):
     Parameters
     ----------
     files : sequence of path
-        Sound files.
     seconds : float
         Length of every excerpt.
     sample_rate : int, default 16000
@@ -359,22 +282,7 @@ def excerpts(files, seconds, sample_rate=16_000):
 
     Returns
     -------
-    list of np.ndarray, float32 [round(seconds * sample_rate)]
-
-    Raises
-    ------
-    AudioError
-        A file that cannot be read.
-    ValueError
-        `seconds` is not positive.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> file = Path(tempfile.mkdtemp()) / "late.wav"
-    >>> _ = save_audio(file, np.r_[np.zeros(16_000), np.full(8_000, 0.5), -0.5], 16_000)
-    >>> excerpts([file], 0.5)[0].shape
-    (8000,)
+    list of np.ndarray of float32, shape (round(seconds * sample_rate),)
     """
     n = round(seconds * sample_rate)
     if n < 1:
@@ -393,31 +301,14 @@ def _excerpt(y, n):
 
 
 def loudness(y, sample_rate):
-    """Integrated loudness after ITU-R BS.1770-4 (K-weighted, gated).
+    """Integrated loudness after ITU-R BS.1770-4 (K-weighted, gated), in LUFS.
 
-    A signal shorter than the standard's gating block of 400 ms is one block of its own length.
-
-    Parameters
-    ----------
-    y : array_like, shape (samples,)
-        Signal, ±1 is full scale.
-    sample_rate : int
-        Rate in Hz.
-
-    Returns
-    -------
-    float
-        LUFS; −inf for silence and for what stays below the absolute gate of −70 LUFS.
-
-    Raises
-    ------
-    AudioError
-        Empty or not finite.
+    A signal shorter than the standard's gating block of 400 ms is one block of its own length. Silence,
+    and what stays below the absolute gate of −70 LUFS, is −inf.
 
     Examples
     --------
-    >>> tone = np.sin(2 * np.pi * 997 * np.arange(48000) / 48000)
-    >>> round(loudness(tone, 48000))
+    >>> round(loudness(np.sin(2 * np.pi * 997 * np.arange(48000) / 48000), 48000))
     -3
     """
     import pyloudnorm
@@ -435,18 +326,7 @@ def loudness(y, sample_rate):
 
 @lru_cache(maxsize=1)
 def mel_filters():
-    """Mel filter bank of `log_mel`: 64 Slaney bands, Slaney norm, over 0–8 kHz.
-
-    Returns
-    -------
-    np.ndarray of float32, shape (513, 64)
-        Weights from FFT bins to mel bands; do not write into it, it is shared.
-
-    Examples
-    --------
-    >>> mel_filters().shape
-    (513, 64)
-    """
+    """Mel filter bank of `log_mel`, shape (513, 64): Slaney bands and norm over 0–8 kHz."""
     from librosa.filters import mel
 
     basis = mel(
@@ -466,14 +346,15 @@ def log_mel(y, sample_rate=LOG_MEL_RATE):
 
     16 kHz, reflection padding of 432 samples at each end, periodic Hann window and FFT of 1024,
     hop 160 (10 ms), magnitude, 64 Slaney mel bands over 0–8 kHz, natural logarithm floored at 1e-5;
-    all of it in float64. Signals of another rate are resampled to 16 kHz first.
+    all of it in float64. Source: ``mel_spectrogram_train`` of AudioLDM-training-finetuning, which took
+    it from HiFi-GAN.
 
     Parameters
     ----------
     y : array_like, shape (samples,)
         Signal, ±1 is full scale, at least 433 samples at 16 kHz.
     sample_rate : int, default 16000
-        Rate of `y` in Hz.
+        Rate of `y` in Hz; other rates are resampled first.
 
     Returns
     -------
@@ -484,10 +365,6 @@ def log_mel(y, sample_rate=LOG_MEL_RATE):
     ------
     AudioError
         Empty, not finite, or too short for the padding.
-
-    Notes
-    -----
-    Source: ``mel_spectrogram_train`` of AudioLDM-training-finetuning, which took it from HiFi-GAN.
 
     Examples
     --------
@@ -513,7 +390,7 @@ def log_mel(y, sample_rate=LOG_MEL_RATE):
 
 
 def listen(y, sample_rate, title=None):
-    """Player for a notebook: at most 5 s, Vorbis inside the page (about 10 kB a second).
+    """Player for a notebook: at most 5 s, Vorbis inside the page (about 10 kB per second).
 
     Parameters
     ----------
@@ -527,17 +404,7 @@ def listen(y, sample_rate, title=None):
     Returns
     -------
     IPython.display.HTML
-        Caption and player; needs no file and no network.
-
-    Raises
-    ------
-    AudioError
-        Empty or not finite.
-
-    Examples
-    --------
-    >>> "<audio" in listen(np.zeros(16000), 16000, "silence").data
-    True
+        Needs no file and no network.
     """
     from IPython.display import HTML
 
@@ -554,24 +421,7 @@ def listen(y, sample_rate, title=None):
 
 
 def listen_table(signals, sample_rate):
-    """Players side by side: a table to be heard along its rows and down its columns.
-
-    Parameters
-    ----------
-    signals : dict of str to dict of str to array_like, shape (samples,)
-        ``signals[column][row]``; as for :func:`listen`, at most 5 s of each are kept.
-    sample_rate : int
-        Rate in Hz.
-
-    Returns
-    -------
-    IPython.display.HTML
-        Needs no file and no network.
-
-    Raises
-    ------
-    AudioError
-        A signal that is empty or not finite.
+    """Players side by side, ``signals[column][row]``: to be heard along the rows and down the columns.
 
     Examples
     --------
