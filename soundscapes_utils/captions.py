@@ -177,8 +177,10 @@ def mix_captions(labels, scene, seed, n=3):
 
     Examples
     --------
-    >>> mix_captions("dog", "park", seed=0, n=2)
-    ('dog barking with the sound of park in background', 'a dog is barking with a park in the background')
+    >>> for text in mix_captions("dog", "park", seed=0, n=2):
+    ...     print(text)
+    dog barking with the sound of park in background
+    a dog is barking with a park in the background
     """
     labels = [labels] if isinstance(labels, str) else list(dict.fromkeys(labels))
     if not labels or n < 1:
@@ -234,13 +236,13 @@ def _sentence(forms, sizes, slots, rank):
     """Put one of all combinations into words: the `rank`-th."""
     for form, size in zip(forms, sizes, strict=True):
         if rank < size:
-            break
+            words = {}
+            for field in _fields(form):
+                rank, number = divmod(rank, len(slots[field]))
+                words[field] = slots[field][number]
+            return form.format(**words)
         rank -= size
-    words = {}
-    for field in _fields(form):
-        rank, number = divmod(rank, len(slots[field]))
-        words[field] = slots[field][number]
-    return form.format(**words)
+    raise IndexError("rank beyond the last sentence")
 
 
 def _take(texts, n, what):
@@ -487,4 +489,4 @@ ALL_FAMILIES = FAMILIES  # until every caller says FAMILIES
 def event_labels(mix):  # until metadata takes the labels from the table of events
     from soundscapes_utils import mixing
 
-    return list(dict.fromkeys([mix["label"], *(e["label"] for e in mixing.further_events(mix))]))
+    return [mix["label"], *(event["label"] for event in mixing.further_events(mix.get("events")))]

@@ -24,8 +24,7 @@ NAMES = {
     "tau": """airport bus metro metro_station park public_square shopping_mall street_pedestrian
     street_traffic tram""",
 }
-CAPTIONS = ["caption", "caption_2", "caption_3"]
-FIXED = ("label", "simple", "gpt", "varied")
+FIXED = ("label", "simple", "gpt", "varied")  # those that the built-in model was trained on
 ESC50, URBANSOUND8K, TAU = (NAMES[name].split() for name in ("esc50", "urbansound8k", "tau"))
 
 
@@ -37,10 +36,10 @@ def test_every_class_and_scene_of_the_data_sets_has_its_own_words():
 
 def test_lexicon_is_grammatical_in_its_slots():
     for label, event in captions.EVENTS.items():
-        assert re.search(r" (is|are) \w+ing\b", event.clause), label
-        assert not re.search(r"\b(is|are)\b", event.phrase + " " + event.noun), label
-    for place in (scene.place for scene in captions.SCENES.values()):
-        assert place.split()[0] in {"in", "on", "by", "beside", "near"}
+        assert re.search(r" (is|are) \w+ing\b", event["clause"][0]), label
+        assert not re.search(r"\b(is|are)\b", event["phrase"] + " " + event["noun"][0]), label
+    for scene in captions.SCENES.values():
+        assert scene["clause"][0].split()[0] in {"in", "on", "by", "beside", "near"}
 
 
 def test_captions_of_two_labels_differ():
@@ -142,34 +141,28 @@ def test_texts_that_models_were_trained_on_stay_as_they_were():
     assert digest(mixes) == "247ffe43f0dec5f8"
     families = [captions.prompts(captions.EVENTS, f, n=10, seed=3).prompt for f in FIXED]
     assert digest([texts.tolist() for texts in families]) == "af670434c79d9602"
-    assert captions.FAMILIES == FIXED
 
 
 def test_every_class_and_scene_has_synonyms_that_fit_their_slots():
-    assert set(captions.EVENT_VARIANTS) == set(captions.EVENTS)
-    assert set(captions.SCENE_VARIANTS) == set(captions.SCENES)
-    for label, more in captions.EVENT_VARIANTS.items():
-        event = captions.EVENTS[label]
-        assert len({event.clause, *more.clauses}) == 3, label
-        assert len({event.noun, *more.nouns}) == 3, label
-        for clause in filter(None, (*more.clauses, more.several)):
+    for label, event in captions.EVENTS.items():
+        assert len(set(event["clause"])) == len(set(event["noun"])) == 3, label
+        for clause in filter(None, (*event["clause"], event["several"])):
             assert re.search(r" (is|are) \w+ing\b", clause), clause
-        for noun in more.nouns:
+        for noun in event["noun"]:
             assert not re.search(r"\b(is|are)\b", noun), noun
-        assert more.setting in captions.SETTINGS
-        assert not more.several or " are " in more.several
-    for scene, more in captions.SCENE_VARIANTS.items():
-        words = captions.SCENES[scene]
-        assert len({words.noun, *more.nouns}) == len({words.place, *more.places}) == 3, scene
+        assert not event["several"] or " are " in event["several"]
+        for kind in ("setting", "range", "microphone"):
+            assert (kind, event[kind]) in captions.PHRASES, label
+    for label, scene in captions.SCENES.items():
+        assert len(set(scene["noun"])) == len(set(scene["clause"])) == 3, label
 
 
 def test_no_synonym_serves_two_classes():
     # two names of one class
     twice = {("dog", "dog_bark")}
     owner = {}
-    for label, more in captions.EVENT_VARIANTS.items():
-        event = captions.EVENTS[label]
-        for text in (event.clause, event.noun, *more.clauses, *more.nouns):
+    for label, event in captions.EVENTS.items():
+        for text in (*event["clause"], *event["noun"]):
             first = owner.setdefault(text, label)
             assert first == label or (first, label) in twice, text
 
@@ -205,11 +198,13 @@ def test_several_events_are_all_named():
 def test_captions_use_all_synonyms_and_end_in_a_clear_error():
     texts = captions.mix_captions("rooster", "tram", 7, n=90)
     spoken = " / ".join(texts)
-    more, place = captions.EVENT_VARIANTS["rooster"], captions.SCENE_VARIANTS["tram"]
-    for words in (*more.clauses, *more.nouns, *place.nouns, *place.places):
-        assert words in spoken
+    for row in (captions.EVENTS["rooster"], captions.SCENES["tram"]):
+        for words in (*row["clause"], *row["noun"]):
+            assert words in spoken
     # 10 forms, each with 3 × 3 fillings; two of them are the second and the third caption
-    with pytest.raises(ValueError, match=r"92 captions of rooster with tram: the lexicon knows 91"):
+    with pytest.raises(
+        ValueError, match=r"rooster with tram: the lexicon has 91 different texts, 92 are"
+    ):
         captions.mix_captions("rooster", "tram", 7, n=92)
     with pytest.raises(ValueError, match="at least one label"):
         captions.mix_captions([], "tram", 7)
@@ -217,71 +212,18 @@ def test_captions_use_all_synonyms_and_end_in_a_clear_error():
         captions.mix_captions("dog", "tram", 7, n=0)
 
 
-# --- senses ---------------------------------------------------------------------------------------
-
-
-def own_texts(label, scene):
-    yield from captions.mix_captions(label, scene, 1, n=40)
-    for family in captions.ALL_FAMILIES:
-        yield from captions.prompts([label], family, n=40).prompt
-
-
-@pytest.mark.parametrize("label", captions.EVENTS)
-def test_the_lexicons_own_texts_are_in_the_right_sense(label):
-    for scene in ("park", "street_traffic", "metro_station"):
-        for text in own_texts(label, scene):
-            assert not captions.wrong_senses(text, label), text
-            assert not captions.wrong_senses(text, scene), text
-
-
-@pytest.mark.parametrize(
-    ("label", "text", "found"),
-    [
-        ("siren", "Sirens are mythical women who lure sailors", ["mythical", "sailor"]),
-        ("siren", "the siren’s song enchants the crew", ["siren's song"]),
-        ("siren", "an ambulance siren wails", []),
-        ("mouse_click", "mice squeaking in a barn", ["mice", "squeaking"]),
-        ("mouse_click", "a computer mouse clicks twice", []),
-        ("keyboard_typing", "a pianist plays a melody", ["pianist", "melody"]),
-        (
-            "crickets",
-            "bowlers and batsman at a cricket-match",
-            ["cricket match", "batsman", "bowler"],
-        ),
-        ("hand_saw", "then I saw a tree", ["i saw"]),
-        ("crow", "a rooster crowing", ["crowing"]),
-        ("crow", "crows call", []),
-        ("train", "a training session", ["training"]),
-        ("car_horn", "French horns warm up", ["french horn"]),
-        ("park", "a car park", ["car park"]),
-        ("park", "sparking wires in a park", []),
-        ("no_such_class", "a mermaid", []),
-    ],
-)
-def test_wrong_senses_are_found_as_whole_words(label, text, found):
-    assert sorted(captions.wrong_senses(text, label)) == sorted(found)
-
-
-def test_the_table_of_senses_speaks_of_known_names_only():
-    assert set(captions.WRONG_SENSES) <= set(captions.EVENTS) | set(captions.SCENES)
-    for label, entries in captions.WRONG_SENSES.items():
-        for entry in entries:
-            assert entry in captions.wrong_senses(f"There is {entry.upper()}.", label)
-
-
 # --- families -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("label", ["dog", "rain", "gun_shot", "steam whistle"])
+@pytest.mark.parametrize("label", ["dog", "rain", "steam whistle"])
 def test_varied_never_repeats_and_knows_its_size(label):
-    size = captions.varied_size(label)
-    table = captions.prompts([label], "varied", n=size)
-    assert table.prompt.nunique() == size
-    with pytest.raises(ValueError, match=f"{label}: there are {size} different"):
-        captions.prompts([label], "varied", n=size + 1)
+    with pytest.raises(ValueError, match=f"{label}: the lexicon has [0-9]+ different") as caught:
+        captions.prompts([label], "varied", n=10**6)
+    size = int(re.search("[0-9]+", str(caught.value)).group())
+    assert captions.prompts([label], "varied", n=size).prompt.nunique() == size
 
 
-def test_varied_begins_with_the_sentences_that_the_embedded_model_has_learned():
+def test_varied_begins_with_the_sentences_that_the_builtin_model_has_learned():
     first = captions.prompts(["dog"], "varied", n=12).prompt.tolist()
     known = [t.format(clause="a dog is barking", noun="the barks of a dog", x="a dog barking")
              for t in captions.VARIED_TEMPLATES]  # fmt: skip
@@ -289,8 +231,9 @@ def test_varied_begins_with_the_sentences_that_the_embedded_model_has_learned():
     assert not set(first[10:]) & set(known)
 
 
-def test_varied_is_large_enough_for_four_times_the_largest_class_of_the_study():
-    assert min(captions.varied_size(label) for label in captions.EVENTS) > 4000
+@pytest.mark.parametrize("label", captions.EVENTS)
+def test_varied_is_large_enough_for_four_times_the_largest_class_of_the_study(label):
+    assert captions.prompts([label], "varied", n=4001).prompt.is_unique
 
 
 @pytest.mark.parametrize("family", ["task", "varied"])
@@ -308,9 +251,9 @@ def test_task_prompts_name_number_place_distance_and_microphone():
     assert table.prompt[:72].nunique() == table.prompt.nunique() == 72
     for text in table.prompt:
         assert re.search("a dog is|several dogs are", text)
-        assert any(place in text for place in captions.SETTINGS["street"])
-        assert any(distance in text for distance in captions.RANGES["near"])
-        assert any(f"recorded with {m}" in text for m in captions.SHIELDED)
+        assert any(place in text for place in captions.PHRASES["setting", "street"])
+        assert any(distance in text for distance in captions.PHRASES["range", "near"])
+        assert any(f"recorded with {m}" in text for m in captions.PHRASES["microphone", "shielded"])
 
 
 def test_prompts_place_a_class_where_it_can_be():
@@ -325,26 +268,24 @@ def test_prompts_place_a_class_where_it_can_be():
         assert not small.str.contains("in the distance|metres away|wind shield").any()
 
 
-def test_tables_of_distances_speak_of_known_names_only():
-    assert set(captions.RANGE_OF) <= set(captions.EVENTS)
-    assert set(captions.RANGE_OF.values()) | {"near"} == set(captions.RANGES)
-    assert set(captions.OUTDOORS) < set(captions.SETTINGS)
-    # as many words for every class, so that no class has fewer prompts than another on account of it
-    assert {len(words) for words in captions.RANGES.values()} == {3}
-    assert len(captions.SHIELDED) == len(captions.MICROPHONES)
-    assert {len(set(words)) for words in captions.RANGES.values()} == {3}
+def test_every_class_has_the_same_number_of_distances_and_microphones():
+    # so that no class has fewer prompts than another on account of it
+    sizes = {}
+    for (kind, _), words in captions.PHRASES.items():
+        assert len(set(words)) == len(words)
+        sizes.setdefault(kind, set()).add(len(words))
+    assert sizes == {"setting": {3}, "range": {3}, "microphone": {4}, "rest": {3}}
 
 
 def test_no_clause_of_a_class_contradicts_its_distances():
     # "passing overhead, far off" would be one
-    for label, more in captions.EVENT_VARIANTS.items():
-        for clause in (captions.event_words(label).clause, *more.clauses):
-            if "overhead" in clause:
-                assert captions.RANGE_OF[label] == "air", clause
+    for event in captions.EVENTS.values():
+        for clause in event["clause"]:
+            assert "overhead" not in clause or event["range"] == "air", clause
 
 
 @pytest.mark.parametrize("labels", [ESC50, URBANSOUND8K, ESC50[:10]], ids=["50", "US8K", "10"])
-@pytest.mark.parametrize("family", captions.ALL_FAMILIES)
+@pytest.mark.parametrize("family", captions.FAMILIES)
 def test_every_family_serves_every_data_set(labels, family):
     table = captions.prompts(labels, family, n=3)
     assert len(table) == 3 * len(labels) and table.prompt.str.len().gt(2).all()
@@ -363,14 +304,15 @@ def test_negative_prompts_spare_what_a_class_has():
 
 
 def test_negative_prompts_can_name_what_a_class_is_taken_for():
-    for label, others in captions.CONFUSED_WITH.items():
-        assert label in captions.EVENTS and label not in others
+    for label, event in captions.EVENTS.items():
+        others = event["confused_with"].split()
         text = captions.negative_prompt(label, confusions=True)
         assert text.startswith(captions.negative_prompt(label))
         for other in others:
-            assert captions.EVENTS[other].phrase in text
+            assert captions.EVENTS[other]["phrase"] in text
         # it must not forbid the class itself
-        assert captions.event_words(label).phrase not in text
+        assert label not in others and event["phrase"] not in text
+    assert len(captions.EVENTS["dog"]["confused_with"]) > 0
     assert captions.negative_prompt("hen", confusions=True) == captions.negative_prompt("hen")
 
 
@@ -438,38 +380,16 @@ def test_bad_embeddings_are_refused(bad):
 
 
 def test_prompts_of_a_file_are_checked_by_row(tmp_path):
-    rows = [
-        {"label": "siren", "prompt": " a police  siren  nears "},
-        {"label": "siren", "prompt": "a mermaid sings"},
-        {"label": "siren", "prompt": ""},
-        {"label": "siren"},
-        {"label": "siren", "prompt": 7},
-        {"label": "", "prompt": "a dog barks"},
-        {"label": "dog", "prompt": "so " * 51},
-        {"label": "siren", "prompt": "a police siren nears"},
-        {"label": "dog", "prompt": "a terrier barks"},
+    path = tmp_path / "mine.csv"
+    path.write_text(
+        "label,prompt,note\nsiren, a police  siren  nears ,1\nsiren,a police siren nears,\n"
+    )
+    assert captions.read_prompts(path).to_numpy().tolist() == [
+        ["siren", "a police siren nears", "mine"]
     ]
-    path = tmp_path / "mine.jsonl"
-    path.write_text("\n".join([*map(json.dumps, rows), "{broken", "[1]", ""]))
-    table, problems = captions.read_prompts(path)
-    assert table.to_numpy().tolist() == [
-        ["siren", "a police siren nears", "mine"],
-        ["dog", "a terrier barks", "mine"],
-    ]
-    expected = {
-        2: "'mermaid', another sense of siren",
-        3: "is empty",
-        4: "is empty",
-        5: "is no text",
-        6: "has no label",
-        7: "has 51 words, 50 at most",
-        8: "says the same",
-        10: "is not JSON",
-        11: "is no JSON object",
-    }
-    assert problems.row.tolist() == list(expected)
-    for row, text in zip(problems.problem, expected.values(), strict=True):
-        assert text in row
+    path.write_text("label,prompt\ndog,one\ndog, \n")
+    with pytest.raises(ValueError, match=r"mine\.csv: row 2 has no label or no prompt"):
+        captions.read_prompts(path)
 
 
 def test_prompts_of_a_file_are_a_family(tmp_path):
@@ -478,94 +398,22 @@ def test_prompts_of_a_file_are_a_family(tmp_path):
     table = captions.prompts(["dog"], path, n=2)
     assert table.to_numpy().tolist() == [["dog", "one", "mine"], ["dog", "two", "mine"]]
     assert captions.prompts(["dog"], str(path), n=2).equals(table)
-    with pytest.raises(ValueError, match=r"mine\.csv: 1 usable prompts for cat, 2 are wanted"):
+    with pytest.raises(ValueError, match=r"mine\.csv: 1 prompts for cat, 2 are wanted"):
         captions.prompts(["dog", "cat"], path, n=2)
-    path.write_text('label,prompt\ndog,"one, two"\ndog,three, four\n')
-    with pytest.warns(UserWarning, match=r"1 rows set aside.*line 3.*more cells"):
-        assert captions.prompts(["dog"], path).prompt.tolist() == ["one, two"]
-
-
-@pytest.fixture
-def mixes():
-    rows = [("m0", "dog", "park"), ("m1", "dog", "park"), ("m2", "siren", "bus")]
-    table = pd.DataFrame(rows, columns=["clip_id", "label", "scene"]).assign(seed=5)
-    three = [captions.mix_captions(r.label, r.scene, 5) for r in table.itertuples()]
-    return table.assign(**dict(zip(CAPTIONS, zip(*three, strict=True), strict=True)))
-
-
-def test_captions_of_a_file_by_mix(mixes, tmp_path):
-    path = tmp_path / "mine.csv"
-    path.write_text(
-        "clip_id,caption,caption_2\nm0,a terrier barks,joggers and a dog\nm2,sailors hear sirens,\n"
-        "m9,nobody,nothing\nm0,a terrier barks,a hound\n"
-    )
-    given, problems = captions.read_captions(path, mixes)
-    assert given.to_numpy().tolist() == [
-        ["m0", "a terrier barks"],
-        ["m0", "joggers and a dog"],
-        ["m0", "a hound"],
-    ]
-    assert problems.to_numpy().tolist() == [
-        [0, "no caption for mix m1"],
-        [0, "no caption for mix m2"],
-        [3, "caption speaks of 'sailor', another sense of siren"],
-        [3, "caption_2 is empty"],
-        [4, "no mix of clip_id m9"],
-        [5, "caption says the same as one before"],
-    ]
-    replaced = captions.use_captions(mixes, given, n=2)
-    assert replaced.columns.tolist() == mixes.columns.tolist()
-    assert replaced.loc[0, CAPTIONS].tolist() == [
-        "a terrier barks",
-        "joggers and a dog",
-        mixes.caption_3[0],
-    ]
-    # nothing in the file: a mix keeps what it has
-    assert replaced.loc[1:].equals(mixes.loc[1:])
-    added = captions.use_captions(mixes, given, n=2, add=True)
-    assert added[CAPTIONS].equals(mixes[CAPTIONS])
-    assert added.loc[0, ["caption_4", "caption_5"]].tolist() == [
-        "a terrier barks",
-        "joggers and a dog",
-    ]
-    for _, row in added[[*CAPTIONS, "caption_4", "caption_5"]].iterrows():
-        assert row.nunique() == 5 and row.str.len().gt(0).all()
-
-
-def test_captions_of_a_file_by_label_and_scene(mixes, tmp_path):
-    mixes["events"] = ["", '[{"label": "siren"}]', np.nan]
-    path = tmp_path / "mine.jsonl"
-    rows = [
-        {"label": "dog", "scene": "park", "caption": "a terrier barks"},
-        {"label": "dog+siren", "scene": "park", "caption": "a terrier and a mermaid"},
-        {"label": "siren", "scene": "bus", "caption": "an ambulance passes a bus"},
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    given, problems = captions.read_captions(path, mixes)
-    assert given.clip_id.tolist() == ["m0", "m2"]
-    assert problems.row.tolist() == [0, 2]
-    assert "another sense of siren" in problems.problem[1]
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("text", "message"),
     [
-        ("mine.txt", "", "ends in .csv or .jsonl"),
-        ("mine.csv", None, "cannot be read"),
-        ("mine.csv", "label,text\ndog,x\n", "needs label, prompt in its rows, has label, text"),
-        ("mine.jsonl", "", "has none"),
-        ("mine.csv", b"label,prompt\ndog,\xff\xfe\n", "UTF-8"),
+        (None, "cannot be read"),
+        ("label,text\ndog,x\n", "needs columns label, prompt, has label, text"),
+        (b"label,prompt\ndog,\xff\xfe\n", "utf-8"),
     ],
 )
-def test_files_that_are_none_of_ours_are_named(tmp_path, name, text, message):
-    path = tmp_path / name
+def test_files_that_are_not_tables_of_prompts_are_named(tmp_path, text, message):
+    path = tmp_path / "mine.csv"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message) as caught:
         captions.read_prompts(path)
-    assert name in str(caught.value)
-
-
-def test_use_captions_needs_a_number(mixes):
-    with pytest.raises(ValueError, match="at least 1"):
-        captions.use_captions(mixes, pd.DataFrame(columns=["clip_id", "caption"]), n=0)
+    assert "mine.csv" in str(caught.value)
