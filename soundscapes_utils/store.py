@@ -317,7 +317,8 @@ class Records:
         self.entries[key] = entry
 
     def __getstate__(self):
-        return {**self.__dict__, "_file": None}  # another process writes a file of its own
+        # another process writes a file of its own, and has no use for what is made already
+        return {**self.__dict__, "_file": None, "entries": {}}
 
 
 # --- mine ----------------------------------------------------------------------------------------
