@@ -1,7 +1,6 @@
 """Distances against closed forms, reference implementations and published embeddings."""
 
 import tracemalloc
-from itertools import pairwise
 from pathlib import Path
 
 import mpmath
@@ -12,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist, pdist
-from scipy.stats import entropy
 
 from soundscapes_utils import fad
 
@@ -160,8 +158,6 @@ def test_frechet_equals_50_digits(n, m, mix_x, mix_y):
     expected = frechet_in_50_digits(x, y)
     # relative to the traces: of nearly equal sets no digit of the difference is in float64 rows
     assert fad.frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
-    by_statistics = fad.frechet_distance(fad.statistics(x), fad.statistics(y))
-    assert by_statistics == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_of_diagonal_gaussians_over_twelve_decades():
@@ -181,22 +177,6 @@ def test_frechet_equals_the_trace_form_of_torchmetrics(n, m):
     assert fad.frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.integers(2, 30), st.integers(2, 30), st.integers(1, 20), st.integers(0, 10_000))
-def test_both_roots_agree(n, m, d, seed):
-    x, y = gaussian(n, d, seed), gaussian(m, d, seed + 1, 0.5, 2.0)
-    value = fad.frechet_distance(x, y)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fad, "_TOLERANCE", -1.0)
-        assert fad.frechet_distance(x, y) == pytest.approx(value, rel=1e-7, abs=1e-12)
-
-
-@pytest.mark.parametrize(("n", "m"), [(60, 50), (60, 10), (12, 10)])
-def test_ordinary_sets_take_the_quick_root(n, m, monkeypatch):
-    monkeypatch.setattr(fad, "_factor", None)
-    fad.frechet_distance(gaussian(n, 20, 1), gaussian(m, 20, 2, 1.0))
-
-
 def test_few_rows_form_no_square_of_the_dimensions():
     x, y = gaussian(20, 3000, 1), gaussian(15, 3000, 2)
     fad.frechet_distance(x, y)
@@ -213,82 +193,15 @@ def test_values_that_cannot_be_squared_are_refused():
     assert fad.frechet_distance(1e-200 * np.eye(3), 3e-200 * np.eye(3)) == 0.0
 
 
-# --- statistics -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("n", "m", "d"), [(60, 50, 8), (60, 5, 8), (4, 5, 8), (8, 9, 8)])
-def test_frechet_from_statistics(n, m, d):
-    x, y = gaussian(n, d, 1) @ gaussian(d, d, 3), gaussian(m, d, 2, 0.3)
-    expected = pytest.approx(fad.frechet_distance(x, y), rel=1e-8)
-    assert fad.frechet_distance(fad.statistics(x), y) == expected
-    assert fad.frechet_distance(x, fad.statistics(y)) == expected
-    assert fad.frechet_distance(fad.statistics(x), fad.statistics(y)) == expected
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    st.lists(st.integers(1, 8), min_size=1, max_size=6),
-    st.sampled_from([0.0, 1e6]),
-    st.integers(0, 10_000),
-)
-def test_merged_shards_are_the_whole(sizes, offset, seed):
-    x = gaussian(sum(sizes), 3, seed) + offset
-    ends = np.cumsum([0, *sizes])
-    found = fad.merge(*(fad.statistics(x[start:end]) for start, end in pairwise(ends)))
-    assert found.n == len(x)
-    np.testing.assert_allclose(found.mean, x.mean(axis=0), rtol=1e-13, atol=1e-14)
-    if len(x) > 1:
-        centred = x - x.mean(axis=0)
-        expected = centred.T @ centred / (len(x) - 1)
-        np.testing.assert_allclose(found.cov, expected, rtol=1e-8, atol=1e-8)
-
-
-def test_statistics_survive_a_file(tmp_path):
-    found = fad.statistics(gaussian(9, 4))
-    np.savez(tmp_path / "real.npz", **found._asdict())
-    again = fad.Statistics(**np.load(tmp_path / "real.npz"))
-    y = gaussian(20, 4, 1)
-    assert fad.frechet_distance(again, y) == fad.frechet_distance(found, y)
-
-
-@pytest.mark.parametrize(
-    ("mean", "cov", "n", "message"),
-    [
-        (np.zeros(3), np.eye(3), 1, "candidate: needs at least 2 rows"),
-        (np.zeros(3), np.eye(4), 9, "a covariance of .d, d., got"),
-        (np.zeros((3, 1)), np.eye(3), 9, "expected a mean of shape"),
-        (np.zeros(3), np.diag([1, np.nan, 1]), 9, "candidate: the statistics hold NaN"),
-        (np.zeros(3), np.eye(3) + np.eye(3, k=1), 9, "candidate: the covariance is not symm"),
-        (np.zeros(3), np.diag([1, 1, -1.0]), 9, "candidate: the covariance has negative"),
-        (np.zeros(2), np.eye(2), 9, "reference has 3 dimensions, candidate 2"),
-    ],
-)
-def test_statistics_that_cannot_be_are_named(mean, cov, n, message):
-    candidate = fad.Statistics(mean, cov, n)
-    for reference in (gaussian(20, 3), fad.statistics(gaussian(20, 3)), gaussian(3, 3)):
-        with pytest.raises(ValueError, match=message):
-            fad.frechet_distance(reference, candidate)
-
-
-def test_merge_refuses():
-    with pytest.raises(ValueError, match="no shards"):
-        fad.merge()
-    with pytest.raises(ValueError, match="one shard has 2 dimensions, another 3"):
-        fad.merge(fad.statistics(gaussian(5, 2)), fad.statistics(gaussian(5, 3)))
-    with pytest.raises(ValueError, match="statistics: needs at least 1 rows"):
-        fad.statistics(np.zeros((0, 3)))
-
-
 # --- contributions of clips -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("n", "m", "d"), [(40, 30, 6), (40, 12, 20), (9, 30, 20), (9, 6, 20), (30, 3, 2), (2, 4, 3)]
 )
-def test_contributions_equal_leaving_each_clip_out(n, m, d, monkeypatch):
-    monkeypatch.setattr(fad, "_TOLERANCE", -1.0)  # both by singular values: to rounding
+def test_contributions_equal_leaving_each_clip_out(n, m, d):
     x, y = gaussian(n, d, 1) @ gaussian(d, d, 3), gaussian(m, d, 2, 0.3)
-    found = fad.clip_contributions(x, y).set_index("clip")
+    found = fad.leave_one_out(x, y).set_index("clip")
     whole = fad.frechet_distance(x, y)
     for row in range(m):
         expected = fad.frechet_distance(x, np.delete(y, row, axis=0))
@@ -296,13 +209,12 @@ def test_contributions_equal_leaving_each_clip_out(n, m, d, monkeypatch):
         assert found["contribution"][row] == pytest.approx(whole - expected, abs=1e-8 * whole)
 
 
-def test_contributions_of_degenerate_sets(monkeypatch):
-    monkeypatch.setattr(fad, "_TOLERANCE", -1.0)
-    found = fad.clip_contributions(np.zeros((5, 3)), np.ones((4, 3)))
+def test_contributions_of_degenerate_sets():
+    found = fad.leave_one_out(np.zeros((5, 3)), np.ones((4, 3)))
     assert found["without"].tolist() == pytest.approx([3.0] * 4)
     # each clip is the only one in its dimension
     y = np.diag([1.0, 2, 3, 4])
-    found = fad.clip_contributions(whitened(50, 4), y).set_index("clip")
+    found = fad.leave_one_out(whitened(50, 4), y).set_index("clip")
     for row in range(4):
         expected = fad.frechet_distance(whitened(50, 4), np.delete(y, row, axis=0))
         assert found["without"][row] == pytest.approx(expected, rel=1e-11)
@@ -311,7 +223,7 @@ def test_contributions_of_degenerate_sets(monkeypatch):
 def test_contributions_find_the_outliers():
     x, y = gaussian(60, 10, 1), gaussian(40, 10, 2)
     y[[3, 30]] += 6.0
-    found = fad.clip_contributions(x, y)
+    found = fad.leave_one_out(x, y)
     assert set(found["clip"][:2]) == {3, 30}
     assert found["contribution"].is_monotonic_decreasing
     assert found["contribution"][1] > 5 * abs(found["contribution"][2:]).max()
@@ -320,14 +232,14 @@ def test_contributions_find_the_outliers():
 def test_contributions_of_clips_of_several_rows():
     x, y = gaussian(60, 4, 1), gaussian(20, 4, 2)
     labels = np.repeat(["a", "b", "c", "d"], [3, 7, 5, 5])
-    found = fad.clip_contributions(x, y, labels).set_index("clip")
+    found = fad.leave_one_out(x, y, labels).set_index("clip")
     assert found["rows"].to_dict() == {"a": 3, "b": 7, "c": 5, "d": 5}
     for label in "abcd":
         assert found["without"][label] == fad.frechet_distance(x, y[labels != label])
     with pytest.raises(ValueError, match="at least 3 rows"):
-        fad.clip_contributions(x, y[:2])
+        fad.leave_one_out(x, y[:2])
     with pytest.raises(ValueError, match="expected 20 labels"):
-        fad.clip_contributions(x, y, labels[:5])
+        fad.leave_one_out(x, y, labels[:5])
 
 
 # --- KAD and manifolds ----------------------------------------------------------------------------
@@ -352,18 +264,10 @@ def test_kad_equals_its_definition(offset):
 
 def test_kad_takes_the_bandwidth_of_the_reference():
     x, y = gaussian(40, 5, 1), gaussian(40, 5, 2, 0, 4)
-    sigma = fad.median_distance(x)
-    assert fad.kernel_distance(x, y) == fad.kernel_distance(x, y, bandwidth=sigma)
+    sigma = np.median(pdist(x))
+    expected = fad.kernel_distance(x, y, bandwidth=sigma)
+    assert fad.kernel_distance(x, y) == pytest.approx(expected, rel=1e-12)
     assert fad.kernel_distance(x, y) != pytest.approx(fad.kernel_distance(y, x), rel=0.01)
-
-
-def test_kad_is_the_same_in_blocks(monkeypatch):
-    x, y = gaussian(50, 5, 1), gaussian(33, 5, 2)
-    whole = fad.kernel_distance(x, y)
-    monkeypatch.setattr(fad, "_BLOCK", 7)
-    assert fad.kernel_distance(x, y) == pytest.approx(whole, abs=1e-10)
-    monkeypatch.setattr(fad, "_HELD_ROWS", 49)
-    assert fad.kernel_distance(x, y) == pytest.approx(whole, abs=1e-10)
 
 
 @settings(deadline=None, max_examples=30)
@@ -377,19 +281,6 @@ def test_kad_is_blind_to_rotation_order_shift_and_scale(n, m, d, seed):
     assert fad.kernel_distance(1e-3 * x, 1e-3 * y) == close
 
 
-def test_kad_holds_no_whole_matrix(monkeypatch):
-    monkeypatch.setattr(fad, "_BLOCK", 64)
-    monkeypatch.setattr(fad, "_HELD_ROWS", 0)
-    x, y = gaussian(2000, 4, 1), gaussian(2000, 4, 2)
-    fad.kernel_distance(x[:99], y)  # what is imported on the way is not counted
-    tracemalloc.start()
-    fad.kernel_distance(x, y)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    # a matrix of all distances takes 32 MB; the sample for the median has 1,024 rows
-    assert peak < 16e6
-
-
 def test_kad_in_float32():
     x, y = gaussian(300, 64, 1) + 3, gaussian(200, 64, 2, 3.2)
     expected = fad.kernel_distance(x, y)
@@ -398,31 +289,74 @@ def test_kad_in_float32():
     assert found == pytest.approx(expected, abs=2e-5)
     with pytest.raises(ValueError, match="cannot be squared in float32"):
         fad.kernel_distance(1e20 * x, y, dtype="float32")
-    with pytest.raises(ValueError, match="must be float64 or float32, got float16"):
-        fad.kernel_distance(x, y, dtype=np.float16)
 
 
-@pytest.mark.parametrize("n", [2, 3, 50, 211])
-def test_median_distance_is_exact(n, monkeypatch):
-    monkeypatch.setattr(fad, "_SAMPLE_ROWS", 16)
-    monkeypatch.setattr(fad, "_BLOCK", 32)
-    x = gaussian(n, 3, n) + 50
-    assert fad.median_distance(x) == pytest.approx(np.median(pdist(x)), rel=1e-12)
+@pytest.mark.parametrize(("n", "m"), [(2, 3), (3, 2), (1024, 1025), (2100, 1100)])
+def test_kad_of_many_rows_equals_its_definition(n, m):
+    x, y = gaussian(n, 3, n) + 50, gaussian(m, 3, m, 0.3) + 50
+
+    def kernel(squares):
+        return np.exp(-squares / (2 * np.median(pdist(x)) ** 2)).mean()
+
+    within = kernel(pdist(x, "sqeuclidean")) + kernel(pdist(y, "sqeuclidean"))
+    expected = 100 * (within - 2 * kernel(cdist(x, y, "sqeuclidean")))
+    assert fad.kernel_distance(x, y) == pytest.approx(expected, abs=1e-9)
 
 
-def test_median_distance_where_the_sample_misleads(monkeypatch):
-    # every eighth row is an outlier, and only those are sampled
-    monkeypatch.setattr(fad, "_SAMPLE_ROWS", 8)
-    x = gaussian(64, 3)
-    x[np.linspace(0, 63, 8).astype(int)] *= 1e4
-    assert fad.median_distance(x) == pytest.approx(np.median(pdist(x)), rel=1e-10)
+def test_kad_beyond_five_thousand_rows_holds_no_whole_matrix():
+    x, y = gaussian(8000, 2, 1), gaussian(3000, 2, 2, 0.1)
+    fad.kernel_distance(x[:99], y)  # what is imported on the way is not counted
+    tracemalloc.start()
+    value = fad.kernel_distance(x, y)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # a matrix of all distances takes 512 MB
+    assert peak < 200e6
+    # the bandwidth is that of 5,000 of the rows
+    sigma = np.median(pdist(x))
+    assert value == pytest.approx(fad.kernel_distance(x, y, bandwidth=sigma), rel=0.01)
 
 
-def test_an_outlier_does_not_blur_the_median_distance():
-    x = gaussian(100, 3)
+def test_an_outlier_does_not_blur_the_bandwidth():
+    x, y = gaussian(100, 3), gaussian(50, 3, 1)
     x[0] = 1e9
-    assert fad.median_distance(x) == pytest.approx(np.median(pdist(x)), rel=1e-10)
-    assert fad.median_distance(np.r_[np.full((80, 3), 0.1), gaussian(20, 3)]) == 0.0
+    expected = fad.kernel_distance(x, y, bandwidth=np.median(pdist(x)))
+    assert fad.kernel_distance(x, y) == pytest.approx(expected, rel=1e-9)
+
+
+def test_kad_leaves_out_the_pairs_of_one_recording():
+    x, y = gaussian(9, 3, 1), gaussian(8, 3, 2)
+    groups_x, groups_y = np.array([0, 0, 0, 1, 1, 2, 3, 4, 5]), np.array(list("aabbcdef"))
+
+    def mean_kernel(rows, groups):
+        squares, apart = cdist(rows, rows, "sqeuclidean"), groups[:, None] != groups
+        return np.exp(-squares / (2 * 1.5**2))[apart].mean()
+
+    between = np.exp(-cdist(x, y, "sqeuclidean") / (2 * 1.5**2)).mean()
+    expected = 100 * (mean_kernel(x, groups_x) + mean_kernel(y, groups_y) - 2 * between)
+    found = fad.kernel_distance(x, y, 1.5, groups_x, groups_y)
+    assert found == pytest.approx(expected, abs=1e-10)
+    alone = fad.kernel_distance(x, y, 1.5, np.arange(9), np.arange(8))
+    assert alone == fad.kernel_distance(x, y, 1.5)
+    with pytest.raises(ValueError, match="all rows of a set are of one group"):
+        fad.kernel_distance(x, y, 1.5, groups_x=np.zeros(9))
+    with pytest.raises(ValueError, match="groups of candidate: expected 8 labels"):
+        fad.kernel_distance(x, y, groups_y=groups_x)
+
+
+def test_kad_by_groups_is_unbiased_where_rows_of_one_recording_are_alike():
+    def recordings(seed, sources=8, each=2, d=4):
+        """Rows of one recording correlate by ½; every row alone is standard normal."""
+        shared = np.repeat(gaussian(sources, d, seed), each, axis=0)
+        return np.sqrt(0.5) * (shared + gaussian(sources * each, d, seed + 10_000))
+
+    groups, blind, honest = np.repeat(np.arange(8), 2), [], []
+    for s in range(400):
+        x, y = recordings(2 * s), recordings(2 * s + 1)
+        blind.append(fad.kernel_distance(x, y, bandwidth=2.8))
+        honest.append(fad.kernel_distance(x, y, 2.8, groups, groups))
+    assert abs(np.mean(honest)) < 3 * np.std(honest) / np.sqrt(400)
+    assert np.mean(blind) > 10 * np.std(blind) / np.sqrt(400)
 
 
 def test_kad_is_unbiased():
@@ -437,6 +371,8 @@ def test_kad_is_unbiased():
 def test_kad_of_a_reference_without_width():
     with pytest.raises(ValueError, match="bandwidth must be positive"):
         fad.kernel_distance(np.zeros((5, 2)), gaussian(5, 2))
+    with pytest.raises(ValueError, match="bandwidth must be positive"):
+        fad.kernel_distance(np.r_[np.full((80, 3), 0.1), gaussian(20, 3)], gaussian(5, 3))
 
 
 def brute_manifold(x, y, k):
@@ -455,10 +391,9 @@ def brute_manifold(x, y, k):
     }
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
-def test_manifolds_equal_their_definition(k, monkeypatch):
-    monkeypatch.setattr(fad, "_BLOCK", 16)
-    x, y = gaussian(40, 3, 1), gaussian(50, 3, 2, 0.8, 0.7)
+@pytest.mark.parametrize(("k", "n"), [(1, 40), (3, 40), (5, 40), (5, 1100)])
+def test_manifolds_equal_their_definition(k, n):
+    x, y = gaussian(n, 3, 1), gaussian(50, 3, 2, 0.8, 0.7)
     found = fad.precision_recall_density_coverage(x, y, k)
     assert found == pytest.approx(brute_manifold(x, y, k))
 
@@ -490,8 +425,7 @@ def test_memorisation_tells_copies_from_new_clips():
     assert all_copied["p_value"] < 1e-9
 
 
-def test_memorisation_equals_its_definition(monkeypatch):
-    monkeypatch.setattr(fad, "_BLOCK", 16)
+def test_memorisation_equals_its_definition():
     train, test, new = gaussian(50, 3, 1), gaussian(40, 3, 2), gaussian(30, 3, 3)
     found = fad.memorisation(train, test, new, share=0.25)
     own, theirs = cdist(test, train).min(1), cdist(new, train)
@@ -514,114 +448,25 @@ def test_memorisation_refuses():
         fad.memorisation(x, x, x, share=5)
 
 
-def test_clap_score_equals_its_definition():
-    text, audio = gaussian(12, 6, 1), 1e-200 * gaussian(12, 6, 2, 0.4)
-    found = fad.clap_score(text, audio)
-    cosines = 1 - cdist(text, 1e200 * audio, "cosine")
-    assert found["per_clip"] == pytest.approx(np.diag(cosines))
-    assert found["value"] == pytest.approx(np.diag(cosines).mean())
-    assert found["mismatched"] == pytest.approx(cosines[~np.eye(12, dtype=bool)].mean())
-    assert found["ci_low"] < found["value"] < found["ci_high"]
-    assert found["n"] == 12
-
-
-def test_clap_score_refuses():
-    with pytest.raises(ValueError, match="text has 5 rows, audio 6"):
-        fad.clap_score(gaussian(5, 3), gaussian(6, 3))
-    with pytest.raises(ValueError, match="text has 3 dimensions, audio 4"):
-        fad.clap_score(gaussian(5, 3), gaussian(5, 4))
-    with pytest.raises(ValueError, match="audio: row 2 is all zeros"):
-        fad.clap_score(gaussian(4, 4), np.diag([1.0, 1, 0, 1]))
-
-
-def tagged(n, classes, seed):
-    return np.random.default_rng(seed).dirichlet(np.ones(classes), n)
-
-
-def test_tagger_divergence_equals_its_definition():
-    x, y = tagged(15, 4, 1), tagged(15, 4, 2)
-    found = fad.tagger_divergence(x, y)
-    pairs = np.array([[entropy(p, q) for q in y] for p in x])
-    # the definition without smoothing: nearly the same where no probability is nearly zero
-    usual = (x > 1e-3).all(1) & (y > 1e-3).all(1)
-    assert usual.sum() > 3
-    assert found["per_clip"][usual] == pytest.approx(np.diag(pairs)[usual], abs=0.02)
-    smooth_x, smooth_y = ((p + 1e-6) / (1 + 4e-6) for p in (x, y))
-    pairs = np.array([[entropy(p, q) for q in smooth_y] for p in smooth_x])
-    assert found["value"] == pytest.approx(np.diag(pairs).mean())
-    assert found["mismatched"] == pytest.approx(pairs[~np.eye(15, dtype=bool)].mean())
-    assert fad.tagger_divergence(x, x)["value"] == pytest.approx(0.0, abs=1e-12)
-
-
-def test_tagger_divergence_of_independent_classes():
-    x, y = np.array([[0.9, 0.2, 0.5]] * 2), np.array([[0.6, 0.3, 0.5]] * 2)
-    expected = sum(entropy([p, 1 - p], [q, 1 - q]) for p, q in zip(x[0], y[0], strict=True))
-    assert fad.tagger_divergence(x, y, multilabel=True)["value"] == pytest.approx(
-        expected, rel=1e-4
-    )
-    certain = fad.tagger_divergence(np.eye(3), np.eye(3)[::-1])
-    assert np.isfinite(certain["value"])
-
-
-def test_inception_score_equals_its_closed_forms():
-    assert fad.inception_score(np.tile(np.eye(5), (3, 1))) == pytest.approx(5.0)
-    assert fad.inception_score(np.tile([[0.2, 0.3, 0.5]], (9, 1))) == pytest.approx(1.0)
-    x = tagged(20, 6, 1)
-    expected = np.exp(np.mean([entropy(row, x.mean(0)) for row in x]))
-    assert fad.inception_score(x) == pytest.approx(expected)
-    # two independent classes, each heard in half of the clips: one bit each
-    both = np.array([[0, 0], [0, 1], [1, 0], [1, 1.0]])
-    assert fad.inception_score(both, multilabel=True) == pytest.approx(4.0)
-
-
-@pytest.mark.parametrize("score", [fad.inception_score, lambda p: fad.tagger_divergence(p, p)])
-def test_probabilities_are_checked(score):
-    with pytest.raises(ValueError, match=r"sum to 1.5 to 1.5, not 1; .* multilabel=True"):
-        score(np.full((4, 3), 0.5))
-    with pytest.raises(ValueError, match="between 0 and 1, got -1"):
-        score(np.array([[2.0, -1.0], [0.5, 0.5]]))
-
-
-def test_vendi_score_equals_its_closed_forms():
-    assert fad.vendi_score(np.ones((7, 3))) == pytest.approx(1.0)
-    assert fad.vendi_score(np.eye(6)) == pytest.approx(6.0)
-    # clusters of 1, 2 and 5 equal clips in orthogonal directions
-    clusters = np.repeat(np.eye(3), [1, 2, 5], axis=0)
-    expected = np.exp(entropy([1 / 8, 2 / 8, 5 / 8]))
-    assert fad.vendi_score(clusters) == pytest.approx(expected)
-    assert fad.vendi_score(clusters, bandwidth=1e-3) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("n", "d"), [(30, 4), (8, 40)])
-def test_vendi_score_equals_its_definition(n, d, monkeypatch):
-    monkeypatch.setattr(fad, "_BLOCK", 7)
-    y = gaussian(n, d, 1, 0.3)
-
-    def by_kernel(kernel):
-        return np.exp(entropy(np.linalg.eigvalsh(kernel / n).clip(1e-300)))
-
-    assert fad.vendi_score(y) == pytest.approx(by_kernel(1 - cdist(y, y, "cosine")))
-    gauss = np.exp(-cdist(y, y, "sqeuclidean") / (2 * 1.7**2))
-    assert fad.vendi_score(y, bandwidth=1.7) == pytest.approx(by_kernel(gauss))
-
-
-def test_vendi_score_refuses():
-    with pytest.raises(ValueError, match="row 1 is all zeros"):
-        fad.vendi_score([[1.0, 2], [0, 0]])
-    with pytest.raises(ValueError, match="bandwidth must be positive"):
-        fad.vendi_score(np.eye(3), bandwidth=0.0)
-
-
 # --- intervals and floors -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", [fad.frechet_distance, fad.kernel_distance])
-def test_interval_covers_the_mean_score_of_other_samples(metric):
+def interval(x, y, metric="FAD", repeats=200, seed=0, groups=None):
+    """Value and interval of the score table, which has no floor to compute here."""
+    options = {"repeats": repeats, "seed": seed, "groups": groups, "floor": x[:3]}
+    table = fad.score_table(x, {"y": y}, embedding="toy", metrics=[metric], **options)
+    return tuple(table.loc[0, ["value", "ci_low", "ci_high"]])
+
+
+@pytest.mark.parametrize("name", ["FAD", "KAD"])
+def test_interval_covers_the_mean_score_of_other_samples(name):
+    metric = fad.METRICS[name]
+
     def draw(seed):
         return gaussian(40, 6, 2 * seed), gaussian(40, 6, 2 * seed + 1, 0.6)
 
     expected = np.mean([metric(*draw(1000 + s)) for s in range(300)])
-    intervals = [fad.bootstrap_distance(*draw(s), metric, repeats=80) for s in range(60)]
+    intervals = [interval(*draw(s), name, repeats=80) for s in range(60)]
     hits = sum(low <= expected <= high for _, low, high in intervals)
     # 95 % nominal: of 60, fewer than 51 has probability < .001
     assert hits >= 51
@@ -630,67 +475,26 @@ def test_interval_covers_the_mean_score_of_other_samples(metric):
     assert width < 1.6 * np.std([metric(*draw(s)) for s in range(60)])
 
 
-def test_bootstrap_interval_covers_the_mean_score_of_other_samples():
-    def draw(seed):
-        return gaussian(60, 2, 2 * seed), gaussian(60, 2, 2 * seed + 1, 0.6)
-
-    expected = np.mean([fad.frechet_distance(*draw(1000 + s)) for s in range(300)])
-    intervals = [
-        fad.bootstrap_distance(*draw(s), repeats=80, method="bootstrap") for s in range(60)
-    ]
-    assert sum(low <= expected <= high for _, low, high in intervals) >= 51
-    width = np.mean([high - low for _, low, high in intervals]) / 3.92
-    assert width < 1.6 * np.std([fad.frechet_distance(*draw(s)) for s in range(60)])
-
-
-def test_resampling_draws_whole_recordings():
-    recording = np.repeat([0, 1, 2, 3, 4], [1, 4, 2, 3, 2])
-    seen = []
-
-    def record(x, y):
-        seen.append((x[:, 0].astype(int), len(y)))
-        return 0.0
-
-    x, y = np.c_[recording, gaussian(12, 1)].astype(float), gaussian(6, 2)
-    fad.bootstrap_distance(x, y, record, groups_x=recording, repeats=20, method="bootstrap")
-    sizes = np.bincount(recording)
-    for drawn, n_candidate in seen[1:]:
-        times = np.bincount(drawn, minlength=5) / sizes
-        assert (times == times.round()).all()
-        assert times.sum() == 5
-        assert n_candidate == 6
-    assert any(len(set(drawn)) < 5 for drawn, _ in seen[1:])
-    with pytest.raises(ValueError, match="unknown method 'jackknife'; known: subset, bootstrap"):
-        fad.bootstrap_distance(x, y, method="jackknife")
-
-
-def test_interval_of_one_set_has_the_width_of_a_mean():
-    intervals = [fad.bootstrap_score(gaussian(40, 3, s), np.mean, repeats=100) for s in range(60)]
-    widths = [high - low for _, low, high in intervals]
-    assert all(low < value < high for value, low, high in intervals)
-    assert np.mean(widths) / 3.92 == pytest.approx(1 / np.sqrt(120), rel=0.15)
-    with pytest.raises(ValueError, match="at least 4 independent clips"):
-        fad.bootstrap_score(gaussian(40, 3), fad.vendi_score, groups=np.arange(40) % 3)
-
-
 def test_interval_of_repeated_rows_is_wider_by_group():
     # 20 recordings, 5 nearly equal rows each: rows are no independent clips
     x = np.repeat(gaussian(20, 4, 1), 5, axis=0) + gaussian(100, 4, 2, 0, 0.01)
     y, recording = gaussian(100, 4, 3, 0.5), np.repeat(np.arange(20), 5)
-    _, low, high = fad.bootstrap_distance(x, y)
-    _, low_g, high_g = fad.bootstrap_distance(x, y, groups_x=recording)
+    _, low, high = interval(x, y)
+    _, low_g, high_g = interval(x, y, groups={"real": recording})
     assert high_g - low_g > 1.5 * (high - low)
 
 
 def test_interval_needs_four_recordings():
-    with pytest.raises(ValueError, match="candidate: an interval needs"):
-        fad.bootstrap_distance(gaussian(20, 2), gaussian(20, 2), groups_y=np.arange(20) % 3)
+    few = {"y": np.arange(20) % 3}
+    value, *ends = interval(gaussian(20, 2), gaussian(20, 2), groups=few)
+    assert np.isfinite(value)
+    assert np.isnan(ends).all()
 
 
 def test_results_are_seeded():
     x, y = gaussian(30, 3, 1), gaussian(30, 3, 2)
-    assert fad.bootstrap_distance(x, y, seed=3) == fad.bootstrap_distance(x, y, seed=3)
-    assert fad.bootstrap_distance(x, y, seed=3) != fad.bootstrap_distance(x, y, seed=4)
+    assert interval(x, y, seed=3) == interval(x, y, seed=3)
+    assert interval(x, y, seed=3) != interval(x, y, seed=4)
     assert (fad.noise_floor(x, seed=3) == fad.noise_floor(x, seed=3)).all()
     first, again = (fad.fad_infinity(x, y, seed=3, repeats=5) for _ in range(2))
     pd.testing.assert_frame_equal(first.pop("curve"), again.pop("curve"))
@@ -823,8 +627,8 @@ def test_score_table_has_the_columns_and_a_floor_for_every_n():
         gaussian(40, 4, 1), candidates, embedding="toy", floor=gaussian(25, 4, 5), repeats=20
     )
     assert list(table.columns) == fad.SCORE_COLUMNS
-    floors = table[table.candidate == fad.FLOOR_NAME]
-    assert floors.groupby("metric")["n_candidate"].agg(list).tolist() == [[3, 20, 25]] * 2
+    assert table.groupby("metric")["floor_n"].agg(list).tolist() == [[20, 25, 3]] * 2
+    assert table[["floor", "reference", "note"]].notna().all(axis=None)
     good, bad = (table[(table.metric == "FAD") & (table.candidate == c)] for c in ("good", "bad"))
     assert good["ci_high"].item() < bad["ci_low"].item()
     few = table[table.candidate == "few"]
@@ -846,7 +650,8 @@ def test_score_table_extrapolates():
     wide = fad.score_table(
         gaussian(40, 90), {"y": gaussian(40, 90)}, embedding="toy", metrics=("FAD-inf",)
     )
-    assert wide["note"].str.contains("fewer clips than dimensions").all()
+    # of the score, and of its floor
+    assert wide["note"].str.count("fewer clips than dimensions").tolist() == [2]
 
 
 def test_intervals_stay_within_what_a_metric_can_be():
@@ -863,7 +668,7 @@ def test_intervals_stay_within_what_a_metric_can_be():
 def test_score_table_gives_every_candidate_the_bandwidth_of_the_reference():
     x, y = gaussian(40, 4, 1), gaussian(30, 4, 2, 1)
     table = fad.score_table(x, {"y": y}, embedding="toy", metrics=("KAD",), repeats=10)
-    assert table.loc[table.candidate == "y", "value"].item() == fad.kernel_distance(x, y)
+    assert table["value"].item() == fad.kernel_distance(x, y)
 
 
 def test_score_table_draws_by_recording():
@@ -873,8 +678,8 @@ def test_score_table_draws_by_recording():
     honest = fad.score_table(
         x, *arguments, embedding="toy", metrics=("FAD",), groups={"real": recording}
     )
-    assert honest["value"][0] > 1.5 * blind["value"][0]
-    assert honest["value"][1] == blind["value"][1]
+    assert honest["floor"][0] > 1.5 * blind["floor"][0]
+    assert honest["value"][0] == blind["value"][0]
 
 
 def test_score_table_refuses():
@@ -884,17 +689,35 @@ def test_score_table_refuses():
         fad.score_table(gaussian(9, 2), {"y": gaussian(9, 2)}, embedding="toy", metrics=["FDA"])
 
 
-def test_beside_floor_takes_the_floor_of_the_nearest_n():
-    candidates = {"a": gaussian(10, 3, 2), "b": gaussian(20, 3, 3)}
-    table = fad.score_table(
-        gaussian(40, 3, 1), candidates, embedding="toy", floor=gaussian(30, 3, 4), metrics=["FAD"]
-    )
-    table.index = [0] * len(table)  # what concatenating tables without care gives
-    view = fad.beside_floor(table)
-    assert view["floor_n"].tolist() == ["40 / 10", "40 / 20"]
-    assert view["n"].tolist() == ["40 / 10", "40 / 20"]
-    with pytest.raises(ValueError, match="no floor for FAD"):
-        fad.beside_floor(table[table.candidate != fad.FLOOR_NAME])
+def test_every_score_has_the_floor_of_its_n():
+    x, real = gaussian(40, 3, 1), gaussian(30, 3, 4)
+    candidates = {"a": gaussian(10, 3, 2), "b": gaussian(20, 3, 3), "c": gaussian(20, 3, 5)}
+    table = fad.score_table(x, candidates, embedding="toy", floor=real, repeats=20)
+    assert table["floor_n"].tolist() == [10, 20, 20] * 2
+    order = np.random.default_rng(0).permutation(30)
+    for row in table.itertuples():
+        alone = fad.score_table(
+            x, {"real": real[order[: row.floor_n]]}, embedding="toy", metrics=[row.metric],
+            floor=real, repeats=20,
+        )  # fmt: skip
+        expected = alone.loc[0, ["value", "ci_low", "ci_high"]].tolist()
+        assert [row.floor, row.floor_low, row.floor_high] == expected
+    halves = fad.score_table(x, candidates, embedding="toy", repeats=20)
+    assert set(halves["floor_n"]) == {20}
+    values = fad.noise_floor(x, 20, 10)
+    assert halves["floor"][0] == pytest.approx(values.mean())
+    assert halves["note"].str.contains("floor: disjoint halves of the reference, 10 splits").all()
+
+
+def test_scores_are_written_as_people_read_them():
+    row = dict.fromkeys(fad.SCORE_COLUMNS, "x")
+    row |= {"value": 12.3456, "ci_low": 0.00012345, "ci_high": 1234.5, "floor": -0.5}
+    row |= {"floor_low": np.nan, "floor_high": np.nan, "floor_n": 7}
+    row |= {"n_reference": 40, "n_candidate": 9}
+    lines = fad.score_lines(pd.DataFrame([row, row], index=[0, 0]))
+    assert lines["score"].tolist() == ["12.3 [0.000123, 1230]"] * 2
+    assert lines["floor"].tolist() == ["-0.5"] * 2
+    assert lines["n"].tolist() == ["40 / 9"] * 2
 
 
 # --- sensitivity and the challenge's form ---------------------------------------------------------
@@ -913,16 +736,17 @@ def test_sensitivity_sees_what_is_changed_and_nothing_else():
     moved = fad.sensitivity(
         x, {"none": x, "shift": x + 3.0}, embedding="toy", labels=labels, groups=recordings
     )
-    assert list(moved.columns) == fad.SENSITIVITY_COLUMNS
+    columns = "metric change n floor floor_sd value value_sd detection_rate z_score embedding"
+    assert list(moved.columns) == columns.split()
     rows = moved.set_index(["metric", "change"])
     assert rows.index.tolist() == [
         (metric, change) for metric in ("FAD", "KAD") for change in ("none", "shift", "wrong class")
     ]
     for metric in ("FAD", "KAD"):
         assert rows.loc[(metric, "none"), "value"] == rows.loc[(metric, "none"), "floor"]
-        assert rows.loc[(metric, "none"), "spreads"] == 0
-        assert rows.loc[(metric, "shift"), "seen"] == 1
-        assert rows.loc[(metric, "wrong class"), "seen"] == 1
+        assert rows.loc[(metric, "none"), "z_score"] == 0
+        assert rows.loc[(metric, "shift"), "detection_rate"] == 1
+        assert rows.loc[(metric, "wrong class"), "detection_rate"] == 1
     # a shift of 3 in 6 dimensions adds 54, up to the mean's own change from half to half
     rise = rows.loc[("FAD", "shift"), "value"] - rows.loc[("FAD", "shift"), "floor"]
     assert rise == pytest.approx(54, abs=3)
@@ -932,11 +756,21 @@ def test_sensitivity_sees_what_is_changed_and_nothing_else():
     assert rows.loc[("FAD", "wrong class"), "n"] == 20
 
 
-def test_sensitivity_splits_by_recording_and_by_class():
+def test_sensitivity_splits_by_recording_and_by_class(monkeypatch):
     x, labels, recordings = classes_of_recordings()
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        a, b = fad._balanced_halves(recordings, labels, rng)
+    halves = []
+
+    def record(a, b):
+        halves.append((a[:, 0].astype(int), b[:, 0].astype(int)))
+        return 0.0
+
+    monkeypatch.setitem(fad.METRICS, "recorded", record)
+    rows = np.c_[np.arange(len(x)), x]
+    fad.sensitivity(rows, {"none": rows}, embedding="toy", labels=labels, groups=recordings,
+                    metrics=["recorded"], splits=20)  # fmt: skip
+    halves = [pair for pair in halves if min(map(len, pair)) == len(x) // 2]
+    assert len(halves) == 40  # the floor's and the change's
+    for a, b in halves:
         assert not set(recordings[a]) & set(recordings[b])
         np.testing.assert_array_equal(np.bincount(labels[a]), np.bincount(labels[b]))
     apart = fad.sensitivity(x, {"none": x}, embedding="toy", groups=recordings, metrics=["FAD"])
@@ -954,10 +788,10 @@ def test_sensitivity_is_seeded_and_refuses():
     pd.testing.assert_frame_equal(first, again)
     assert not first.equals(other)
     for wrong, message in (
-        ({"changed": {"cut": x[:-1]}}, "cut 39: row i of both"),
+        ({"changed": {"cut": x[:-1]}}, "cut: row i must be of the same clip"),
         ({"changed": {"other": x[:, :2]}}, "other 2: embed both"),
         ({"splits": 1}, "at least 2 splits, got 1"),
-        ({"metrics": ["FID"]}, r"got also \['FID'\]"),
+        ({"metrics": ["FID"]}, r"unknown metrics \['FID'\]; known: FAD"),
         ({"labels": np.arange(40)}, "of each class, both halves need 2 rows"),
         ({"groups": np.repeat([0, 1], [1, 39])}, "two halves of at least 2 rows"),
     ):
@@ -967,12 +801,12 @@ def test_sensitivity_is_seeded_and_refuses():
 
 
 def test_points_know_their_clips():
-    points, clips = fad.as_points([[[1.0, 2]], [[3, 4], [5, 6]]])
+    points, clips = fad.stack_windows([[[1.0, 2]], [[3, 4], [5, 6]]])
     np.testing.assert_array_equal(points, [[1, 2], [3, 4], [5, 6]])
     np.testing.assert_array_equal(clips, [0, 1, 1])
     for wrong in ([], [[[1.0]], [[1.0, 2]]], [np.zeros((0, 2))], [np.zeros(3)]):
         with pytest.raises(ValueError, match="expected arrays of shape"):
-            fad.as_points(wrong)
+            fad.stack_windows(wrong)
 
 
 def test_challenge_scores_count_windows_and_draw_clips():
@@ -988,10 +822,11 @@ def test_challenge_scores_count_windows_and_draw_clips():
         published, {"near": near, "far": far}, {"vggish": Toy()}, repeats=20
     ).set_index(["metric", "candidate"])
     assert list(found.reset_index().columns.sort_values()) == sorted(fad.SCORE_COLUMNS)
-    assert (found["n_candidate"].drop(fad.FLOOR_NAME, level=1) == 80).all()
+    assert (found["n_candidate"] == 80).all()
+    assert (found["reference"] == "development set").all()
     assert found.loc[("FAD", "far"), "value"] > 20 * found.loc[("FAD", "near"), "value"]
-    points, clips = fad.as_points(published["vggish"])
+    points, clips = fad.stack_windows(published["vggish"])
     floor = fad.noise_floor(points, 38, 10, groups=clips).mean()
-    assert found.loc[("FAD", fad.FLOOR_NAME), "value"] == pytest.approx(floor, rel=0.1)
+    assert found.loc[("FAD", "near"), "floor"] == pytest.approx(floor, rel=0.1)
     with pytest.raises(ValueError, match=r"no published embeddings of \['panns'\]"):
         fad.challenge_scores(published, {"near": near}, {"panns": Toy()})
