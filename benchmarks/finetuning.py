@@ -31,6 +31,54 @@ from soundscapes_utils import audio, finetuning, ldm, metadata, procedural, stor
 
 GIB = 2**30
 CARDS_GIB = (16, 24, 48)
+# The published cvssp/audioldm-s-full-v2, as diffusers' convert_original_audioldm_to_diffusers.py
+# derives it from audioldm_original.yaml of AudioLDM-training-finetuning.
+AUDIOLDM_S = {
+    "unet": {
+        "sample_size": 128,
+        "in_channels": 8,
+        "out_channels": 8,
+        "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+        "up_block_types": (*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+        "block_out_channels": (128, 256, 384, 640),
+        "layers_per_block": 2,
+        "cross_attention_dim": (128, 256, 384, 640),
+        "class_embed_type": "simple_projection",
+        "projection_class_embeddings_input_dim": 512,
+        "class_embeddings_concat": True,
+    },
+    "vae": {
+        "sample_size": 512,
+        "in_channels": 1,
+        "out_channels": 1,
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (128, 256, 512),
+        "latent_channels": 8,
+        "layers_per_block": 2,
+        "scaling_factor": 0.9227914214134216,
+    },
+    "scheduler": {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.0015,
+        "beta_end": 0.0195,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "prediction_type": "epsilon",
+    },
+    "vocoder": {
+        "model_in_dim": ldm.N_MELS,
+        "sampling_rate": ldm.SAMPLE_RATE,
+        "upsample_initial_channel": 1024,
+        "upsample_rates": [5, 4, 2, 2, 2],
+        "upsample_kernel_sizes": [16, 16, 8, 4, 4],
+        "resblock_kernel_sizes": [3, 7, 11],
+        "resblock_dilation_sizes": [[1, 3, 5]] * 3,
+        "normalize_before": False,
+    },
+}
 
 
 def seconds(action, repeats, device="cpu"):
@@ -152,23 +200,53 @@ def cpu_table(folder, n_clips, repeats):
 # --- on a GPU: AudioLDM-S in full size ------------------------------------------------------------
 
 
+def build_audioldm_s(device="cpu"):
+    """Build the networks of AudioLDM-S in full size, untrained: what the published weights fill.
+
+    ``unet`` (185 million parameters), ``vae`` (55), ``text_encoder`` (125), ``vocoder`` (55) and
+    ``audio_encoder`` (28) in the classes that ``AudioLDMPipeline`` loads, and the ``scheduler``. On the
+    device ``"meta"`` there are names and shapes alone, without memory.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import (
+        ClapAudioConfig,
+        ClapAudioModelWithProjection,
+        ClapTextConfig,
+        ClapTextModelWithProjection,
+        SpeechT5HifiGan,
+        SpeechT5HifiGanConfig,
+    )
+
+    with torch.device(device):
+        parts = {
+            "unet": UNet2DConditionModel(**AUDIOLDM_S["unet"]),
+            "vae": AutoencoderKL(**AUDIOLDM_S["vae"]),
+            "text_encoder": ClapTextModelWithProjection(ClapTextConfig()),
+            "vocoder": SpeechT5HifiGan(SpeechT5HifiGanConfig(**AUDIOLDM_S["vocoder"])),
+            "audio_encoder": ClapAudioModelWithProjection(ClapAudioConfig()),
+        }
+    for network in parts.values():
+        network.eval()  # as from_pretrained leaves them
+    return {**parts, "scheduler": DDIMScheduler(**AUDIOLDM_S["scheduler"])}
+
+
 def build(device, small):
     """Build AudioLDM-S of random weights; in small for a trial on the CPU."""
     if not small:
-        return ldm.build_audioldm_s(device), 1024
+        return build_audioldm_s(device), 1024
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import ClapAudioConfig, ClapAudioModelWithProjection
 
     widths = (32, 64, 96, 160)
-    unet = {**ldm.AUDIOLDM_S["unet"], "block_out_channels": widths, "cross_attention_dim": widths}
-    vae = {**ldm.AUDIOLDM_S["vae"], "block_out_channels": (32, 32, 64)}
+    unet = {**AUDIOLDM_S["unet"], "block_out_channels": widths, "cross_attention_dim": widths}
+    vae = {**AUDIOLDM_S["vae"], "block_out_channels": (32, 32, 64)}
     tiny = {"hidden_size": 64, "patch_embeds_hidden_size": 8, "projection_dim": 512}
     tiny |= {"depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
     return {
         "unet": UNet2DConditionModel(**unet),
         "vae": AutoencoderKL(**vae),
         "audio_encoder": ClapAudioModelWithProjection(ClapAudioConfig(**tiny)),
-        "scheduler": DDIMScheduler(**ldm.AUDIOLDM_S["scheduler"]),
+        "scheduler": DDIMScheduler(**AUDIOLDM_S["scheduler"]),
     }, 64
 
 

@@ -1,5 +1,6 @@
 """The pieces of AudioLDM against independent computations and through diffusers' own loading."""
 
+import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,15 @@ def test_front_end_is_the_trainers_value_for_value_on_real_clips(number):
     exact = torchaudio_mel(y, 1024)
     assert ours.shape == exact.shape == (1024, 64)
     assert float((ours - exact).abs().max()) < 1e-4
+
+
+def full_size_parts():
+    """What the benchmark of fine-tuning measures."""
+    file = Path(__file__).parents[1] / "benchmarks" / "finetuning.py"
+    spec = importlib.util.spec_from_file_location("benchmark_finetuning", file)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    return benchmark.build_audioldm_s("meta")
 
 
 def pair(name, *shape):
@@ -226,7 +236,7 @@ def published_vocoder():
     ],
 )
 def test_full_size_networks_have_the_published_names_and_shapes(part, expected, millions):
-    network = ldm.build_audioldm_s("meta")[part]
+    network = full_size_parts()[part]
     found = {name: tuple(value.shape) for name, value in network.named_parameters()}
     assert found == expected
     assert sum(np.prod(shape) for shape in found.values()) / 1e6 == pytest.approx(
@@ -235,7 +245,7 @@ def test_full_size_networks_have_the_published_names_and_shapes(part, expected, 
 
 
 def test_full_size_latent_schedule_and_rates_are_the_published_ones():
-    parts = ldm.build_audioldm_s("meta")
+    parts = full_size_parts()
     mel = torch.empty(1, 1, 1024, 64, device="meta")
     latent = parts["vae"].encode(mel).latent_dist.mean
     assert latent.shape == (1, 8, 256, 16)
@@ -268,7 +278,7 @@ def test_what_passes_through_a_gpu_comes_back_from_it():
 def test_long_lists_of_texts_are_embedded_in_passes_to_the_same_numbers(small, monkeypatch):
     texts = [f"a dog number {i}" for i in range(9)]
     whole = ldm.embed_text(small[0], texts)
-    monkeypatch.setattr(ldm, "_TOKENS_A_PASS", 4 * 64)
+    monkeypatch.setattr(ldm, "_TOKENS_PER_PASS", 4 * 64)
     torch.testing.assert_close(ldm.embed_text(small[0], texts), whole, atol=1e-6, rtol=0)
 
 
@@ -289,7 +299,7 @@ def test_partly_matching_checkpoint_lists_missing_and_unexpected_keys(saved, tmp
 
     folder = damaged(saved, tmp_path / "renamed", rename)
     with pytest.raises(
-        ldm.CheckpointError, match=r"unet: missing 1 \(conv_in\.weight.*unexpected 1 \(conv_inn"
+        ldm.CheckpointError, match=r"unet .*missing 1 \(conv_in\.weight.*unexpected 1 \(conv_inn"
     ):
         ldm.load_pipeline(folder)
 
@@ -312,15 +322,15 @@ def test_partly_matching_audio_towers_list_their_keys(small, saved, tmp_path):
     # the other half of a CLAP has a right to be there
     rename_in(published, "audio_encoder", "audio_projection.linear1.bias", "text_projection.bias")
     with pytest.raises(ldm.CheckpointError) as told:
-        ldm.load_audio_tower(str(published))
+        _ = ldm.load_clap(str(published)).audio_encoder
     assert "text_projection" not in str(told.value)
     rename_in(published, "audio_encoder", name, "audio_projection.linear0.weight")
     for folder, words in [
         (own, r"missing 1 \(projection\.weight\).*unexpected 1 \(projektion\.weight"),
         (published, r"missing 2 .*linear1\.weight.*unexpected 1 \(audio_projection\.linear0"),
     ]:
-        with pytest.raises(ldm.CheckpointError, match=f"audio tower: {words}"):
-            ldm.load_audio_tower(str(folder))
+        with pytest.raises(ldm.CheckpointError, match=f"audio_encoder .*{words}"):
+            _ = ldm.load_clap(str(folder)).audio_encoder
 
 
 def test_weights_of_another_shape_are_refused_by_name(saved, tmp_path):
@@ -375,7 +385,7 @@ def test_saving_replaces_a_checkpoint_and_leaves_nothing_else(small, tmp_path):
 
 def test_checkpoint_names_no_place_of_the_machine_that_made_it(saved, tmp_path):
     pipe = ldm.load_pipeline(saved, device="cpu")
-    tower, _ = ldm.load_audio_tower(str(saved))
+    tower = ldm.load_clap(str(saved)).audio_encoder
     for folder in (
         ldm.save_checkpoint(pipe, tmp_path / "again", {}, tower),
         ldm.BUILTIN_CHECKPOINT,
@@ -386,7 +396,7 @@ def test_checkpoint_names_no_place_of_the_machine_that_made_it(saved, tmp_path):
 
 def test_own_audio_tower_comes_with_the_checkpoint(small, saved):
     y = np.random.default_rng(0).normal(size=16_000).astype(np.float32)
-    ours = ldm.embed_audio([y, y[:8000]], 16_000, saved)
+    ours = ldm.embed_audio(ldm.load_clap(str(saved)), [y, y[:8000]], 16_000).numpy()
     expected = small[1](ldm.waveform_to_mel(y, 100)[None]).detach().numpy()
     np.testing.assert_allclose(ours[:1], expected, atol=1e-5)
     assert np.linalg.norm(ours, axis=1) == pytest.approx([1, 1], abs=1e-5)
@@ -397,27 +407,72 @@ def test_published_audio_tower_is_used_where_the_folder_holds_one(small, tmp_pat
         small[0], tmp_path / "published", {}, tiny_checkpoints.audio_tower()
     )
     y = np.random.default_rng(0).normal(size=16_000).astype(np.float32)
-    embedding = ldm.embed_audio([y], 16_000, folder)
+    clap = ldm.load_clap(str(folder))
+    embedding = ldm.embed_audio(clap, [y], 16_000)
     assert embedding.shape == (1, 16)
-    assert np.linalg.norm(embedding) == pytest.approx(1, abs=1e-5)
+    assert float(embedding.norm()) == pytest.approx(1, abs=1e-5)
     # transformers would take 10 s of a longer sound at random
     longer = np.random.default_rng(0).normal(size=164_000).astype(np.float32)
     first, again, cut = (
-        ldm.embed_audio([z], 16_000, folder) for z in [longer] * 2 + [longer[:160_000]]
+        ldm.embed_audio(clap, [z], 16_000).numpy() for z in [longer] * 2 + [longer[:160_000]]
     )
     np.testing.assert_array_equal(first, again)
     np.testing.assert_allclose(first, cut, atol=1e-3)
 
 
-def test_card_is_no_part_of_what_a_checkpoint_is(saved, tmp_path):
+def test_what_is_said_of_a_checkpoint_makes_no_other_of_it(saved, tmp_path):
     import shutil
 
     folder = shutil.copytree(saved, tmp_path / "copy")
     before = ldm.checkpoint_digest(folder)
     (folder / "README.md").write_text("scores")
+    (folder / ldm.INFO_FILE).write_text('{"heard": {"esc10": [1]}}')
     assert ldm.checkpoint_digest(folder) == before
-    (folder / ldm.INFO_FILE).write_text("{}")
+    (folder / "unet" / "config.json").write_text("{}")
     assert ldm.checkpoint_digest(folder) != before
+
+
+@pytest.mark.parametrize(
+    "note, heard",
+    [
+        ({"heard": {"esc10": [2, 3]}}, {"esc10": [2, 3]}),
+        ({"training_dataset": "esc10", "training_folds": [2, 3]}, {"esc10": [2, 3]}),
+        (
+            {"training_dataset": "esc10; mixes of esc50", "training_folds": [2]},
+            {"esc10": [2], "esc50": [2]},
+        ),
+        ({"training_dataset": "sounds of nobody", "training_folds": []}, {}),
+    ],
+)
+def test_folds_of_the_training_are_read_from_notes_old_and_new(tmp_path, note, heard):
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / ldm.INFO_FILE).write_text(json.dumps(note))
+    info = ldm.checkpoint_info(tmp_path)
+    assert info["heard"] == heard and "training_folds" not in info
+    assert info["steps"] == ldm.HUB_INFO["steps"]
+
+
+def test_folds_of_the_training_are_written_in_order():
+    assert ldm.format_heard({}) == ""
+    assert ldm.format_heard({"b": [1], "a": [10, 9]}) == "a:9,10;b:1"
+
+
+def test_clap_of_transformers_gives_both_towers(small, tmp_path):
+    from transformers import ClapConfig, ClapModel
+
+    audio_config = tiny_checkpoints.audio_tower().config
+    model = ClapModel(ClapConfig(text_config=small[0].text_encoder.config, audio_config=audio_config,
+                                 projection_dim=16)).eval()  # fmt: skip
+    model.save_pretrained(tmp_path / "clap")
+    small[0].tokenizer.save_pretrained(tmp_path / "clap")
+    clap = ldm.load_clap(str(tmp_path / "clap"))
+    y = np.random.default_rng(0).normal(size=48_000).astype(np.float32)
+    rows = ldm.embed_text(clap, ["a dog"]), ldm.embed_audio(clap, [y], 48_000)
+    assert [row.shape for row in rows] == [(1, 16), (1, 16)]
+    with torch.no_grad():
+        expected = model.audio_model(input_features=ldm.clap_features([y])).pooler_output
+        expected = torch.nn.functional.normalize(model.audio_projection(expected), dim=-1)
+    torch.testing.assert_close(rows[1], expected)
 
 
 def test_wrong_places_name_the_remedy(tmp_path):
@@ -439,13 +494,14 @@ def test_incomplete_checkpoint_is_refused(saved, tmp_path):
 
 def test_hub_checkpoints_have_the_published_sampling():
     info = ldm.checkpoint_info("cvssp/audioldm-s-full-v2")
-    assert (info["steps"], info["guidance_scale"], info["training_folds"]) == (200, 3.5, [])
+    assert (info["steps"], info["guidance_scale"], info["heard"]) == (200, 3.5, {})
 
 
-def test_embedded_checkpoint_is_small_free_of_pickle_and_documented():
+def test_builtin_checkpoint_is_small_free_of_pickle_and_documented():
     folder = ldm.BUILTIN_CHECKPOINT
     files = [p for p in folder.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 25e6
     assert {p.suffix for p in files} <= {".json", ".safetensors", ".md", ".txt"}
     assert "train-mini" in (folder / "README.md").read_text()
-    assert json.loads((folder / ldm.INFO_FILE).read_text())["training_folds"]
+    # its sounds come from a pool of their own, of which no study has a clip
+    assert json.loads((folder / ldm.INFO_FILE).read_text())["heard"] == {}
