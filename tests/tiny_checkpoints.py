@@ -8,10 +8,12 @@ a T5 folder). `Tones` is the smallest back-end of all, for what has nothing to d
 
 import contextlib
 import json
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 MEL = 16  # bands of the tiny vocoder and VAE
 VOCODER = {
@@ -44,6 +46,86 @@ class Tones:
         tones = [0.3 * np.sin(2 * np.pi * (200 + s % 1000) * t) for s in seeds]
         gains = [np.float32(self.bad.get(s, 1.0)) for s in seeds]
         return [y.astype(np.float32) * g for y, g in zip(tones, gains, strict=True)]
+
+
+class _Interrupted:
+    """A back-end that is stopped by hand after some calls."""
+
+    def __init__(self, backend, calls):
+        self.backend, self.calls = backend, calls
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def generate(self, *request):
+        if not self.calls:
+            raise KeyboardInterrupt
+        self.calls -= 1
+        return self.backend.generate(*request)
+
+
+def check_invariance(backend, prompts=None, duration_s=0.5, clips_per_pass=4):
+    """Compare a back-end's clips with themselves under every way of sharing out the work.
+
+    Returns ``backend, dtype, change, same_bytes, max_difference`` (of full scale; against each clip
+    made alone, and for shard and resume between the files of a whole run and of the other).
+    """
+    prompts = prompts or ["a dog", "a dog barking loudly", "rain", "a dog", "a distant siren"]
+    seeds = list(range(1, len(prompts) + 1))
+    alone = [backend.generate([p], [s], duration_s)[0] for p, s in zip(prompts, seeds, strict=True)]
+    pairs = {
+        f"batch of {len(prompts)}": (alone, backend.generate(prompts, seeds, duration_s)),
+        "other order": (alone, backend.generate(prompts[::-1], seeds[::-1], duration_s)[::-1]),
+    }
+    pairs |= _files_compared(backend, prompts, seeds, duration_s)
+    usual = backend.settings.get("clips_per_pass")
+    if usual:
+        backend.settings["clips_per_pass"] = clips_per_pass
+        try:
+            larger = backend.generate(prompts, seeds, duration_s)
+        finally:
+            backend.settings["clips_per_pass"] = usual
+        pairs[f"passes of {clips_per_pass}"] = (alone, larger)
+    rows = [
+        {
+            "backend": backend.name,
+            "dtype": backend.settings.get("dtype"),
+            "change": change,
+            "same_bytes": all(map(np.array_equal, one, other)),
+            "max_difference": max(
+                float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True)
+            ),
+        }
+        for change, (one, other) in pairs.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _files_compared(backend, prompts, seeds, duration_s):
+    from soundscapes_utils.generation import generate_clips
+
+    plan = pd.DataFrame({"prompt": prompts, "seed": seeds, "label": "any", "prompt_family": "any"})
+    plan["clip_id"] = [f"clip-{seed}" for seed in seeds]
+    plan = plan.assign(negative_prompt="", duration_s=duration_s)
+    with tempfile.TemporaryDirectory() as folder:
+        whole, shards, resumed = (Path(folder) / name for name in ("whole", "shards", "resumed"))
+        generate_clips(plan, backend, whole)
+        for shard in ("2/2", "1/2"):
+            generate_clips(plan, backend, shards, batch_size=2, shard=shard)
+        with contextlib.suppress(KeyboardInterrupt):
+            generate_clips(plan, _Interrupted(backend, 1), resumed, batch_size=2)
+        generate_clips(plan, backend, resumed, batch_size=1)
+        sounds = {path: _clips_in(path) for path in (whole, shards, resumed)}
+    return {
+        "two shards": (sounds[whole], sounds[shards]),
+        "interrupted and resumed": (sounds[whole], sounds[resumed]),
+    }
+
+
+def _clips_in(folder):
+    from soundscapes_utils.audio import load_audio
+
+    return [load_audio(path)[0] for path in sorted(folder.glob("*.wav"))]
 
 
 def _roberta_tokenizer():
