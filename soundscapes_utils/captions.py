@@ -484,9 +484,3 @@ def _mean_distance(group, embed):
 
 
 ALL_FAMILIES = FAMILIES  # until every caller says FAMILIES
-
-
-def event_labels(mix):  # until metadata takes the labels from the table of events
-    from soundscapes_utils import mixing
-
-    return [mix["label"], *(event["label"] for event in mixing.further_events(mix.get("events")))]
