@@ -72,10 +72,7 @@ class MissingStage(FileNotFoundError):
 def project_root(start=None):
     """Find the project: the nearest folder upwards that holds ``notebooks/`` and ``pyproject.toml``.
 
-    Parameters
-    ----------
-    start : path-like, optional
-        Where to begin; the working directory by default, then the folder of this package.
+    The search begins at `start`, by default the working directory, then at this package.
 
     Raises
     ------
@@ -93,13 +90,7 @@ def project_root(start=None):
 
 
 def project_path(path):
-    """Resolve a path: absolute ones stay, relative ones are taken from the project's root.
-
-    Examples
-    --------
-    >>> project_path("data") == project_root() / "data"
-    True
-    """
+    """Resolve a path: absolute ones stay, relative ones are taken from the project's root."""
     path = Path(path).expanduser()
     return path if path.is_absolute() else project_root() / path
 
@@ -109,7 +100,6 @@ def walk_files(root, suffixes=None):
 
     Parameters
     ----------
-    root : path-like
     suffixes : collection of str, optional
         Lower-case endings with their dot, such as ``(".wav", ".flac")``; all files by default.
     """
@@ -129,17 +119,7 @@ def walk_files(root, suffixes=None):
 
 
 def write_atomic(path, content):
-    """Write a file so that it is there complete or not at all; folders are made as needed.
-
-    Parameters
-    ----------
-    path : path-like
-    content : bytes or str
-        Text is written as UTF-8.
-
-    Returns
-    -------
-    Path
+    """Write bytes, or text as UTF-8, so that the file is there complete or not at all.
 
     Raises
     ------
@@ -260,7 +240,9 @@ def cached_array(path, compute):
 
 
 class Records:
-    """What is made already: one JSON line a thing, one file a process, torn lines ignored.
+    """What is made already: one JSON line per thing, one file per process, torn lines ignored.
+
+    ``entries`` maps each key to its entry, of all processes up to now; of one key the one written last.
 
     Parameters
     ----------
@@ -268,11 +250,6 @@ class Records:
         The lines lie in its subfolder ``.records``.
     name : str
         Tells the records of one folder apart.
-
-    Attributes
-    ----------
-    entries : dict
-        Key to entry, of all processes up to now; of one key the entry written last.
 
     Examples
     --------
@@ -325,17 +302,7 @@ class Records:
 
 
 def shard(rows, text):
-    """Take the share of one machine out of a list or table: every n-th row.
-
-    Parameters
-    ----------
-    rows : list or pandas.DataFrame
-    text : str or None
-        ``"i/n"`` with i from 1 to n; None takes all.
-
-    Raises
-    ------
-    DataError
+    """Take the share of one machine out of a list or table: of ``"i/n"`` every n-th row from the i-th.
 
     Examples
     --------
@@ -363,12 +330,6 @@ class RunFolder:
     path : path-like
         Relative paths are taken from the project's root, so ``"runs/quick"`` is the same folder from
         ``notebooks/``, from the root and in batch.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> RunFolder(tempfile.mkdtemp()).tables.is_dir()
-    True
     """
 
     path: Path
@@ -392,14 +353,7 @@ class RunFolder:
         return write_table(table, self.tables / f"{name}.csv")
 
     def load_table(self, name, made_by):
-        """Read ``tables/<name>.csv``; its column ``path`` comes back absolute.
-
-        Parameters
-        ----------
-        name : str
-            Without folder and extension.
-        made_by : str
-            The notebook that leaves this table, as in ``"01_dataset_mixing"``.
+        """Read ``tables/<name>.csv``, left by notebook `made_by`; its column ``path`` comes back absolute.
 
         Raises
         ------
@@ -418,16 +372,10 @@ class RunFolder:
         return table
 
     def save_figure(self, figure, name, caption=""):
-        """Write a figure as ``figures/<name>.png``.
+        """Write a figure as ``figures/<name>.png``; begin the name with the notebook's number.
 
-        Parameters
-        ----------
-        figure : matplotlib.figure.Figure
-        name : str
-            Without folder and extension; begin it with the notebook's number.
-        caption : str, optional
-            What it shows, for the report and for readers who cannot see it; kept inside the PNG as
-            its description. By default the figure's own title.
+        The caption, by default the figure's own title, says for the report and for readers who cannot see
+        it what the figure shows; it is kept inside the PNG.
         """
         titles = [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)]
         described = {"Description": caption or next(filter(None, titles), name)}
