@@ -353,7 +353,7 @@ class RunFolder:
         return write_table(table, self.tables / f"{name}.csv")
 
     def load_table(self, name, made_by):
-        """Read ``tables/<name>.csv``, left by notebook `made_by`; its column ``path`` comes back absolute.
+        """Read ``tables/<name>.csv``, left by notebook `made_by`; its paths come back absolute.
 
         Raises
         ------
@@ -374,8 +374,8 @@ class RunFolder:
     def save_figure(self, figure, name, caption=""):
         """Write a figure as ``figures/<name>.png``; begin the name with the notebook's number.
 
-        The caption, by default the figure's own title, says for the report and for readers who cannot see
-        it what the figure shows; it is kept inside the PNG.
+        The caption, by default the figure's own title, says what it shows: for the report, and for
+        readers who cannot see it. It is kept inside the PNG.
         """
         titles = [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)]
         described = {"Description": caption or next(filter(None, titles), name)}
