@@ -229,6 +229,18 @@ def _clap(tokenizer):
     return ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=16))
 
 
+def clap(folder):
+    """Write a tiny CLAP of transformers' kind; return the model and its tokenizer."""
+    import torch
+
+    torch.manual_seed(0)
+    tokenizer = _roberta_tokenizer()
+    model = _clap(tokenizer).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
 def audio_tower(projection_dim=16):
     """The audio half of a CLAP of the published kind, untrained."""
     import torch
