@@ -33,6 +33,7 @@ DATASETS = ("builtin", "esc10", "esc50", "urbansound8k", "own")
 AMBIENT_CLASSES = ("rain", "sea_waves", "crackling_fire", "helicopter")
 SOURCES = store.read_table(Path(__file__).with_name("datasets.csv")).set_index("dataset")
 ARCHIVES = store.read_table(Path(__file__).with_name("archives.csv"))
+_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError)
 DCASE2024_TASK7_NETWORKS = ("panns-wavegram-logmel", "vggish", "clap-2023")
 
 
@@ -44,7 +45,7 @@ class DatasetError(store.DataError):
 
 
 def load_esc50(root, esc10=False):
-    """Load ESC-50, or any folder laid out like it (``meta/esc50.csv``, ``audio/``).
+    """Load ESC-50 (Piczak, 2015), or a folder laid out like it (``meta/esc50.csv``, ``audio/``).
 
     Parameters
     ----------
@@ -56,8 +57,7 @@ def load_esc50(root, esc10=False):
     Returns
     -------
     pandas.DataFrame
-        Columns :data:`CLIP_COLUMNS`; ``fold`` 1 to 5, ``source_id`` the Freesound recording
-        (Piczak, ACM Multimedia 2015).
+        Columns :data:`CLIP_COLUMNS`; ``fold`` 1 to 5, ``source_id`` the Freesound recording.
 
     Raises
     ------
@@ -79,8 +79,8 @@ def _load_esc_layout(root, dataset):
     _check_rows(table, where, "filename", "target", "category")
     # ESC-50 spells fold and target out in the name: 1-100032-A-0.wav
     names = table["filename"].str.extract(r"^(\d+)-.+-[A-Z]+-(\d+)\.").astype(float)
-    wrong = names[0].ne(table["fold"]) | names[1].ne(table["target"])
-    if (wrong := wrong & names[0].notna()).any():
+    wrong = names[0].notna() & (names[0].ne(table["fold"]) | names[1].ne(table["target"]))
+    if wrong.any():
         raise DatasetError(
             f"{where}: {wrong.sum()} rows contradict the fold or target in their file's name "
             f"({_first(table['filename'][wrong])}); restore the published table"
@@ -96,16 +96,7 @@ def _load_esc_layout(root, dataset):
 def load_urbansound8k(root):
     """Load UrbanSound8K (``metadata/UrbanSound8K.csv``, ``audio/fold1`` to ``fold10``).
 
-    Returns
-    -------
-    pandas.DataFrame
-        Columns :data:`CLIP_COLUMNS`; ``fold`` 1 to 10, ``source_id`` the Freesound recording
-        (Salamon, Jacoby and Bello, ACM Multimedia 2014).
-
-    Raises
-    ------
-    DatasetError
-        As for :func:`load_esc50`.
+    As :func:`load_esc50`; ``fold`` 1 to 10 (Salamon, Jacoby and Bello, ACM Multimedia 2014).
     """
     columns = ["slice_file_name", "fsID", "fold", "classID", "class"]
     table, where = _read_table(root, "metadata/UrbanSound8K.csv", columns, "urbansound8k")
@@ -116,10 +107,11 @@ def load_urbansound8k(root):
 
 
 def load_tau(root, folds="city"):
-    """Load TAU Urban Acoustic Scenes 2020 Mobile, development set (``meta.csv``, ``audio/``).
+    """Load TAU Urban Acoustic Scenes 2020 Mobile (``meta.csv``, ``audio/``).
 
-    The set has no five folds. They are made here; all recordings of a location, by all its devices,
-    lie in one fold.
+    As :func:`load_esc50`; ``label`` is the scene, ``source_id`` city and location (Heittola, Mesaros
+    and Virtanen, DCASE Workshop 2020). The set has no five folds. They are made here, with all
+    recordings of a location, by all its devices, in one fold.
 
     Parameters
     ----------
@@ -129,17 +121,6 @@ def load_tau(root, folds="city"):
         on. "official" follows ``evaluation_setup``: fold 5 is ``fold1_evaluate.csv``, the locations
         of ``fold1_train.csv`` are dealt out to folds 1 to 4, scene by scene, and the recordings
         that the setup does not use are left out.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns :data:`CLIP_COLUMNS`; ``label`` is the scene, ``source_id`` city and location
-        (Heittola, Mesaros and Virtanen, DCASE Workshop 2020).
-
-    Raises
-    ------
-    DatasetError
-        As for :func:`load_esc50`.
     """
     return _load_tau_layout(root, "tau", folds)
 
@@ -156,8 +137,6 @@ def _load_tau_layout(root, dataset, folds="city"):
     else:
         table["fold"] = _official_folds(root, table)
         table = table.dropna(subset="fold")
-    if table.empty:
-        raise DatasetError(f"{where}: no recording is in evaluation_setup; choose folds='city'")
     paths = _find_files(root, table["filename"], where, "tau")
     return _clips(paths, table["scene_label"], table["fold"], table["identifier"], dataset)
 
@@ -187,23 +166,9 @@ def _official_folds(root, table):
 def load_folder(root):
     """Load recordings of one's own: a folder with one subfolder per class.
 
-    Parameters
-    ----------
-    root : path-like
-        The name of a subfolder is the label of all .wav, .ogg and .flac files in it.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns :data:`CLIP_COLUMNS`. Every file counts as a recording of its own
-        (``source_id`` is class and file name), and those of each class are dealt out to five folds
-        in the order of a hash of their names. If several files were cut from one recording, write
-        its name into their ``source_id`` and give them one ``fold``.
-
-    Raises
-    ------
-    DatasetError
-        No folder, no class, or two files of one name.
+    Every .wav, .ogg and .flac file counts as a recording of its own (``source_id`` is class and file
+    name); those of each class are dealt out to five folds in the order of a hash of their names. If
+    several were cut from one recording, give them one ``source_id`` and one ``fold``.
 
     Examples
     --------
@@ -231,17 +196,16 @@ def load_folder(root):
 
 
 def load_dcase2024_task7(root, networks=DCASE2024_TASK7_NETWORKS):
-    """Load the development set of DCASE 2024 Task 7 (``captions.csv``, ``embeddings/``).
+    """Load the development set of DCASE 2024 Task 7 (Lagrange et al., arXiv 2501.08587).
 
     Its audio was never published: what there is are the captions and what three networks made of
-    the reference recordings, 4 s each (Lagrange et al., arXiv 2501.08587).
+    the reference recordings, 4 s each.
 
     Parameters
     ----------
     root : path-like
         Holds ``captions.csv`` and ``embeddings/<network>/<clip>.npy``.
     networks : sequence of str
-        Which networks to load, named as their folders.
 
     Returns
     -------
@@ -250,11 +214,6 @@ def load_dcase2024_task7(root, networks=DCASE2024_TASK7_NETWORKS):
     embeddings : dict of str to np.ndarray, float32, shape (clips, frames, dimensions)
         Rows in the order of `captions`. As published: ``panns-wavegram-logmel`` (60, 1, 2048),
         ``vggish`` (60, 4, 128), ``clap-2023`` (60, 4, 1024).
-
-    Raises
-    ------
-    DatasetError
-        Folder, table or embeddings missing, duplicate rows, a file that is not such an array.
     """
     root = Path(root)
     table, where = _read_table(root, "captions.csv", ["file", "caption"], "dcase2024_task7")
@@ -295,27 +254,16 @@ def _read_embeddings(paths):
 
 
 def load_builtin(data_dir="data", clips_per_class=40, seed=0):
-    """Load the built-in events, made by rule on first use.
+    """Load the built-in events, which are made by rule on first use.
 
     Parameters
     ----------
     data_dir : path-like
         They are kept in its folder ``builtin``.
     clips_per_class : int
-        Clips of each of the ten classes, over five folds.
+        Clips of each of the ten classes of ESC-10, over five folds.
     seed : int
         Chooses the sounds.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns :data:`CLIP_COLUMNS`; class names are those of ESC-10.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> load_builtin(tempfile.mkdtemp(), clips_per_class=1)["label"].nunique()
-    10
     """
     root = Path(data_dir) / "builtin" / f"events-{clips_per_class}-seed{seed}"
     return _load_esc_layout(procedural.write_events(root, clips_per_class, seed), "builtin")
@@ -333,22 +281,11 @@ def load_clips(
     Parameters
     ----------
     dataset : {"builtin", "esc10", "esc50", "urbansound8k", "own"}
+        "own" is a folder with one subfolder per class, see :func:`load_folder`.
     esc50_root, urbansound8k_root, own_root : path-like
         Where they are; by default ``ESC-50``, ``UrbanSound8K`` and ``own`` in `data_dir`.
-    data_dir : path-like
-        Folder of the project's data.
-    clips_per_class, seed : int
+    data_dir, clips_per_class, seed
         Of the built-in data set, see :func:`load_builtin`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns :data:`CLIP_COLUMNS`.
-
-    Raises
-    ------
-    DatasetError
-        Unknown name, or what the loader finds.
     """
     data_dir = Path(data_dir)
     if dataset == "builtin":
@@ -365,33 +302,19 @@ def load_clips(
 def load_scenes(
     dataset, clips, *, tau_root="", data_dir="data", scenes_per_class=20, seed=0, tau_folds="city"
 ):
-    """Choose what the events of a data set are laid over.
+    """Choose what the events of a data set are laid over; return foregrounds and backgrounds.
 
     TAU scenes where `tau_root` is given; else the built-in scenes for the built-in events; else
     the ambient classes among the clips (:data:`AMBIENT_CLASSES`), which are then not foregrounds.
 
     Parameters
     ----------
-    dataset : str
-        The name given to :func:`load_clips`.
-    clips : pandas.DataFrame
-        What it returned.
-    tau_root : path-like
-        Folder of TAU 2020 Mobile; empty if there is none.
+    dataset, clips
+        The name given to :func:`load_clips`, and what it returned.
+    tau_root, tau_folds
+        Folder of TAU, empty if there is none, and its folds: see :func:`load_tau`.
     data_dir, scenes_per_class, seed
         Of the built-in scenes, as in :func:`load_builtin`.
-    tau_folds : {"city", "official"}
-        See :func:`load_tau`.
-
-    Returns
-    -------
-    foregrounds, backgrounds : pandas.DataFrame
-        Two clip tables.
-
-    Raises
-    ------
-    DatasetError
-        There are no scenes.
 
     Examples
     --------
@@ -429,11 +352,6 @@ def assign_splits(clips, test_fold):
     pandas.Series of str
         "train", "val" or "test", on the index of `clips`.
 
-    Raises
-    ------
-    DatasetError
-        Unknown or too few folds, or a source that would be in two splits.
-
     Examples
     --------
     >>> clips = pd.DataFrame({"fold": [1, 2, 3, 4, 5], "source_id": list("abcde")})
@@ -457,14 +375,9 @@ def assign_splits(clips, test_fold):
 
 
 def audit(clips):
-    """Read every file whole and take out what cannot be used.
+    """Read every file whole; return the usable rows and a table ``clip_id, path, problem``.
 
-    Returns
-    -------
-    good : pandas.DataFrame
-        The usable rows, renumbered.
-    problems : pandas.DataFrame
-        Columns ``clip_id, path, problem``: unreadable, cut short, empty, silent or not finite.
+    A problem is a file that is unreadable, cut short, empty, silent or not finite.
 
     Examples
     --------
@@ -584,21 +497,12 @@ def download_dataset(name, dest="data", archives=ARCHIVES):
     dest : path-like
         Where its folder will be.
     archives : pandas.DataFrame
-        Columns ``dataset, name, url, checksum, size, unpacked``; sizes in bytes.
+        As ``archives.csv``; sizes in bytes.
 
     Returns
     -------
     Path
         The folder to give to the loader.
-
-    Raises
-    ------
-    DatasetError
-        No connection, wrong checksum, too little space, an archive that is unsafe or damaged.
-
-    Examples
-    --------
-    >>> root = download_dataset("esc50", "data")  # doctest: +SKIP
     """
     if name not in SOURCES.index:
         raise DatasetError(f"unknown dataset {name!r}; choose one of {', '.join(SOURCES.index)}")
@@ -633,11 +537,8 @@ def download_dataset(name, dest="data", archives=ARCHIVES):
 
 
 def _announce(source, dest, archives):
-    try:
-        dest.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(dest).free
-    except OSError as error:
-        raise DatasetError(f"{dest}: cannot be written ({error}); choose another dest") from error
+    dest.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(dest).free
     size = sum(archive.size for archive in archives if not (dest / archive.name).exists())
     need = size + sum(archive.unpacked for archive in archives)
     print(
@@ -658,9 +559,8 @@ def _fetch(archive, dest):
     import pooch
 
     try:
-        show = pooch.HTTPDownloader(progressbar=sys.stderr.isatty())
-        known = archive.checksum or None
-        return Path(pooch.retrieve(archive.url, known, archive.name, dest, downloader=show))
+        known, show = archive.checksum or None, sys.stderr.isatty()
+        return Path(pooch.retrieve(archive.url, known, archive.name, dest, progressbar=show))
     except (ValueError, OSError) as error:
         raise DatasetError(
             f"{archive.url}: cannot be fetched ({error}); check the connection and the free space "
@@ -679,9 +579,7 @@ def _unpack(path, folder, expected):
         else:
             with tarfile.open(path) as archive:
                 archive.extractall(folder, _checked(archive, path, expected), filter="data")
-    except (
-        zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError
-    ) as error:  # fmt: skip
+    except (*_DAMAGED, OSError) as error:
         raise DatasetError(
             f"{path}: cannot be unpacked ({error}); delete it and try again"
         ) from error
