@@ -82,16 +82,19 @@ def one_thread():
 
 # golden name: column of the table of mixes
 MIX = own_names(
-    "mix_id split foreground_label foreground_source scene background_source onset_s",
-    "duration_s active_start_s active_end_s clip_s repeats fade_s foreground_gain_db",
-    "background_gain_db snr_db level_measure seed caption caption_2 caption_3",
-)
-EVENT = own_names(
-    "mix_id event repetition label source onset_s offset_s snr_db foreground_gain_db fade_s",
-)
-PLANS = {  # name: (seed, options of the plan, options of the rendering)
-    "default": (0, {}, {"stems": True}),
-    "lufs": (1, {"snr_measure": "lufs", "snr_db": (0, 12)}, {"format": "flac"}),
+    "split scene background_source onset_s duration_s active_start_s active_end_s clip_s repeats",
+    "fade_s foreground_gain_db background_gain_db snr_db level_measure seed caption caption_2",
+    "caption_3",
+) | {"mix_id": "clip_id", "foreground_label": "label", "foreground_source": "source_id"}
+EVENT = own_names("event repetition label onset_s offset_s snr_db fade_s") | {
+    "mix_id": "clip_id",
+    "source": "source_id",
+    "foreground_gain_db": "gain_db",
+}
+SHORT = {"duration_s": 4.0, "sample_rate": RATE}
+PLANS = {  # name: (seed, options of the plan, with stems)
+    "default": (0, {}, True),
+    "lufs": (1, {"snr_measure": "lufs", "snr_db": (0, 12), "format": "flac"}, False),
     "lambda": (
         2,
         {
@@ -99,48 +102,49 @@ PLANS = {  # name: (seed, options of the plan, options of the rendering)
             "foreground_lambda": (0.5, 2.0),
             "background_lambda": (0.3, 1.0),
             "foreground_gain_db": (-6.0, 3.0),
-            "background_gain_db": ["choice", [-6.0, 0.0]],
+            "background_gain_db": [-6.0, 0.0],
             "onset": (0.5, 2.5),
+            "format": "flac",
         },
-        {"stems": True, "format": "flac"},
+        True,
     ),
-    "report-B": (3, {"preset": "report-B", "sample_rate": RATE}, {}),
-    "team-B": (4, {"preset": "team-B", "sample_rate": RATE}, {"format": "flac"}),
+    "report-B": (3, mixing.PRESETS["gaurav2024-report"] | SHORT, False),
+    "team-B": (4, mixing.PRESETS["gaurav2024-code"] | SHORT | {"format": "flac"}, False),
     "several": (
         5,
         {"events": (2, 3), "repeat": (1, 2), "fade_s": (0.01, 0.2), "onset": (0.0, 2.0)},
-        {"stems": True},
+        True,
     ),
     "choices": (
         6,
         {
-            "events": ["choice", [2, 3]],
-            "snr_db": ["choice", [0.0, 6.0, 12.0]],
-            "onset": ["choice", [0.25, 1.5]],
+            "events": [2, 3],
+            "snr_db": [0.0, 6.0, 12.0],
+            "onset": [0.25, 1.5],
             "repeat": 2,
             "fade_s": 0.05,
             "test_fold": 2,
         },
-        {},
+        False,
     ),
-    "loud": (7, {"snr_db": (10, 25), "background_gain_db": (0.0, 18.0)}, {"stems": True}),
+    "loud": (7, {"snr_db": (10, 25), "background_gain_db": (0.0, 18.0)}, True),
 }
 
 
 def built_in_sounds(folder):
-    events = datasets.load_embedded(folder / "data", clips_per_class=5)
-    scenes = datasets.load_embedded_scenes(folder / "data", scenes_per_class=5)
-    return events, scenes
+    events = datasets.load_builtin(folder / "data", clips_per_class=5)
+    return datasets.load_scenes("builtin", events, data_dir=folder / "data", scenes_per_class=5)
 
 
 def planned(sounds, name, n=5):
     seed, options, _ = PLANS[name]
-    options = {"duration_s": 4.0, "sample_rate": RATE, **options}
-    return mixing.plan_mixes(*sounds, n, seed, **options)
+    return mixing.plan_scenes(*sounds, n, seed, **SHORT | options)
 
 
 def rendered(plan, name, out_dir, engine):
-    return mixing.render_mixes(plan, out_dir, RATE, workers=1, engine=engine, **PLANS[name][2])
+    mixes, events = plan
+    how = {"workers": 1, "engine": engine, "stems": PLANS[name][2], "events": events}
+    return mixing.render_mixes(mixes, out_dir, RATE, **how)
 
 
 def mixes(folder):
@@ -148,8 +152,8 @@ def mixes(folder):
     found = {}
     for name in PLANS:
         plan = planned(sounds, name)
-        events = mixing.events_table(plan)
-        found[name] = {"recipes": columns(plan, MIX), "events": columns(events, EVENT)}
+        sounding = mixing.occurrences(*plan)
+        found[name] = {"recipes": columns(plan[0], MIX), "events": columns(sounding, EVENT)}
         for engine in ("numpy", "pydub"):
             made = rendered(plan, name, folder / name / engine, engine)
             found[name][engine] = {
@@ -265,7 +269,7 @@ def tiny_start(folder):
     rng = np.random.default_rng(0)
     mels = [ldm.waveform_to_mel(rng.normal(size=10_240), 64) for _ in range(4)]
     pipe.vae.fit(torch.stack(mels))
-    info = {"training_folds": [], "steps": 2}
+    info = {"steps": 2}
     checkpoint = ldm.save_checkpoint(pipe, folder / "small", info, tower.eval())
     return finetuning.FinetuneConfig(
         checkpoint=str(checkpoint),
@@ -274,10 +278,10 @@ def tiny_start(folder):
         steps=30,
         batch_size=4,
         learning_rate=1e-3,
-        warmup_steps=4,
+        lr_warmup_steps=4,
         decay_start=0.5,
         segment_s=0.64,
-        val_every=3,
+        validation_steps=3,
         text_condition_probability=0.5,
         info={"training_dataset": "golden"},
     )
@@ -294,7 +298,7 @@ def tuned(config):
 def tuned_after_a_kill(config, step=14):
     """The same, stopped by Ctrl-C as it draws the batch of that step, and begun again."""
     config = replace(config, out_dir=config.out_dir + "-killed")
-    draw = finetuning.draw  # what draws the batch of a step
+    draw = finetuning.training_batch  # what draws the batch of a step
 
     def interrupted(data, settings, at):
         if at == step:
@@ -302,7 +306,7 @@ def tuned_after_a_kill(config, step=14):
         return draw(data, settings, at)
 
     try:
-        with mock.patch.object(finetuning, "draw", interrupted):
+        with mock.patch.object(finetuning, "training_batch", interrupted):
             finetuning.finetune(config)
     except KeyboardInterrupt:
         return log_of(finetuning.finetune(config))
@@ -311,7 +315,7 @@ def tuned_after_a_kill(config, step=14):
 
 def tuned_by_two(config):
     """The first six steps, at the full rate as in `config`, in two processes (gloo)."""
-    first = replace(config, steps=6, decay_start=1.0, accumulate=2)
+    first = replace(config, steps=6, decay_start=1.0, gradient_accumulation_steps=2)
     return log_of(finetuning.launch(replace(first, out_dir=config.out_dir + "-two"), processes=2))
 
 
@@ -321,7 +325,25 @@ def finetuning_losses(folder):
 
 # --- 5. scores ------------------------------------------------------------------------------------
 
-SCORE = own_names("metric candidate value ci_low ci_high n_reference n_candidate note")
+
+def score_rows(table, halves):
+    """The score table with its floors as rows ahead of each metric's candidates, as was frozen."""
+    keys = ["value", "ci_low", "ci_high"]
+    names = ["metric", "candidate", *keys, "n_reference", "n_candidate", "note"]
+    rows = []
+    for metric, part in table.groupby("metric", sort=False):
+        for n, same in part.groupby("floor_n"):
+            floor = same.iloc[0]
+            values = [floor[key] for key in ("floor", "floor_low", "floor_high")]
+            sizes = [n if halves else floor["n_reference"], n]
+            note = floor["note"].partition("floor: ")[2]
+            rows.append([metric, "real (floor)", *values, *sizes, note])
+        for row in part.to_dict("records"):
+            note = row["note"].partition("floor: ")[0].removesuffix("; ")
+            rows.append([metric, row["candidate"], *(row[key] for key in names[2:-1]), note])
+    return {name: plain([row[i] for row in rows]) for i, name in enumerate(names)}
+
+
 METRICS = ("FAD", "FAD-inf", "KAD", "precision", "recall", "density", "coverage")
 
 
@@ -354,7 +376,7 @@ def score_table(**options):
         repeats=40,
         **options,
     )
-    return columns(table, SCORE)
+    return score_rows(table, halves="floor" not in options)
 
 
 def scores(folder=None):
@@ -371,7 +393,7 @@ def challenge_floors(folder=None):
     _, published = datasets.load_dcase2024_task7(DCASE)
     found = {}
     for network, windows in published.items():
-        points, recordings = fad.as_points(windows)
+        points, recordings = fad.stack_windows(windows)
         half = recordings >= 30
         table = fad.score_table(
             points[~half],
@@ -381,7 +403,7 @@ def challenge_floors(folder=None):
             groups={"real": recordings[~half], "second half": recordings[half]},
             repeats=20,
         )
-        found[network] = columns(table, SCORE)
+        found[network] = score_rows(table, halves=True)
     return found
 
 
@@ -446,8 +468,7 @@ def statistics(folder=None):
         "holm": plain(stats.holm([0.01, 0.04, 0.03, 0.005, 0.5])),
         "mcnemar": plain(stats.mcnemar(a, b)),
         "compare": {
-            by: columns(stats.compare(predictions, by=by), PAIRED)
-            for by in ("clip", "fold", "run")
+            by: columns(stats.compare(predictions, by=by), PAIRED) for by in ("clip", "fold", "run")
         },
     }
 

@@ -1,7 +1,6 @@
 import csv
 import importlib.util
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,10 @@ import soundfile as sf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soundscapes_utils import audio, metadata, mixing
+from soundscapes_utils import audio, captions, metadata, mixing, store
 
 JAMS = "meta/jams/test/test-00000.jams"
 CAPTIONS = ["caption", "caption_2", "caption_3"]
-CLASS_MAP = Path(__file__).parents[2] / "shared/models/yamnet_class_map.csv"
 
 
 @pytest.fixture
@@ -150,7 +148,7 @@ def test_what_cannot_be_written_is_said(mixes, tmp_path):
     with pytest.raises(metadata.MetadataError, match="plan and render"):
         metadata.write_audiocaps(mixes[:0], tmp_path, "scenes")
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(metadata.MetadataError, match="choose another folder"):
+    with pytest.raises(store.DataError, match="choose another folder"):
         metadata.write_audiocaps(mixes, tmp_path / "file", "scenes")
 
 
@@ -199,50 +197,31 @@ def test_long_lists_are_cut(mixes):
         metadata.check_leaks(many)
 
 
-def test_ids_are_unique():
-    assert len(set(metadata.AUDIOSET_MIDS.values())) == len(metadata.AUDIOSET_MIDS)
-    assert metadata.class_labels(["a,b"]).mid[0].count(",") == 0
-
-
-@pytest.mark.skipif(not CLASS_MAP.is_file(), reason="YAMNet's class map is not beside the project")
-def test_ids_are_audiosets_own():
-    with CLASS_MAP.open(newline="") as file:
-        names = {row["mid"]: row["display_name"] for row in csv.DictReader(file)}
-    unknown = {label for label, mid in metadata.AUDIOSET_MIDS.items() if mid not in names}
-    assert not unknown
-    # a label and AudioSet's name of it share a word or its stem, but for these
-    other = {
-        "rooster": "Crowing, cock-a-doodle-doo",
-        "cow": "Cattle, bovinae",
-        "hen": "Cluck",
-        "water_drops": "Drip",
-        "glass_breaking": "Shatter",
-        "brushing_teeth": "Toothbrush",
-        "hand_saw": "Sawing",
-        "gun_shot": "Gunshot, gunfire",
-    }
-    for label, mid in metadata.AUDIOSET_MIDS.items():
-        stems = {word[:4] for word in label.split("_")}
-        said = {word[:4] for word in re.findall("[a-z]+", names[mid].lower())}
-        assert names[mid] == other.get(label) or stems & said, (label, names[mid])
+def test_ids_are_audiosets_where_it_has_one(mixes, tmp_path):
+    labels = ["dog", "siren", "mouse_click", "a,b", "dog", "dog"]
+    root = metadata.write_audiocaps(mixes.assign(label=labels), tmp_path, "scenes")
+    table = pd.read_csv(root.parent / metadata.CLASS_FILE).set_index("display_name").mid
+    assert table["dog"] == captions.EVENTS["dog"]["audioset"] == "/m/0bt9lr"
+    assert table["mouse click"] == "/own/mouse_click"
+    # the trainer splits labels at commas
+    assert table["a,b"] == "/own/ab" and table.is_unique
 
 
 # --- more leaks -----------------------------------------------------------------------------------
 
 
 def test_leak_through_a_further_event_is_found(mixes):
-    further = [{"foreground": "x.wav", "source_id": "x", "label": "dog"}]
-    table = mixes.assign(events=[json.dumps(further), "", "", "", "", ""])
-    metadata.check_leaks(table)
-    stolen = [{**further[0], "source_id": "4"}]
-    table.loc[0, "events"] = json.dumps(stolen)
+    mixes = mixes.assign(clip_id=[f"m-{i}" for i in range(6)], n_events=[2, *[1] * 5])
+    event = {"clip_id": "m-0", "event": 1, "label": "dog", "foreground": "x.wav", "source_id": "x"}
+    metadata.check_leaks(mixes, pd.DataFrame([event]))
     with pytest.raises(
         metadata.LeakError, match=r"train and test share 1 foreground sources \(4\)"
     ):
-        metadata.check_leaks(table)
-    table.loc[0, "events"] = json.dumps([{**further[0], "foreground": "s5.wav"}])
+        metadata.check_leaks(mixes, pd.DataFrame([event | {"source_id": "4"}]))
     with pytest.raises(metadata.LeakError, match=r"train and test share 1 recordings \(s5.wav\)"):
-        metadata.check_leaks(table)
+        metadata.check_leaks(mixes, pd.DataFrame([event | {"foreground": "s5.wav"}]))
+    with pytest.raises(store.DataError, match="m-0 has 2 events"):
+        metadata.check_leaks(mixes)
 
 
 def test_cities_are_compared_where_asked(mixes):
@@ -303,8 +282,8 @@ def test_the_same_sound_under_another_name_is_found(tmp_path_factory, data):
 
 
 @pytest.fixture
-def rendered(tmp_path):
-    """Six rendered mixes with their whole recipe, two a fold."""
+def clips(tmp_path):
+    """Two labels and two scenes, a clip of each in each of three folds."""
     rng = np.random.default_rng(3)
     rows = []
     for number in range(12):
@@ -314,7 +293,12 @@ def rendered(tmp_path):
         path = audio.save_audio(tmp_path / f"{label}-{number}.wav", y, 8000)
         row = {"clip_id": str(number), "path": str(path), "label": label}
         rows.append(row | {"fold": number % 3 + 1, "source_id": f"{label}-{number}"})
-    clips = pd.DataFrame(rows)
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def rendered(clips, tmp_path):
+    """Six rendered mixes with their whole recipe, two a fold."""
     plan = mixing.plan_mixes(clips[:6], clips[6:], n=6, seed=2, test_fold=3, duration_s=2.0)
     return mixing.render_mixes(plan, tmp_path / "mixes", 8000, workers=1)
 
@@ -331,10 +315,10 @@ def test_everything_written_at_once_is_valid(rendered, tmp_path):
     assert before == {p: p.read_bytes() for p in (tmp_path / "meta").rglob("*") if p.is_file()}
 
 
-def test_audiofolder_names_each_clip_beside_it(rendered):
-    files = metadata.write_audiofolder(rendered)
-    assert [file.parent.name for file in files] == ["train", "val", "test"]
-    for file in files:
+def test_audiofolder_names_each_clip_beside_it(rendered, tmp_path):
+    metadata.write_metadata(rendered, tmp_path / "meta", "scenes")
+    for split in ("train", "val", "test"):
+        file = tmp_path / "mixes" / split / "metadata.jsonl"
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         mixes = rendered[rendered.split == file.parent.name]
         assert [row["caption_3"] for row in rows] == mixes.caption_3.tolist()
@@ -343,81 +327,65 @@ def test_audiofolder_names_each_clip_beside_it(rendered):
         assert len({tuple(type(value) for value in row.values()) for row in rows}) == 1
 
 
-def test_audiofolder_needs_a_folder_a_split(mixes):
+def test_audiofolder_needs_a_folder_per_split(rendered, tmp_path):
     with pytest.raises(metadata.MetadataError, match="train and val lie in one folder"):
-        metadata.write_audiofolder(mixes.assign(path=mixes.path[0]))
+        metadata.write_metadata(rendered.assign(path=rendered.path[0]), tmp_path / "meta", "scenes")
 
 
-def test_strong_labels_say_when_each_event_sounds(rendered, tmp_path):
-    files = metadata.write_strong_labels(rendered, tmp_path, "scenes")
-    events = mixing.events_table(rendered).set_index("clip_id")
-    for split, file in files.items():
-        table = pd.read_csv(file, sep="\t")
-        assert table.columns.tolist() == ["filename", "onset", "offset", "event_label"]
-        wanted = events.loc[[name.removesuffix(".wav") for name in table.filename]]
-        assert table.event_label.tolist() == wanted.label.tolist()
-        assert np.allclose(table.onset, wanted.onset_s, atol=1e-3)
-        assert np.allclose(table.offset, wanted.offset_s, atol=1e-3)
-        durations = pd.read_csv(tmp_path / f"scenes_{split}_durations.tsv", sep="\t")
-        assert set(durations.filename) == set(table.filename) and set(durations.duration) == {2.0}
-
-
-def test_mix_without_a_sounding_event_keeps_its_row(rendered, tmp_path):
-    events = mixing.events_table(rendered)
-    silent = rendered.clip_id[rendered.split == "test"].iloc[0]
-    files = metadata.write_strong_labels(
-        rendered, tmp_path, "scenes", events[events.clip_id != silent]
-    )
-    assert f"{silent}.wav\t\t\t\n" in files["test"].read_text()
+def jams_of(rendered, folder, events=None):
+    """Write a set's metadata; return its JAMS files in the order of the mixes."""
+    root = metadata.write_metadata(rendered, folder, "scenes", events)
+    places = zip(rendered.split, rendered.clip_id, strict=True)
+    return [root.parent / "jams" / split / f"{clip_id}.jams" for split, clip_id in places]
 
 
 def test_jams_hold_the_events_and_the_recipe(rendered, tmp_path):
-    files = metadata.write_jams(rendered, tmp_path / "jams")
-    events = mixing.events_table(rendered)
+    events = mixing.occurrences(rendered)
+    files = jams_of(rendered, tmp_path / "meta")
     for file, mix in zip(files, rendered.to_dict("records"), strict=True):
         background, *foregrounds = json.loads(file.read_text())["annotations"][0]["data"]
         assert background["value"]["role"] == "background"
         assert (background["time"], background["duration"]) == (0, 2)
         assert background["value"]["label"] == mix["scene"]
+        assert background["value"]["source_file"] == mix["background"]
         own = events[events.clip_id == mix["clip_id"]]
         assert [o["time"] for o in foregrounds] == own.onset_s.tolist()
         assert [o["value"]["snr"] for o in foregrounds] == [mix["snr_db"]]
-        # the clips begin with 0.1 s of silence, which is no part of the event
+        # the clips begin with 0.1 s of silence, which is not a part of the event
         assert foregrounds[0]["value"]["source_time"] == pytest.approx(0.1, abs=1e-3)
         assert foregrounds[0]["value"]["source_file"] == mix["foreground"]
 
 
 def test_recipes_out_of_jams_render_the_same_bytes(rendered, tmp_path):
-    metadata.write_jams(rendered, tmp_path / "jams")
-    again = metadata.read_jams(tmp_path / "jams").sort_values("clip_id")
+    files = jams_of(rendered, tmp_path / "meta")
+    again = pd.DataFrame([json.loads(f.read_text())["sandbox"]["mix"] for f in files])
     made = mixing.render_mixes(again, tmp_path / "again", 8000, workers=1)
-    paths = dict(zip(rendered.clip_id, rendered.path, strict=True))
-    for row in made.itertuples():
-        assert Path(row.path).read_bytes() == Path(paths[row.clip_id]).read_bytes()
-    (tmp_path / "jams/test/own.jams").write_text("{}")
-    with pytest.raises(metadata.MetadataError, match=r"own\.jams: holds no recipe"):
-        metadata.read_jams(tmp_path / "jams")
+    for one, other in zip(rendered.path, made.path, strict=True):
+        assert Path(one).read_bytes() == Path(other).read_bytes()
 
 
-def test_several_events_reach_every_format(rendered, tmp_path):
-    first = rendered.iloc[0]
-    further = {
-        "foreground": first.foreground,
-        "label": "mouse_click",
-        "source_id": first.source_id,
-        "onset_s": 0.5,
-        "foreground_gain_db": 0.0,
-        "snr_db": 3.0,
-    }
-    mixes = rendered.assign(events=[json.dumps([further]), *[""] * 5])
-    root = metadata.write_metadata(mixes, tmp_path / "meta", "scenes")
+def test_several_events_reach_every_format(clips, tmp_path):
+    options = {"seed": 2, "test_fold": 3, "duration_s": 2.0, "events": 2, "repeat": 2}
+    mixes, events = mixing.plan_scenes(clips[:6], clips[6:], n=6, **options)
+    mixes = mixing.render_mixes(mixes, tmp_path / "mixes", 8000, workers=1, events=events)
+    metadata.check_leaks(mixes, events, contents=True)
+    files = jams_of(mixes, tmp_path / "meta", events)
+    root = tmp_path / "meta" / metadata.ROOT_FILE
     assert metadata.validate(root).empty
-    labels = metadata.read_audiocaps(root).labels
-    assert "mouse click" in labels[0] and "mouse click" not in labels[1]
-    content = json.loads((tmp_path / f"meta/jams/{first.split}/{first.clip_id}.jams").read_text())
-    roles = [o["value"]["label"] for o in content["annotations"][0]["data"]]
-    assert roles == [first.scene, first.label, "mouse_click"]
-    assert content["annotations"][0]["data"][2]["value"]["snr"] == 3.0
+    for labels in metadata.read_audiocaps(root).labels:
+        assert {"dog", "siren"} < set(labels.split(", "))
+    line = json.loads((tmp_path / "mixes/test/metadata.jsonl").read_text().splitlines()[0])
+    assert sorted(line["events"]) == ["dog", "siren"]
+    for file, mix, sounding in zip(
+        files, mixes.itertuples(), mixing.events_of(mixes, events), strict=True
+    ):
+        _, *found = json.loads(file.read_text())["annotations"][0]["data"]
+        when = mixing.occurrences(mixes, events)
+        assert len(found) == (when.clip_id == mix.clip_id).sum() > 1
+        levels = {o["value"]["label"]: o["value"]["snr"] for o in found}
+        assert levels == {event["label"]: event["snr_db"] for event in sounding}
+    with pytest.raises(store.DataError, match="2 events, of which 1 are listed"):
+        metadata.write_metadata(mixes, tmp_path / "meta", "scenes")
 
 
 @pytest.mark.skipif(
@@ -427,8 +395,8 @@ def test_jams_library_reads_and_validates(rendered, tmp_path):
     import jams
 
     rendered.loc[1, "snr_db"] = np.nan
-    events = mixing.events_table(rendered)
-    for file in metadata.write_jams(rendered, tmp_path, events):
+    events = mixing.occurrences(rendered)
+    for file in jams_of(rendered, tmp_path / "meta"):
         jam = jams.load(str(file), validate=True, strict=True)
         (annotation,) = jam.annotations.search(namespace="scaper")
         assert jam.file_metadata.duration == 2.0
@@ -466,7 +434,7 @@ DAMAGES = {
     "not JSON": lambda clip, split: change(split, "{", ""),
     "no such file; run notebook": lambda clip, split: split.unlink(),
     'has no list "data"': lambda clip, split: change(split, '"data"', '"clips"'),
-    "entry 1 is no object": lambda clip, split: split.write_text('{"data": ["val/val.wav"]}'),
+    "entry 1 is not an object": lambda clip, split: split.write_text('{"data": ["val/val.wav"]}'),
 }
 
 
@@ -491,15 +459,7 @@ def test_every_damage_is_found_in_its_file(tmp_path, message):
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
-        ("mixes/test/metadata.jsonl", '"file_name": "', '"file_name": "x', "is in no split"),
-        ("mixes/test/metadata.jsonl", '"caption": "', '"caption": "x', "line 1: other captions"),
-        ("mixes/test/metadata.jsonl", "{", "", "line 1: names no file"),
-        ("meta/scenes_test_strong.tsv", "test-", "mix-", "has no row for test-00000"),
-        ("meta/scenes_test_strong.tsv", "test-", "mix-", "is not in the split"),
-        ("meta/scenes_test_strong.tsv", "onset", "start", "has columns filename, start"),
-        ("meta/scenes_test_strong.tsv", "wav\t", "wav\t9", "an event from 9"),
-        ("meta/scenes_test_strong.tsv", "wav\t", "wav\tx", "is no span of time"),
-        (JAMS, '2.0, "identifiers"', '1.0, "identifiers"', "speaks of 1 s, its clip lasts 2 s"),
+        (JAMS, '2.0, "identifiers"', '1.0, "identifiers"', "describes 1 s, its clip lasts 2 s"),
         (JAMS, '"duration": 2.0, "value"', '"duration": 2.5, "value"', "an event from 0 to 2.5 s"),
         (JAMS, '"data": [{"time"', '"data": [{"when"', "cannot be read"),
         (JAMS, "{", "", "not JSON"),
@@ -511,15 +471,12 @@ def test_other_formats_are_held_against_the_clips(rendered, tmp_path, name, old,
     change(file, old, new)
     found = metadata.validate(root)
     assert found.problem.str.contains(message, regex=False).any()
-    assert found.path.map(lambda path: Path(path).name).isin([file.name, "test-00000.wav"]).all()
+    assert {Path(path).name for path in found.path} == {file.name}
 
 
 def test_files_that_belong_to_no_clip_are_named(rendered, tmp_path):
     root = metadata.write_metadata(rendered, tmp_path / "meta", "scenes")
     (tmp_path / "meta/jams/test/old.jams").write_text("{}")
-    lines = (tmp_path / "mixes/train/metadata.jsonl").read_text().splitlines()
-    (tmp_path / "mixes/train/metadata.jsonl").write_text("\n".join(lines[1:]))
-    found = metadata.validate(root)
-    assert found.split.tolist() == ["train", "test"]
-    assert "is not in metadata.jsonl" in found.problem[0]
-    assert found.problem[1] == "belongs to no clip of the split"
+    problems = metadata.validate(root)
+    assert problems.split.tolist() == ["test"]
+    assert problems.problem[0] == "belongs to no clip of the split"
