@@ -32,10 +32,8 @@ _LEVEL_DB = (-40, -16)  # root mean square of a clip, where its peaks allow
 _MICROPHONE_DB = 3.5  # standard deviation of a microphone's response, octave by octave
 _SURROUNDINGS_DB = (-30, -10)  # something else going on, against the event
 _CUT_SHORT = 0.2  # part of the recordings that end early
-CITIES = (
-    "barcelona", "helsinki", "lisbon", "london", "lyon",
-    "milan", "paris", "prague", "stockholm", "vienna",
-)  # fmt: skip
+CITIES = ("barcelona", "helsinki", "lisbon", "london", "lyon",
+          "milan", "paris", "prague", "stockholm", "vienna")  # fmt: skip
 
 
 class _Clip(NamedTuple):
@@ -83,20 +81,13 @@ def _sine(cycles):
 
 def _band(low, high, slope=2.0):
     """Curve that falls off below `low` and above `high` Hz by `slope` orders."""
-
-    def curve(f):
-        return 1 / np.sqrt((1 + (low / f) ** (2 * slope)) * (1 + (f / high) ** (2 * slope)))
-
-    return curve
+    k = 2 * slope
+    return lambda f: 1 / np.sqrt((1 + (low / f) ** k) * (1 + (f / high) ** k))
 
 
 def _formants(*peaks):
     """Curve of resonances, each (frequency in Hz, bandwidth in Hz, gain)."""
-
-    def curve(f):
-        return sum(g / (1 + ((f - c) / (0.5 * b)) ** 2) for c, b, g in peaks)
-
-    return curve
+    return lambda f: sum(g / (1 + ((f - c) / (0.5 * b)) ** 2) for c, b, g in peaks)
 
 
 def _shape(x, rate, curve):
@@ -340,8 +331,7 @@ def _clock_tick(clip):
     source, take, rate, n = clip
     gap = float(source.choice((0.25, 0.4, 0.5, 1.0))) * source.uniform(0.95, 1.05)
     modes = 6
-    y = np.zeros(n, np.float32)
-    sides = []
+    y, sides = np.zeros(n, np.float32), []
     for tone in (1.0, source.uniform(0.7, 0.95)):
         pitches = tone * np.exp(source.uniform(np.log(2200), np.log(8500), modes))
         decays = source.uniform(0.0005, 0.0025, modes)
@@ -651,11 +641,7 @@ def _shopping_mall(clip):
 
 
 def _street_pedestrian(clip):
-    return [
-        _steps(clip, 0, 4),
-        *_babble(clip, 3, (-4, 4)),
-        *_cars(clip, (-10, -4), 5.0),
-    ]
+    return [_steps(clip, 0, 4), *_babble(clip, 3, (-4, 4)), *_cars(clip, (-10, -4), 5.0)]
 
 
 def _street_traffic(clip):
@@ -709,15 +695,13 @@ def _surroundings(clip):
     """Layers of something else that goes on nearby, in two of five recordings."""
     level, kind = clip.take.uniform(*_SURROUNDINGS_DB), clip.take.integers(0, 10)
     other = clip._replace(source=clip.take)
-    if kind == 0:
-        return _babble(other, 1, level)
-    if kind == 1:
-        return _cars(other, level, 4.0)
-    if kind == 2:
-        return [_rumble(other, 30, 400, level, 0.9)]
-    if kind == 3:
-        return [_steps(other, level, 1)]
-    return []
+    kinds = {
+        0: lambda: _babble(other, 1, level),
+        1: lambda: _cars(other, level, 4.0),
+        2: lambda: [_rumble(other, 30, 400, level, 0.9)],
+        3: lambda: [_steps(other, level, 1)],
+    }
+    return kinds.get(kind, list)()
 
 
 def _record(clip, layers, room):
@@ -792,34 +776,11 @@ SCENES = tuple(_SCENES)
 def synthesize(
     label, seed=0, sample_rate=SAMPLE_RATE, duration_s=None, *, pool="study", source=0, take=0
 ):
-    """Make one clip of an event or a scene.
+    """Make one clip of an event or a scene: float32, within ±0.95, at a random level.
 
-    Parameters
-    ----------
-    label : str
-        One of :data:`EVENTS` or :data:`SCENES`.
-    seed : int
-        Seed of the whole data set, at least 0.
-    sample_rate : int
-        In Hz, at least 8000. Another rate is another performance, not a resampled one.
-    duration_s : float, optional
-        At least 2; by default 5 for an event and 10 for a scene.
-    pool : {"study", "pretraining"}
-        Clips of different pools never share a random draw.
-    source : int
-        Which dog, clock or street: pitch, timbre, room and microphone follow from it.
-    take : int
-        Which recording of that source: rhythm, level and background noise follow from it.
-
-    Returns
-    -------
-    np.ndarray of float32, shape (round(duration_s * sample_rate),)
-        Within ±0.95, at a random level.
-
-    Raises
-    ------
-    ValueError
-        Unknown label or pool, or a number too small.
+    `seed` is that of the whole data set; clips of different pools never share a random draw; `source`
+    says which dog, clock or street, `take` which recording of it. Another `sample_rate` (Hz, at least
+    8000) is another performance; `duration_s` is at least 2, by default 5 (event) or 10 (scene).
 
     Examples
     --------
@@ -853,87 +814,32 @@ def synthesize(
 
 
 def write_events(root, clips_per_class=40, seed=0, pool="study"):
-    """Write the ten events in ESC-50's layout.
+    """Write the ten events in ESC-50's layout (``meta/esc50.csv``, ``audio/``); return `root`.
 
-    Clips that the same recipe made are kept, so that after an interruption the next call makes
-    what is missing.
-
-    Parameters
-    ----------
-    root : path-like
-        Gets ``meta/esc50.csv`` and ``audio/<fold>-<source>-<take>-<target>.wav``.
-    clips_per_class : int
-        Spread evenly over five folds, two takes per source.
-    seed : int
-        Seed of the data set.
-    pool : {"study", "pretraining"}
-        Sources of different pools have different numbers.
-
-    Returns
-    -------
-    Path
-        `root`.
-
-    Raises
-    ------
-    store.DataError
-        A folder that holds other data, or that cannot be written.
+    They are spread evenly over five folds, two takes per source; sources of different pools have
+    different numbers. Clips that the same recipe made are kept, so that after an interruption the
+    next call makes what is missing.
     """
     clips = _plan(_EVENTS, clips_per_class, pool)
-    names = [f"{c.fold}-{c.number}-{'AB'[c.take]}-{c.target}.wav" for c in clips.itertuples()]
-    table = pd.DataFrame(
-        {
-            "filename": names,
-            "fold": clips["fold"],
-            "target": clips["target"],
-            "category": clips["label"],
-            "esc10": True,
-            "src_file": clips["number"],
-            "take": clips["take"].map("AB".__getitem__),
-        }
-    )
+    names = [f"{c.fold}-{c.src_file}-{'AB'[c.take]}-{c.target}.wav" for c in clips.itertuples()]
+    table = clips.assign(filename=names, esc10=True, take=clips["take"].map("AB".__getitem__))
+    columns = ["filename", "fold", "target", "category", "esc10", "src_file", "take"]
     clips.index = [f"audio/{name}" for name in names]
-    return _write(root, clips, {"meta/esc50.csv": table}, seed, pool)
+    return _write(root, clips, {"meta/esc50.csv": table[columns]}, seed, pool)
 
 
 def write_scenes(root, scenes_per_class=20, seed=0, pool="study"):
     """Write the ten scenes in the layout of TAU Urban Acoustic Scenes 2020 Mobile.
 
-    A location (the table's ``identifier``) is one source; a city belongs to one fold, so that folds
-    share no location. Kept and resumed as in :func:`write_events`.
-
-    Parameters
-    ----------
-    root : path-like
-        Gets ``meta.csv`` (tab-separated), ``evaluation_setup/fold1_*.csv`` (the last fold is the
-        test) and ``audio/<scene>-<city>-<location>-<segment>-a.wav``.
-    scenes_per_class : int
-        Spread evenly over five folds, two segments per location.
-    seed, pool
-        As for the events.
-
-    Returns
-    -------
-    Path
-        `root`.
-
-    Raises
-    ------
-    store.DataError
-        A folder that holds other data, or that cannot be written.
+    As :func:`write_events`. A location (the table's ``identifier``) is one source; a city belongs to
+    one fold, so that folds share no location; the last fold is the test of ``evaluation_setup``.
     """
     clips = _plan(_SCENES, scenes_per_class, pool)
-    places = [f"{CITIES[c.source % len(CITIES)]}-{c.number}" for c in clips.itertuples()]
-    rows = zip(clips["label"], places, clips["take"], strict=True)
-    table = pd.DataFrame(
-        {
-            "filename": [f"audio/{label}-{place}-{take}-a.wav" for label, place, take in rows],
-            "scene_label": clips["label"],
-            "identifier": places,
-            "source_label": "a",
-        }
-    )
-    clips.index = table["filename"]
+    places = [f"{CITIES[c.source % len(CITIES)]}-{c.src_file}" for c in clips.itertuples()]
+    names = "audio/" + clips["category"] + "-" + places + "-" + clips["take"].astype(str) + "-a.wav"
+    table = pd.DataFrame({"filename": names, "scene_label": clips["category"]})
+    table = table.assign(identifier=places, source_label="a")
+    clips.index = names
     pairs, last = table[["filename", "scene_label"]], (clips["fold"] == N_FOLDS).to_numpy()
     tables = {
         "meta.csv": table,
@@ -955,7 +861,7 @@ def _plan(kinds, per_class, pool):
             source = place // _TAKES_PER_SOURCE * N_FOLDS + fold
             number = (POOLS.index(pool) + 1) * 1_000_000 + target * 10_000 + source
             rows.append((label, target, fold + 1, source, place % _TAKES_PER_SOURCE, number))
-    return pd.DataFrame(rows, columns=["label", "target", "fold", "source", "take", "number"])
+    return pd.DataFrame(rows, columns=["category", "target", "fold", "source", "take", "src_file"])
 
 
 def _write(root, clips, tables, seed, pool):
@@ -973,10 +879,10 @@ def _write(root, clips, tables, seed, pool):
         made.add("first recipe", recipe)
     for clip in clips.itertuples():
         path = root / clip.Index
-        samples = SAMPLE_RATE * (EVENT_SECONDS if clip.label in _EVENTS else SCENE_SECONDS)
+        samples = SAMPLE_RATE * (EVENT_SECONDS if clip.category in _EVENTS else SCENE_SECONDS)
         whole = path.is_file() and path.stat().st_size == 44 + 2 * samples
         if not whole or made.entries.get(clip.Index) != recipe:
-            y = synthesize(clip.label, seed, pool=pool, source=clip.source, take=clip.take)
+            y = synthesize(clip.category, seed, pool=pool, source=clip.source, take=clip.take)
             audio.save_audio(path, y, SAMPLE_RATE)
             made.add(clip.Index, recipe)
     # the tables come last: what they name is there
