@@ -1,17 +1,13 @@
 """Profiles, batch runs with papermill, and resuming.
 
-Two parts. *Inside a notebook*: :func:`open_run` hands out the folder into which a run's tables,
-figures and sounds go, and :func:`project_path` makes relative paths mean the same from a notebook,
-a script and a test. *Around the notebooks*: :func:`run` reads a profile, checks every parameter
-against the notebooks before anything starts, and executes them in order, skipping what is already
-done. The page that closes a run is made in ``report.py``.
+:func:`run` reads a profile, checks every parameter against the notebooks before anything starts, and
+executes the notebooks in order, skipping what is finished and unchanged. A run is the folder
+``runs/<name>``: its ``run.json`` says what was run, with which parameters, and how far it came.
+:func:`run_parameters`, :func:`profile_table` and :func:`check_environment` tell a reader about it.
 """
 
-from __future__ import annotations
-
 import ast
-import errno
-import hashlib
+import difflib
 import json
 import os
 import platform
@@ -26,77 +22,21 @@ import time
 import tomllib
 from contextlib import contextmanager
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
+
+import pandas as pd
+import yaml
 
 from . import store
 
 PACKAGE = Path(__file__).resolve().parent
+ABOUT = ("description", "time", "memory", "disk", "needs")
+INJECTED = "run_dir"
+KERNEL_START_S = 300
 
 
-# --- inside a notebook ---------------------------------------------------------------------------
-
-
-@contextmanager
-def _replacing(path):
-    """Give a temporary path beside `path`; put it in place only if the block succeeds."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: matplotlib and soundfile choose the format by it.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    try:
-        yield Path(name)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def run_parameters(run):
-    """Tabulate the parameters of this run: those of the batch run, or the notebooks' defaults.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row a parameter, one column a notebook (its number), values as text; empty where a
-        notebook has no such parameter.
-    """
-    import pandas as pd
-
-    path = run.path / "run.json"
-    if path.is_file():
-        planned = json.loads(path.read_text(encoding="utf-8"))["parameters"]
-    else:
-        planned = {stem: notebook_parameters(file) for stem, file in notebooks().items()}
-    columns = {stem[:2]: pd.Series(values, dtype=object) for stem, values in planned.items()}
-    table = pd.DataFrame(columns).sort_index().drop(index=INJECTED, errors="ignore")
-    return table.rename_axis("parameter").map(lambda value: "" if value != value else str(value))
-
-
-def profile_table():
-    """Tabulate the profiles: what each is for and what it takes.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Indexed by ``profile``; columns ``description, time, memory, disk, needs``.
-
-    Examples
-    --------
-    >>> "quick" in profile_table().index
-    True
-    """
-    import pandas as pd
-
-    rows = {name: read_profile(name) for name in profiles()}
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=list(ABOUT))
-    return table.rename_axis("profile")
-
-
-# --- profiles and parameters ---------------------------------------------------------------------
-
-
-class UsageError(ValueError):
+class UsageError(store.DataError):
     """A profile, parameter, path or run name that cannot be used; nothing has run yet."""
 
 
@@ -114,23 +54,345 @@ class RunFailed(RuntimeError):
         self.exit_code = exit_code
 
 
-ABOUT = ("description", "time", "memory", "disk", "needs")
-INJECTED = "run_dir"
-KERNEL_START_S = 300
+# --- running -------------------------------------------------------------------------------------
 
 
-def notebooks(root=None):
-    """List the numbered notebooks in the order in which they run.
+def run(profile="quick", parameters=None, *, name=None, only=None, fresh=False, root=None):
+    """Run the notebooks of a profile in order.
+
+    What is finished and unchanged (code, parameters, inputs) is skipped, so that the same call
+    resumes after a failure or an interruption.
 
     Parameters
     ----------
+    profile : str, optional
+        Name of a file in ``notebooks/profiles``.
+    parameters : dict of str to object, optional
+        See :func:`resolve_parameters`.
+    name : str, optional
+        Of the folder under ``runs/``; the profile's name by default.
+    only : str, optional
+        Run just this notebook (number or name), even if nothing changed.
+    fresh : bool, optional
+        Run everything again.
     root : path-like, optional
-        The project; found by :func:`project_root` by default.
+        The project; by default the one that this package belongs to.
 
     Returns
     -------
-    dict of str to Path
-        Name without extension, and file.
+    Path
+        The run's folder, ``runs/<name>``.
+
+    Raises
+    ------
+    UsageError
+        Before anything runs: see :func:`resolve_parameters`.
+    RunFailed
+        A notebook failed, the disk is full, or the run was interrupted.
+
+    Examples
+    --------
+    >>> run("quick", {"seed": 1}, name="seed-1")  # doctest: +SKIP
+    PosixPath('.../runs/seed-1')
+    """
+    root = Path(root or store.project_root(PACKAGE))
+    name = name or profile
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UsageError(f"the run's name {name!r} may hold letters, digits, '.', '-' and '_' only")
+    values = resolve_parameters(profile, parameters, root, only)
+    resume = f"Resume with:\n  {_command(profile, parameters, name, only, root)}"
+    folder = root / "runs" / name
+    try:
+        record = _begin_record(folder, profile, parameters, values)
+        with _environment(offline=read_profile(profile, root)["offline"]):
+            for number, stem in enumerate(values, 1):
+                label = f"[{number}/{len(values)}] {stem}"
+                again = fresh or only is not None
+                _run_one(label, stem, values[stem], folder, record, again, root)
+        record["finished"] = _now()
+        _save_record(folder, record)
+        return folder
+    except KeyboardInterrupt:
+        raise RunFailed(f"\nInterrupted. {resume}", exit_code=130) from None
+    except (OSError, store.DataError, _NotebookError) as error:
+        raise RunFailed(f"{error}\n{resume}") from error
+
+
+class _NotebookError(RuntimeError):
+    pass
+
+
+def _run_one(label, stem, values, folder, record, again, root):
+    stages, source = record["stages"], notebooks(root)[stem]
+    key = _state_key(source, values, stages, root)
+    executed = folder / "notebooks" / source.name
+    if not again and _is_done(stages.get(stem), key, folder, executed):
+        print(f"{label}: unchanged, skipped", flush=True)
+        return
+    stage = stages[stem] = {"status": "running", "parameters": values, "started": _now()}
+    _save_record(folder, record)
+    begin, memory = time.time(), _PeakMemory()
+    try:
+        with memory:
+            _execute(label, source, executed, values, folder, root)
+        stage |= {"status": "finished", "key": key, "outputs": _outputs(folder, begin)}
+    except BaseException:
+        stage["status"] = "failed"
+        raise
+    finally:
+        stage["seconds"] = round(time.time() - begin, 1)
+        stage["peak_memory_gb"] = round(memory.peak / 1e9, 2)
+        _save_record(folder, record)
+    print(f"{label}: {duration(stage['seconds'])}, {stage['peak_memory_gb']:.1f} GB", flush=True)
+
+
+def _is_done(stage, key, folder, executed):
+    if not stage or stage["status"] != "finished" or stage["key"] != key:
+        return False
+    return executed.is_file() and all((folder / name).is_file() for name in stage["outputs"])
+
+
+def _outputs(folder, since):
+    """Tables and figures written since a time: if one is deleted, its notebook runs again."""
+    files = [*(folder / "tables").glob("*.csv"), *(folder / "figures").glob("*.png")]
+    new = [file for file in files if file.stat().st_mtime >= since - 1]
+    return sorted(str(file.relative_to(folder)) for file in new)
+
+
+def _execute(label, source, executed, values, folder, root):
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from traitlets.config import Config
+
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    shown = sys.stderr.isatty()
+    if not shown:
+        print(f"{label} …", flush=True)
+    try:
+        papermill.execute_notebook(
+            source,
+            executed,
+            {INJECTED: folder.relative_to(root).as_posix(), **values},
+            kernel_name="python3",
+            progress_bar={"desc": label, "leave": False} if shown else False,
+            start_timeout=KERNEL_START_S,
+            cwd=root / "notebooks",
+            config=Config({"KernelManager": {"transport": "ipc"}}),
+        )
+    except papermill.PapermillExecutionError as error:
+        if error.ename == "KeyboardInterrupt":
+            raise KeyboardInterrupt from None
+        raise _NotebookError(_explain(error, source.stem, executed)) from error
+    except DeadKernelError as error:
+        raise _NotebookError(
+            f"{source.stem}: its Python process was ended from outside, most often because memory "
+            "ran out. Close other programs or make the run smaller (see the parameters)."
+        ) from error
+
+
+def _explain(error, stem, executed):
+    if "No space left" in error.evalue:
+        return (
+            f"{stem}: {error.evalue} ({_free_gb(executed.parent):.1f} GB free): make room there, or "
+            "delete runs that you no longer need. What is finished is kept."
+        )
+    return (
+        f"{stem} failed in cell In [{error.exec_count}]:\n  {error.ename}: {error.evalue}\n"
+        f"The whole traceback is in {os.path.relpath(executed)}"
+    )
+
+
+def _command(profile, parameters, name, only, root):
+    """The command line that continues this run, typed from the same folder."""
+    script = os.path.relpath(root / "run_all.sh")
+    words = [script if os.sep in script else f"./{script}", profile]
+    for key, value in (parameters or {}).items():
+        words += ["-p", key, value if isinstance(value, str) else json.dumps(value)]
+    words += ["--name", name] * (name != profile)
+    words += ["--only", str(only)] * (only is not None)
+    return shlex.join(words)
+
+
+@contextmanager
+def _environment(offline):
+    """Settings for the kernels: this package, this Python's kernel, and no needless network."""
+    before = dict(os.environ)
+    wanted = {"JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    if offline:
+        wanted["HF_HUB_OFFLINE"] = "1"
+    paths = filter(None, [str(PACKAGE.parent), before.get("PYTHONPATH")])
+    with tempfile.TemporaryDirectory(prefix="soundscapes-") as sockets:
+        # Sockets in a local, short path: home may be a network disk, and TCP ports can collide.
+        os.environ.update(wanted | before)
+        os.environ.update(JUPYTER_RUNTIME_DIR=sockets, PYTHONPATH=os.pathsep.join(paths))
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+class _PeakMemory:
+    """Samples the resident memory of this process and all its children while a block runs."""
+
+    def __enter__(self):
+        self.peak, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self):
+        import psutil
+
+        process = psutil.Process()
+        while True:
+            total = 0
+            for one in [process, *process.children(recursive=True)]:
+                try:
+                    total += one.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+            self.peak = max(self.peak, total)
+            if self._stop.wait(0.5):
+                return
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+
+# --- what makes a notebook's results stale -------------------------------------------------------
+
+
+def _state_key(path, values, stages, root):
+    """Digest of all that a notebook's results follow from: same key, same results."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    text = "\n".join(code)
+    # what an earlier notebook left counts where the code names that notebook
+    earlier = {stem: stage.get("key") for stem, stage in stages.items() if stem in text}
+    earlier.pop(path.stem, None)
+    return store.content_key(code, _sources(text), values, _inputs(values, root), earlier)
+
+
+def _sources(code):
+    """Sources of the modules that `code` leads to, so that a fix in one stage spares the others."""
+    sources = {path.name: path.read_text(encoding="utf-8") for path in PACKAGE.glob("*.csv")}
+    waiting = _imported(code)
+    while waiting:
+        name = waiting.pop()
+        sources[name] = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+        waiting |= _imported(sources[name]) - sources.keys()
+    sources.pop("pipeline", None)  # the runner only carries results from here to there
+    return sources
+
+
+def _imported(code):
+    """Names of the package's modules that a piece of Python imports, at any depth of nesting."""
+    lines = [line for line in code.splitlines() if not line.lstrip().startswith(("%", "!"))]
+    dotted = []
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.Import):
+            dotted += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [PACKAGE.name] * (node.level > 0) + [node.module] * bool(node.module)
+            dotted += [".".join([*base, alias.name]) for alias in node.names]
+    modules = {name.split(".")[1] for name in dotted if name.startswith(f"{PACKAGE.name}.")}
+    return {name for name in modules if (PACKAGE / f"{name}.py").is_file()}
+
+
+def _inputs(values, root):
+    """Names, sizes and times of the files that a person provides; `data_dir` is the runs' cache."""
+    named = {name: value for name, value in values.items() if _is_path(name) and value}
+    named.pop("data_dir", None)
+    if values.get("checkpoint"):
+        builtin = values["checkpoint"] == "builtin"
+        named["checkpoint"] = "data/checkpoints/mini-audioldm" if builtin else values["checkpoint"]
+    inputs = {}
+    for name, value in named.items():
+        path = root / Path(value).expanduser()
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        stats = [(str(file), file.stat()) for file in files if file.is_file()]
+        inputs[name] = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    return inputs
+
+
+# --- the record of a run -------------------------------------------------------------------------
+
+
+def read_record(folder):
+    """What is known of a run, from its ``run.json``; an empty dict where nothing has run."""
+    path = Path(folder) / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _save_record(folder, record):
+    store.write_atomic(folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False))
+
+
+def _begin_record(folder, profile, given, values):
+    before = read_record(folder)
+    return {
+        "name": folder.name,
+        "profile": profile,
+        "given": given or {},
+        "parameters": before.get("parameters", {}) | values,
+        "started": _now(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "versions": _versions(),
+        "git": _git_state(),
+        "stages": before.get("stages", {}),
+    }
+
+
+def _versions():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    installed = {}
+    for requirement in project["project"]["dependencies"]:
+        name = re.match(r"[\w.-]+", requirement).group()
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            installed[name] = "not installed"
+    return installed
+
+
+def _git_state():
+    def git(*words):
+        words = ["git", "-C", str(PACKAGE.parent), *words]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "unknown (not a git clone)", "dirty": False}
+
+
+def _now():
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def duration(seconds):
+    """Write seconds as people read them.
+
+    Examples
+    --------
+    >>> duration(59), duration(61), duration(7300)
+    ('59 s', '1 min 01 s', '2 h 01 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+
+
+# --- profiles and parameters ---------------------------------------------------------------------
+
+
+def notebooks(root=None):
+    """List the numbered notebooks in the order in which they run: name and file.
 
     Examples
     --------
@@ -141,61 +403,8 @@ def notebooks(root=None):
     return {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
 
 
-def notebook_parameters(path):
-    """Read the parameters of a notebook and their defaults from its cell tagged ``parameters``.
-
-    Parameters
-    ----------
-    path : path-like
-        The notebook.
-
-    Returns
-    -------
-    dict of str to object
-        Empty if no cell has the tag.
-
-    Raises
-    ------
-    UsageError
-        If a default is no plain scalar or list.
-
-    Examples
-    --------
-    >>> notebook_parameters(notebooks()["00_start_here"])["run_dir"]
-    'runs/quick'
-    """
-    tagged = [
-        "".join(cell["source"])
-        for cell in json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-        if "parameters" in cell["metadata"].get("tags", [])
-    ]
-    found = {}
-    for node in ast.parse("\n".join(tagged)).body:
-        try:
-            (target,) = node.targets
-            found[target.id] = ast.literal_eval(node.value)
-            if type(found[target.id]) not in (bool, int, float, str, list):
-                raise ValueError(node)
-        except (AttributeError, ValueError) as error:
-            line = ast.unparse(node)
-            raise UsageError(
-                f"{path}: the parameters cell may hold only `name = scalar or list`, not: {line}"
-            ) from error
-    return found
-
-
 def profiles(root=None):
-    """List the profiles by name.
-
-    Parameters
-    ----------
-    root : path-like, optional
-        The project; found by :func:`project_root` by default.
-
-    Returns
-    -------
-    dict of str to Path
-        Name and file.
+    """List the profiles: name and file.
 
     Examples
     --------
@@ -212,9 +421,9 @@ def read_profile(name, root=None):
     Parameters
     ----------
     name : str
-        Name of a file in ``notebooks/profiles``, without extension.
+        Of a file in ``notebooks/profiles``, without extension.
     root : path-like, optional
-        The project; found by :func:`project_root` by default.
+        The project; found by ``store.project_root`` by default.
 
     Returns
     -------
@@ -232,8 +441,6 @@ def read_profile(name, root=None):
     >>> read_profile("quick")["offline"]
     True
     """
-    import yaml
-
     known = profiles(root)
     if name not in known:
         raise UsageError(f"no profile {name!r}{_nearest(name, known)}")
@@ -265,7 +472,7 @@ def resolve_parameters(profile, parameters=None, root=None, only=None):
         that name. Texts are read as the type of the notebook's default. Relative paths are taken
         from the working directory.
     root : path-like, optional
-        The project; found by :func:`project_root` by default.
+        The project; found by ``store.project_root`` by default.
     only : str, optional
         Number or name of the one notebook to run.
 
@@ -284,7 +491,8 @@ def resolve_parameters(profile, parameters=None, root=None, only=None):
     >>> resolve_parameters("quick", {"seed": "7"})["01_dataset_mixing"]["seed"]
     7
     """
-    defaults = {stem: notebook_parameters(path) for stem, path in notebooks(root).items()}
+    root = Path(root or store.project_root())
+    defaults = {stem: _notebook_parameters(path) for stem, path in notebooks(root).items()}
     sections = read_profile(profile, root)["sections"]
     selected = _select(only, defaults)
     resolved = {stem: dict(defaults[stem]) for stem in selected}
@@ -298,6 +506,28 @@ def resolve_parameters(profile, parameters=None, root=None, only=None):
         resolved[stem].pop(INJECTED, None)
         _check_paths(stem, resolved[stem], root)
     return resolved
+
+
+def _notebook_parameters(path):
+    """Read names and defaults from a notebook's cell tagged ``parameters``."""
+    tagged = [
+        "".join(cell["source"])
+        for cell in json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+        if "parameters" in cell["metadata"].get("tags", [])
+    ]
+    parameters = {}
+    for node in ast.parse("\n".join(tagged)).body:
+        try:
+            (target,) = node.targets
+            value = parameters[target.id] = ast.literal_eval(node.value)
+            if type(value) not in (bool, int, float, str, list):
+                raise ValueError(node)
+        except (AttributeError, ValueError) as error:
+            raise UsageError(
+                f"{path}: the parameters cell may hold only `name = scalar or list`, not: "
+                f"{ast.unparse(node)}"
+            ) from error
+    return parameters
 
 
 def _select(only, stems):
@@ -319,53 +549,44 @@ def _apply(values, reach, resolved, where):
             known = sorted({known for defaults in reach.values() for known in defaults})
             raise UsageError(f"{where}: no parameter {name!r}{_nearest(name, known)}")
         for stem in holders:
+            default = reach[stem][name]
+            try:
+                converted = _as_type_of(default, value)
+            except (ValueError, KeyError, TypeError):
+                kind = _KINDS.get(
+                    type(default), f"a list such as {json.dumps(default)} (in quotes)"
+                )
+                raise UsageError(
+                    f"parameter {name!r} of {stem} takes {kind}, not {value!r}"
+                ) from None
             if stem in resolved:
-                resolved[stem][name] = _as_type_of(reach[stem][name], value, name, stem)
+                resolved[stem][name] = converted
 
 
-def _as_type_of(default, value, name, stem):
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _as_type_of(default, value):
     kind = type(default)
-    try:
-        if kind is list:
-            return _as_list(default, value)
-        if kind is bool:
-            return {"true": True, "false": False}[str(value).lower()]
-        if kind in (int, float) and not isinstance(value, (bool, list)):
-            return kind(value) if kind is float else int(str(value))
-        if kind is str and isinstance(value, str):
-            return value
-        raise ValueError(value)
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(
-            f"parameter {name!r} of {stem} takes {_kind_in_words(default)}, not {value!r}"
-        ) from None
-
-
-def _as_list(default, value):
-    import yaml
-
-    items = yaml.safe_load(value) if isinstance(value, str) else value
-    if not isinstance(items, list):
-        raise ValueError(value)
-    if not default:
-        return items
-    # [0, 0.5] is a list of floats, whichever number stands first
-    model = next((item for item in default if isinstance(item, float)), default[0])
-    return [_as_type_of(model, item, "item", "list") for item in items]
-
-
-def _kind_in_words(default):
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    return words.get(type(default), f"a list such as {json.dumps(default)} (in quotes)")
+    if kind is list:
+        items = yaml.safe_load(value) if isinstance(value, str) else value
+        if not isinstance(items, list):
+            raise ValueError(value)
+        # [0, 0.5] is a list of floats, whichever number stands first
+        models = [*(item for item in default if isinstance(item, float)), *default]
+        return [_as_type_of(models[0], item) for item in items] if models else items
+    if kind is bool:
+        return {"true": True, "false": False}[str(value).lower()]
+    if kind in (int, float) and not isinstance(value, (bool, list)):
+        return float(value) if kind is float else int(str(value))
+    if kind is str and isinstance(value, str):
+        return value
+    raise ValueError(value)
 
 
 def _nearest(name, known):
-    import difflib
-
     close = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
-    if close:
-        return f"; nearest: {', '.join(close)}"
-    return f"; there are: {', '.join(known)}"
+    return f"; nearest: {', '.join(close)}" if close else f"; there are: {', '.join(known)}"
 
 
 def _is_path(name):
@@ -382,380 +603,123 @@ def _given_path(name, value):
 
 def _check_paths(stem, values, root):
     for name, value in values.items():
-        if _is_path(name) and value and not _from(root, value).exists():
+        if _is_path(name) and value and not (root / Path(value).expanduser()).exists():
             raise UsageError(
                 f"parameter {name!r} of {stem}: {value} does not exist; correct the path "
                 "(data/README.md says how to get each data set)"
             )
 
 
-def _from(root, path):
-    """Resolve as :func:`project_path` does, in a given project."""
-    return Path(root or store.project_root()) / Path(path).expanduser()
+# --- for the reader of a notebook ----------------------------------------------------------------
 
 
-# --- what makes a notebook's results stale -------------------------------------------------------
-
-
-def _code_cells(path):
-    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-
-
-def _imported(code):
-    """Names of the package's modules that a piece of Python imports, at any depth of nesting."""
-    lines = [line for line in code.splitlines() if not line.lstrip().startswith(("%", "!"))]
-    dotted = []
-    for node in ast.walk(ast.parse("\n".join(lines))):
-        if isinstance(node, ast.Import):
-            dotted += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = [PACKAGE.name] * (node.level > 0) + [node.module] * bool(node.module)
-            dotted += [".".join([*base, alias.name]) for alias in node.names]
-    modules = {name.split(".")[1] for name in dotted if name.startswith(f"{PACKAGE.name}.")}
-    return {name for name in modules if (PACKAGE / f"{name}.py").is_file()}
-
-
-def _modules_behind(code):
-    """Sources of all modules that `code` leads to, so that a fix in one stage spares the others."""
-    sources, waiting = {}, _imported(code)
-    while waiting:
-        name = waiting.pop()
-        sources[name] = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
-        waiting |= _imported(sources[name]) - sources.keys()
-    # The runner only carries results from here to there: it cannot make them stale.
-    sources.pop("pipeline", None)
-    return sources
-
-
-def _fingerprint(path):
-    """Names, sizes and times of all files under a path: cheap, and it notices any change."""
-    path = Path(path)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    stats = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-
-
-def _inputs(values, root):
-    """Folders that a notebook reads and a person provides. `data_dir` is the runs' own cache."""
-    named = {name: value for name, value in values.items() if _is_path(name) and value}
-    named.pop("data_dir", None)
-    if values.get("checkpoint") == "builtin":
-        named["checkpoint"] = "data/checkpoints/mini-audioldm"
-    elif values.get("checkpoint"):
-        named["checkpoint"] = values["checkpoint"]
-    paths = {name: _from(root, value) for name, value in named.items()}
-    return {name: _fingerprint(path) for name, path in paths.items() if path.exists()}
-
-
-def _state_key(path, values, stages, root):
-    """Digest of all that a notebook's results follow from: same key, same results."""
-    code = _code_cells(path)
-    text = "\n".join(code)
-    earlier = {stem: stage.get("key") for stem, stage in stages.items() if stem in text}
-    earlier.pop(path.stem, None)
-    parts = [code, _modules_behind(text), values, _inputs(values, root), earlier]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-# --- running -------------------------------------------------------------------------------------
-
-
-def run(profile="quick", parameters=None, *, name=None, only=None, fresh=False, root=None):
-    """Run the notebooks of a profile in order, and write the report.
-
-    What is finished and unchanged (code, parameters, inputs) is skipped, so that the same call
-    resumes after a failure or an interruption.
-
-    Parameters
-    ----------
-    profile : str, optional
-        Name of a file in ``notebooks/profiles``.
-    parameters : dict of str to object, optional
-        See :func:`resolve_parameters`.
-    name : str, optional
-        Of the folder under ``runs/``; the profile's name by default.
-    only : str, optional
-        Run just this notebook (number or name), even if nothing changed.
-    fresh : bool, optional
-        Run everything again.
-    root : path-like, optional
-        The project; by default the one that this package belongs to.
+def run_parameters(run):
+    """Tabulate the parameters of a ``store.RunFolder``: of its batch run, or the notebooks' defaults.
 
     Returns
     -------
-    Path
-        The report, ``runs/<name>/index.html``.
+    pandas.DataFrame
+        One row per parameter, one column per notebook (its number), values as text; empty where a
+        notebook has no such parameter.
+    """
+    planned = read_record(run.path).get("parameters")
+    planned = planned or {stem: _notebook_parameters(path) for stem, path in notebooks().items()}
+    columns = {stem[:2]: pd.Series(values, dtype=object) for stem, values in planned.items()}
+    table = pd.DataFrame(columns).sort_index().drop(index=INJECTED, errors="ignore")
+    return table.rename_axis("parameter").map(lambda value: "" if value != value else str(value))
 
-    Raises
-    ------
-    UsageError
-        Before anything runs: see :func:`resolve_parameters`.
-    RunFailed
-        A notebook failed, the disk is full, or the run was interrupted.
+
+def profile_table():
+    """Tabulate the profiles: what each is for and what it takes.
 
     Examples
     --------
-    >>> run("quick", {"seed": 1}, name="seed-1")  # doctest: +SKIP
-    PosixPath('.../runs/seed-1/index.html')
+    >>> profile_table().columns.tolist()
+    ['description', 'time', 'memory', 'disk', 'needs']
     """
-    from . import report
-
-    root = Path(root or store.project_root(PACKAGE))
-    name = name or profile
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UsageError(f"the run's name {name!r} may hold letters, digits, '.', '-' and '_' only")
-    values = resolve_parameters(profile, parameters, root, only)
-    resume = _command(profile, parameters, name, only, root)
-    folder = root / "runs" / name
-    try:
-        record = _begin_record(folder, profile, parameters, values)
-        with _environment(offline=read_profile(profile, root)["offline"]):
-            for number, stem in enumerate(values, 1):
-                label = f"[{number}/{len(values)}] {stem}"
-                again = fresh or only is not None
-                _run_one(label, stem, values[stem], folder, record, again, root)
-        record["finished"] = _now()
-        _save_json(folder / "run.json", record)
-        return report.write_report(folder)
-    except KeyboardInterrupt:
-        raise RunFailed(f"\nInterrupted. Resume with:\n  {resume}", exit_code=130) from None
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise RunFailed(f"{_disk_full(folder)}\nResume with:\n  {resume}") from error
-    except _NotebookError as error:
-        raise RunFailed(f"{error}\nResume with:\n  {resume}") from error
+    rows = {name: read_profile(name) for name in profiles()}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=list(ABOUT))
+    return table.rename_axis("profile")
 
 
-class _NotebookError(RuntimeError):
-    pass
+# what the profile paper fetches from the hub, and of each one file that a whole download contains
+_HUB_CHECKPOINTS = {
+    "cvssp/audioldm-s-full-v2": "model_index.json",
+    "cvssp/audioldm2": "model_index.json",
+    "facebook/audiogen-medium": "state_dict.bin",
+}
 
 
-def _run_one(label, stem, values, folder, record, again, root):
-    stages, source = record["stages"], notebooks(root)[stem]
-    key = _state_key(source, values, stages, root)
-    executed = folder / "notebooks" / source.name
-    if not again and _is_done(stages.get(stem), key, folder, executed):
-        print(f"{label}: unchanged, skipped", flush=True)
-        return
-    stages[stem] = {"status": "running", "parameters": values, "started": _now()}
-    _save_json(folder / "run.json", record)
-    begin = time.time()
-    # The parent's own time stamps are compared with files', so both must come from one clock.
-    with _PeakMemory() as memory:
-        try:
-            _execute(label, source, executed, values, folder, root)
-            stages[stem] |= {"status": "finished", "key": key, "outputs": _made(folder, begin)}
-        except BaseException:
-            stages[stem]["status"] = "failed"
-            raise
-        finally:
-            stages[stem]["seconds"] = round(time.time() - begin, 1)
-            stages[stem]["peak_memory_gb"] = memory.peak_gb()
-            _save_json(folder / "run.json", record)
-    print(f"{label}: {_seconds(stages[stem]['seconds'])}, {memory.peak_gb():.1f} GB", flush=True)
+def check_environment(
+    data_dir="data", esc50_root="", urbansound8k_root="", tau_root="", yamnet_path=""
+):
+    """Look for what the larger profiles need, and say how to get what is missing.
+
+    Nothing is downloaded, and no data set is read: loaders check their folder when they open it.
+
+    Parameters
+    ----------
+    data_dir : path-like, optional
+        Where data sets lie whose own folder is not given.
+    esc50_root, urbansound8k_root, tau_root, yamnet_path : path-like, optional
+        As the notebooks' parameters of these names.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``item, found`` (bool), ``detail, needed_for, remedy``.
+
+    Examples
+    --------
+    >>> check_environment().columns.tolist()
+    ['item', 'found', 'detail', 'needed_for', 'remedy']
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    data = store.project_path(data_dir)
+    urbansound8k = urbansound8k_root or data / "UrbanSound8K"
+    rows = _machine(data)
+    for item, given, mark, needed_for in (
+        ("ESC-50", esc50_root or data / "ESC-50", "meta/esc50.csv", "esc10, paper"),
+        ("UrbanSound8K", urbansound8k, "metadata/UrbanSound8K.csv", "paper"),
+        ("TAU 2020 Mobile", tau_root, "meta.csv", "paper"),
+        ("mini-AudioLDM", "data/checkpoints/mini-audioldm", "model_index.json", "quick"),
+        ("YAMNet", yamnet_path, "", "a third embedding in 04, any profile"),
+    ):
+        there = bool(given) and (store.project_path(given) / mark).exists()
+        remedy = f"{data_dir}/README.md says how to get it"
+        rows.append((item, there, mark and f"looked for {mark}", needed_for, remedy))
+    for name, file in _HUB_CHECKPOINTS.items():
+        there = isinstance(try_to_load_from_cache(name, file), str)
+        detail = "in the hub's cache" if there else "not in the hub's cache"
+        remedy = f"fetched on first use, or before: hf download {name}"
+        rows.append((name, there, detail, "paper", remedy))
+    table = pd.DataFrame(rows, columns=["item", "found", "detail", "needed_for", "remedy"])
+    table.loc[table["found"], "remedy"] = ""
+    return table
 
 
-def _is_done(stage, key, folder, executed):
-    if not stage or stage["status"] != "finished" or stage["key"] != key:
-        return False
-    return executed.is_file() and all((folder / made).is_file() for made in stage["outputs"])
+def _machine(data):
+    import psutil
+    import torch
 
-
-def _made(folder, since):
-    """Tables and figures written since a time: if one is deleted, its notebook runs again."""
-    files = [*(folder / "tables").glob("*.csv"), *(folder / "figures").glob("*.png")]
-    new = [file for file in files if file.stat().st_mtime >= since - 1]
-    return sorted(str(file.relative_to(folder)) for file in new)
-
-
-def _execute(label, source, executed, values, folder, root):
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill import PapermillExecutionError
-    from traitlets.config import Config
-
-    executed.parent.mkdir(parents=True, exist_ok=True)
-    if sys.stderr.isatty():
-        progress = {"desc": label, "leave": False}
-    else:
-        progress = False
-        print(f"{label} …", flush=True)
-    try:
-        papermill.execute_notebook(
-            source,
-            executed,
-            {INJECTED: folder.relative_to(root).as_posix(), **values},
-            kernel_name="python3",
-            progress_bar=progress,
-            start_timeout=KERNEL_START_S,
-            cwd=root / "notebooks",
-            config=Config({"KernelManager": {"transport": "ipc"}}),
-        )
-    except PapermillExecutionError as error:
-        raise _NotebookError(_explain(error, source.stem, executed, folder)) from error
-    except DeadKernelError as error:
-        raise _NotebookError(
-            f"{source.stem}: its Python process was ended from outside, most often because memory "
-            "ran out. Close other programs or make the run smaller (see the parameters)."
-        ) from error
-
-
-def _explain(error, stem, executed, folder):
-    if error.ename == "KeyboardInterrupt":
-        raise KeyboardInterrupt
-    if "[Errno 28]" in error.evalue or "No space left" in error.evalue:
-        return _disk_full(folder)
-    shown = os.path.relpath(executed)
-    return (
-        f"{stem} failed in cell In [{error.exec_count}]:\n"
-        f"  {error.ename}: {error.evalue}\n"
-        f"The whole traceback is in {shown}"
-    )
+    gpu = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if gpu else "none that CUDA sees"
+    free, memory = _free_gb(data), psutil.virtual_memory().total / 1e9
+    disk_for, memory_for = "paper (quick needs 1 GB)", "paper (quick needs 4 GB)"
+    return [
+        ("GPU", gpu, name, "paper", "use a machine with an NVIDIA GPU (24 GB or more)"),
+        (
+            "disk, 300 GB",
+            free > 300,
+            f"{free:.0f} GB free",
+            disk_for,
+            "make room, or move the clone",
+        ),
+        ("memory, 32 GB", memory > 32, f"{memory:.0f} GB", memory_for, "use a larger machine"),
+    ]
 
 
 def _free_gb(folder):
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return shutil.disk_usage(there).free / 1e9
-
-
-def _disk_full(folder):
-    return (
-        f"No space left on the disk that holds {folder} ({_free_gb(folder):.1f} GB free): make "
-        "room there, or "
-        "delete runs that you no longer need. What is finished is kept."
-    )
-
-
-def _command(profile, parameters, name, only, root):
-    """The command line that continues this run, typed from the same folder."""
-    script = os.path.relpath(root / "run_all.sh")
-    words = [script if os.sep in script else f"./{script}", profile]
-    for key, value in (parameters or {}).items():
-        words += ["-p", key, value if isinstance(value, str) else json.dumps(value)]
-    if name != profile:
-        words += ["--name", name]
-    if only is not None:
-        words += ["--only", str(only)]
-    return shlex.join(words)
-
-
-@contextmanager
-def _environment(offline):
-    """Settings for the kernels: this package, this Python's kernel, and no needless network."""
-    before = dict(os.environ)
-    wanted = {"JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    if offline:
-        wanted["HF_HUB_OFFLINE"] = "1"
-    paths = filter(None, [str(PACKAGE.parent), before.get("PYTHONPATH")])
-    with tempfile.TemporaryDirectory(prefix="soundscapes-") as sockets:
-        # Sockets in a local, short path: home may be a network disk, and TCP ports can collide.
-        os.environ.update(wanted | before)
-        os.environ.update(JUPYTER_RUNTIME_DIR=sockets, PYTHONPATH=os.pathsep.join(paths))
-        try:
-            yield
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-
-
-class _PeakMemory:
-    """Samples the resident memory of this process and all its children while a block runs."""
-
-    def __enter__(self):
-        import psutil
-
-        self._process, self._peak, self._stop = psutil.Process(), 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self):
-        while not self._stop.wait(0.5):
-            self._sample()
-
-    def _sample(self):
-        import psutil
-
-        total = 0
-        for process in [self._process, *self._process.children(recursive=True)]:
-            try:
-                total += process.memory_info().rss
-            except psutil.NoSuchProcess:
-                continue
-        self._peak = max(self._peak, total)
-
-    def peak_gb(self):
-        self._sample()
-        return round(self._peak / 1e9, 2)
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
-
-
-# --- the record of a run -------------------------------------------------------------------------
-
-
-def _begin_record(folder, profile, given, values):
-    path = folder / "run.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {
-        "name": folder.name,
-        "profile": profile,
-        "given": given or {},
-        "parameters": before.get("parameters", {}) | values,
-        "started": _now(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "versions": _versions(),
-        "git": _git_state(),
-        "stages": before.get("stages", {}),
-    }
-
-
-def _versions():
-    from importlib import metadata
-
-    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    direct = project["project"]["dependencies"]
-    names = [re.match(r"[\w.-]+", requirement).group() for requirement in direct]
-    installed = {}
-    for name in names:
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed[name] = "not installed"
-    return installed
-
-
-def _git_state():
-    def git(*words):
-        done = subprocess.run(
-            ["git", "-C", str(PACKAGE.parent), *words], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": "unknown (not a git clone)", "dirty": False}
-
-
-def _save_json(path, content):
-    with _replacing(path) as part:
-        part.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-def _now():
-    return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def _seconds(seconds):
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"

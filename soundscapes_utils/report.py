@@ -1,58 +1,26 @@
-"""The page that closes a run: numbers, figures, players and notebooks, readable without a network.
+"""Pages that open from the disk, on a phone and without a network; and what a run gives to the project.
 
-Everything is read back from the run folder (``run.json``, ``tables/``, ``figures/``, ``audio/``,
-``notebooks/``), so that the page can be made again at any time, of half a run too.
+:func:`write_report` makes the page that closes a run (numbers, figures, players, notebooks) from what
+lies in its folder, so that it can be made again at any time, of half a run too.
+:func:`listening_page` makes a page of a generated set: class by class, real beside synthetic. Both
+fill one template, ``page.html.j2``: a page is a list of sections, a section holds tables, figures and
+sides of cards, a card is one sound. :func:`publish` takes the outputs of a run into the notebooks.
 """
 
-from __future__ import annotations
-
 import json
-import shutil
 from pathlib import Path
 
-from . import pipeline, store
+import numpy as np
+import pandas as pd
 
-# Which tables name sounds worth hearing: title, caption, how many, and the column whose values
-# should all be heard before any value is heard twice.
-SOUNDS = {
-    "01": ("mixes", "caption", "label", 6),
-    "02": ("generated", "prompt", "label", 10),
-    "03": ("scene_samples", "prompt", "clip_id", 4),
-}
-# what notebook 02 leaves beside its few sounds here
-LISTENING = "listen/index.html"
+from . import audio, captions, fad, generation, pipeline, stats, store
+
+# The sounds on a run's page: one of each of the first labels in a notebook's table.
+SOUNDS = {"01": ("mixes", 6), "02": ("generated", 10), "03": ("scene_samples", 4)}
+LISTENING = "listen/index.html"  # what notebook 02 leaves beside them
 
 
-def headlines(run_dir):
-    """Collect the main numbers that the notebooks of a run left.
-
-    Parameters
-    ----------
-    run_dir : path-like
-        Folder of the run; relative paths are taken from the project's root.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns ``stage`` (two digits), ``quantity``, ``value`` (text), ``note``.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> len(headlines(tempfile.mkdtemp()))
-    0
-    """
-    import pandas as pd
-
-    tables = store.project_path(run_dir) / "tables"
-    found = [
-        pd.read_csv(path, dtype=str, keep_default_na=False).assign(stage=path.stem[:2])
-        for path in sorted(tables.glob("[0-9][0-9]_summary.csv"))
-    ]
-    columns = ["stage", "quantity", "value", "note"]
-    table = pd.concat(found) if found else pd.DataFrame(columns=columns)
-    table["value"] = table["value"].map(_number)
-    return table.reindex(columns=columns, fill_value="").reset_index(drop=True)
+# --- the page of a run ---------------------------------------------------------------------------
 
 
 def write_report(run_dir):
@@ -73,57 +41,370 @@ def write_report(run_dir):
     FileNotFoundError
         If the folder holds no run.
     """
-    import jinja2
-
     folder = store.project_path(run_dir)
-    if not (folder / "run.json").is_file():
+    record = pipeline.read_record(folder)
+    if not record:
         raise FileNotFoundError(f"{folder} holds no run (no run.json): run a profile first")
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pipeline.PACKAGE),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    started = record["started"].replace("T", " ")
+    unfinished = "" if record.get("finished") else " It is not finished."
+    stages = record["stages"]
+    return _write_page(
+        folder / "index.html",
+        title=f"Soundscapes: run “{record['name']}”",
+        lead=f"Profile {record['profile']}, started {started}.{unfinished}",
+        sections=[
+            {"title": "Main numbers", "tables": [_grid("Main numbers", headlines(folder))]},
+            *(_stage_section(folder, stem, stages[stem]) for stem in sorted(stages)),
+            _how_section(record),
+        ],
     )
-    stages = [_stage(folder, stem, record["stages"][stem]) for stem in sorted(record["stages"])]
-    page = templates.get_template("report.html.j2").render(
-        record=record,
-        stages=stages,
-        headlines=headlines(folder).to_dict("records"),
-        scores=_scores(folder),
-        accuracy=_accuracy(folder),
-    )
-    with pipeline._replacing(folder / "index.html") as part:
-        part.write_text(page, encoding="utf-8")
-    return folder / "index.html"
 
 
-def copy_for_readme(run_dir, out_dir):
-    """Copy the first figure of each stage for README.md, and write its table of main numbers.
+def headlines(run_dir):
+    """Collect the main numbers that the notebooks of a run left in ``NN_summary.csv``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``stage`` (two digits), ``quantity``, ``value`` (text), ``note``.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> len(headlines(tempfile.mkdtemp()))
+    0
+    """
+    columns = ["stage", "quantity", "value", "note"]
+    tables = [pd.DataFrame(columns=columns)]
+    for path in sorted((store.project_path(run_dir) / "tables").glob("[0-9][0-9]_summary.csv")):
+        tables.append(store.read_table(path).assign(stage=path.stem[:2]).astype(str))
+    table = pd.concat(tables, ignore_index=True)[columns]
+    return table.assign(value=[_as_text(value) for value in table["value"]])
+
+
+def _stage_section(folder, stem, stage):
+    executed = folder / "notebooks" / f"{stem}.ipynb"
+    title, lead, links = stem, "", []
+    if executed.is_file():
+        title, lead = _heading(executed)
+        links.append((_notebook_page(folder, executed), "the executed notebook"))
+    if stem.startswith("02") and (folder / LISTENING).is_file():
+        links.append((LISTENING, "listen to all of it, class by class"))
+    parameters = pd.DataFrame(stage["parameters"].items(), columns=["parameter", "value"])
+    tables = _result_tables(folder, stem[:2])
+    cards = _sounds(folder, stem[:2])
+    return {
+        "title": title,
+        "lead": lead,
+        "status": stage["status"],
+        "note": f", {_cost(stage)}",
+        "links": links,
+        "tables": [*tables, _grid("Parameters of this notebook", parameters, True)],
+        "figures": [_figure(folder, path) for path in _figures(folder, stem[:2])],
+        "sides": [{"name": "listen", "title": "Listen", "cards": cards}] if cards else [],
+    }
+
+
+def _cost(stage):
+    memory = stage.get("peak_memory_gb", "?")
+    return f"{pipeline.duration(stage.get('seconds', 0))}, at most {memory} GB of memory"
+
+
+def _how_section(record):
+    rows = [(stem, stage["status"], _cost(stage)) for stem, stage in record["stages"].items()]
+    took = pd.DataFrame(sorted(rows), columns=["notebook", "state", "took"])
+    versions = pd.DataFrame(record["versions"].items(), columns=["library", "version"])
+    changed = ", with uncommitted changes" if record["git"]["dirty"] else ""
+    lead = (
+        f"Python {record['python']} on {record['platform']}, {record['cores']} cores. Code at commit "
+        f"{record['git']['commit'][:12]}{changed}."
+    )
+    if record["given"]:
+        given = ", ".join(f"{name} = {value}" for name, value in record["given"].items())
+        lead += f" Given on the command line: {given}."
+    tables = [_grid("Time and memory", took), _grid("Versions of the libraries", versions, True)]
+    return {"title": "How it was run", "lead": lead, "tables": tables}
+
+
+def _heading(notebook):
+    """First heading of a notebook, and the paragraph below it."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    title, *paragraphs = "".join(cells[0]["source"]).strip().split("\n\n")
+    return title.lstrip("# "), " ".join(" ".join(paragraphs[:1]).split())
+
+
+def _notebook_page(folder, executed):
+    """Executed notebook as an HTML page; made again only if the notebook is newer."""
+    page = folder / "html" / f"{executed.stem}.html"
+    if not page.is_file() or page.stat().st_mtime < executed.stat().st_mtime:
+        from nbconvert import HTMLExporter
+
+        # Scripts that nbconvert would fetch from elsewhere serve widgets and TeX.
+        scripts = ("require_js", "jquery", "mathjax", "mermaid_js", "mermaid_layout_elk_js")
+        exporter = HTMLExporter(**{f"{name}_url": "" for name in scripts})
+        store.write_atomic(page, exporter.from_filename(str(executed))[0])
+    return page.relative_to(folder).as_posix()
+
+
+def _figures(folder, number):
+    return sorted((folder / "figures").glob(f"{number}_*.png"))
+
+
+def _figure(folder, path):
+    from PIL import Image
+
+    with Image.open(path) as image:
+        caption, (width, height) = image.info.get("Description", path.stem), image.size
+    source = path.relative_to(folder).as_posix()
+    return {"source": source, "caption": caption, "width": width, "height": height}
+
+
+def _sounds(folder, number):
+    """Cards of one clip of each of the first labels, for every checkpoint that made some."""
+    name, count = SOUNDS.get(number, ("", 0))
+    path = folder / "tables" / f"{name}.csv"
+    if not path.is_file():
+        return []
+    table = store.read_table(path).assign(path=lambda rows: rows["path"].map(store.project_path))
+    several = "checkpoint" in table and len(table["checkpoint"].unique()) > 1
+    table = table[table["label"].isin(table["label"].drop_duplicates()[:count])]
+    shown = table.drop_duplicates(["label", *["checkpoint"] * several])
+    cards = []
+    for row in shown.to_dict("records"):
+        title = captions.tidy(row["label"])
+        title += f" in {captions.tidy(row['scene'])}" if "scene" in row else ""
+        title += f", {Path(row['checkpoint']).name}" if several else ""
+        text = row.get("caption", row.get("prompt", ""))
+        player = _player(row["path"], folder, folder / "html")
+        cards.append({"name": title, "text": text, "numbers": {}, "words": {}, **player})
+    return cards
+
+
+def _result_tables(folder, number):
+    """Scores of notebook 04 and accuracies of notebook 05, as people read them."""
+    name, title, as_read = {
+        "04": ("scores", "Scores", fad.score_lines),
+        "05": ("results", "Accuracy on recordings of the held-out folds", _accuracies),
+    }.get(number, ("", "", None))
+    path = folder / "tables" / f"{name}.csv"
+    return [_grid(title, as_read(store.read_table(path)))] if path.is_file() else []
+
+
+def _accuracies(results):
+    """Means over folds and runs, with the names that differ between arms."""
+    table = stats.summarise(results)
+    names = ["model", "arm", "backend", "prompt_family", "ratio"]
+    varying = [name for name in names if len(table[name].unique()) > 1]
+    table = table[[*varying, "accuracy", "half_width", "n"]]
+    return table.rename(columns={"half_width": "± (1.96·SD/√runs)", "n": "classifiers trained"})
+
+
+def _grid(title, table, folded=False):
+    rows = [[_as_text(value) for value in row] for row in table.itertuples(index=False)]
+    numeric = [table[column].dtype.kind in "if" for column in table]
+    columns = list(table.columns)
+    return {"title": title, "columns": columns, "numeric": numeric, "rows": rows, "folded": folded}
+
+
+def _as_text(value):
+    """Four significant digits; what is not a number stays as it is."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    if number != number:
+        return ""
+    return f"{number:.0f}" if number == int(number) or abs(number) >= 1000 else f"{number:.4g}"
+
+
+# --- a page of a generated set -------------------------------------------------------------------
+
+
+def listening_page(out_dir, generated, real=None, *, title="Listen", per_class=24, seed=0):
+    """Make a page of a generated set: class by class, real beside synthetic.
+
+    Parameters
+    ----------
+    out_dir : path-like
+        Gets ``index.html``, ``sounds/`` (FLAC at 16 kHz: what is heard is the clip and no codec)
+        and ``pictures/``. What is there already is kept, so a second call is quick.
+    generated : pandas.DataFrame
+        Any `generated` table. Columns beyond the usual are shown on the cards: numbers can be sorted
+        by and cut off at (as ``score`` and ``lufs`` can), words can be searched for, and columns of
+        true and false name the clips that they mark.
+    real : pandas.DataFrame, optional
+        Clip table of real recordings, of the same classes; its further columns likewise.
+    title : str, optional
+    per_class : int, optional
+        Clips of a class shown on either side at most; of more clips a random choice is shown.
+    seed : int, optional
+        Of that choice.
+
+    Returns
+    -------
+    Path
+        ``index.html``; written last and in one piece.
+
+    Raises
+    ------
+    store.DataError
+        The table is empty or lacks ``clip_id``, ``label`` or ``path``.
+    audio.AudioError
+        A clip that cannot be read, by name.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> path = audio.save_audio(folder / "a.wav", np.sin(np.arange(16_000) * 0.1), 16_000)
+    >>> made = pd.DataFrame({"clip_id": ["a"], "label": "dog", "path": str(path), "score": [0.3]})
+    >>> listening_page(folder / "listen", made).name
+    'index.html'
+    """
+    out_dir = Path(out_dir)
+    tables = {"real": real, "synthetic": generated}
+    tables = {name: table for name, table in tables.items() if table is not None}
+    for name, table in tables.items():
+        absent = {"clip_id", "label", "path"} - set(table.columns)
+        if absent or table.empty:
+            what = f"lacks {', '.join(sorted(absent))}" if absent else "has no rows"
+            raise store.DataError(
+                f"the table of {name} clips {what}: there is nothing to listen to"
+            )
+    sections = [
+        {
+            "label": label,
+            "title": captions.tidy(label),
+            "sides": [
+                _side(name, table[table["label"] == label], out_dir, per_class, seed)
+                for name, table in tables.items()
+            ],
+        }
+        for label in sorted(generated["label"].unique())
+    ]
+    cards = [card for section in sections for side in section["sides"] for card in side["cards"]]
+    return _write_page(
+        out_dir / "index.html",
+        title=title,
+        lead=f"Class by class, {' next to '.join(tables)}.",
+        sections=sections,
+        sides=list(tables),
+        families=sorted({card.get("family", "") for card in cards} - {""}),
+        numbers=list(dict.fromkeys(name for card in cards for name in card["numbers"])),
+    )
+
+
+def page_of_table(run_dir, table="generated", per_class=24):
+    """Make the listening page of a table that a run has left, with its scores and real clips.
 
     Parameters
     ----------
     run_dir : path-like
-        Folder of the run; relative paths are taken from the project's root.
-    out_dir : path-like
-        Where the figures go.
+    table : str or path-like, optional
+        Name of a table in the run's ``tables/``, or a CSV file of the same columns. The page goes
+        to ``listen/``, or ``listen-<name>/`` for another table than ``generated``.
+    per_class : int, optional
+        As for :func:`listening_page`.
 
-    Returns
-    -------
-    str
-        The table in Markdown.
+    Examples
+    --------
+    >>> import tempfile
+    >>> page_of_table(tempfile.mkdtemp())
+    Traceback (most recent call last):
+    soundscapes_utils.store.MissingStage: ...generated.csv: no such table...
     """
     folder = store.project_path(run_dir)
-    firsts = {}
-    for figure in sorted((folder / "figures").glob("[0-9][0-9]_*.png")):
-        firsts.setdefault(figure.stem[:2], figure)
-    for figure in firsts.values():
-        with pipeline._replacing(Path(out_dir) / figure.name) as part:
-            shutil.copyfile(figure, part)
-    rows = [
-        f"| {row.quantity} | {row.value} | {row.note} |" for row in headlines(folder).itertuples()
-    ]
-    return "\n".join(["| quantity | value | note |", "|---|---|---|", *rows])
+    tables = folder / "tables"
+    file = Path(table) if Path(table).suffix == ".csv" else tables / f"{table}.csv"
+    if not file.is_file():
+        raise store.MissingStage(
+            f"{file}: no such table; run notebook 02 first, or give a CSV file"
+        )
+    generated, real, name = store.read_table(file), None, file.stem
+    if (tables / f"{name}_scores.csv").is_file():
+        scores = store.read_table(tables / f"{name}_scores.csv").drop(columns="label")
+        generated = generated.merge(scores, on="clip_id", how="left")
+    if (tables / "clips.csv").is_file():
+        real = store.read_table(tables / "clips.csv")
+        real = real[real["label"].isin(generated.get("label", []))]
+        real = real if len(real) else None
+    out_dir = folder / ("listen" if name == "generated" else f"listen-{name}")
+    title = f"{folder.name}: {name.replace('_', ' ')}"
+    return listening_page(out_dir, generated, real, title=title, per_class=per_class)
+
+
+def _side(name, table, out_dir, per_class, seed):
+    shown = table
+    if len(table) > per_class:
+        shown = table.sample(per_class, random_state=seed).sort_index()
+    n = len(table) if shown is table else f"{len(shown)} of {len(table)}"
+    cards = [_card(row, name, out_dir) for row in shown.to_dict("records")]
+    return {"name": name, "title": f"{name}: {n}", "cards": cards}
+
+
+# shown in its place on a card, or not at all
+_USUAL = {*generation.GENERATED_COLUMNS, "split", "candidate_of"} - {"score", "lufs"}
+
+
+def _card(row, side, out_dir):
+    numbers, words, marks = {}, {}, {}
+    for name, value in row.items():
+        if name in _USUAL or pd.isna(value) or value in (np.inf, -np.inf):
+            continue
+        name = name.replace("_", " ")
+        if isinstance(value, (bool, np.bool_)):
+            marks[name] = value
+        elif isinstance(value, (int, float, np.number)):
+            numbers[name] = float(value)
+        else:
+            words[name] = str(value).replace("_", " ")
+    if marks:
+        words["marked"] = ", ".join(name for name, value in marks.items() if value)
+    about = {"side": side, "name": str(row["clip_id"]), "numbers": numbers, "words": words}
+    if side == "synthetic":
+        about |= {"text": row.get("prompt", ""), "family": row.get("prompt_family", "")}
+    return about | _player(store.project_path(row["path"]), out_dir, out_dir)
+
+
+# --- one page, one player ------------------------------------------------------------------------
+
+
+def _write_page(path, **content):
+    import jinja2
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = templates.get_template("page.html.j2").render(content)
+    return store.write_atomic(path, page)
+
+
+def _player(path, page_folder, folder):
+    """Sound and picture of a clip in `folder`, under names that follow from its content."""
+    import soundfile as sf
+
+    from . import plots
+
+    try:
+        name = store.file_digest(path)[:12]
+    except OSError as error:
+        raise audio.AudioError(
+            f"{path}: cannot be read ({error}); was the run moved, or its audio deleted?"
+        ) from error
+    sound, picture = folder / "sounds" / f"{name}.flac", folder / "pictures" / f"{name}.png"
+    if not (sound.is_file() and picture.is_file()):
+        y, rate = audio.load_audio(path, audio.LOG_MEL_RATE)
+        audio.save_audio(sound, np.clip(y, -1, 1), rate)
+        store.write_atomic(picture, plots.mel_picture(y, rate))
+    files = {"sound": sound, "picture": picture}
+    places = {key: file.relative_to(page_folder).as_posix() for key, file in files.items()}
+    return places | {"seconds": round(sf.info(sound).duration, 2)}
+
+
+# --- what a run gives to the project -------------------------------------------------------------
 
 
 def publish(run_dir="runs/quick"):
@@ -150,10 +431,11 @@ def publish(run_dir="runs/quick"):
     import nbformat
 
     folder = store.project_path(run_dir)
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    if record["profile"] != "quick" or record["given"]:
+    record = pipeline.read_record(folder)
+    if record.get("profile") != "quick" or record["given"]:
         raise pipeline.UsageError(
-            f"{folder} is no plain run of profile quick: committed outputs would lie"
+            f"{folder} is not a plain run of profile quick: the notebooks would show the outputs of "
+            "other parameters"
         )
     written = []
     for stem, path in pipeline.notebooks().items():
@@ -163,190 +445,33 @@ def publish(run_dir="runs/quick"):
             )
         source = nbformat.read(path, as_version=4)
         _take_outputs(source, nbformat.read(folder / "notebooks" / path.name, as_version=4), stem)
-        with pipeline._replacing(path) as part:
-            nbformat.write(source, part)
-        written.append(path)
+        written.append(store.write_atomic(path, nbformat.writes(source) + "\n"))
     return written
 
 
 def _take_outputs(source, executed, stem):
-    made = [
+    runs = [
         cell
         for cell in executed.cells
         if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
     ]
     cells = [cell for cell in source.cells if cell.cell_type == "code"]
-    if [cell.source for cell in cells] != [cell.source for cell in made]:
+    if [cell.source for cell in cells] != [cell.source for cell in runs]:
         raise pipeline.UsageError(f"{stem} was edited after it ran: run ./run_all.sh quick again")
-    for number, (cell, run) in enumerate(zip(cells, made, strict=True), 1):
+    for number, (cell, run) in enumerate(zip(cells, runs, strict=True), 1):
         cell.outputs, cell.execution_count = run.outputs, number
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = number
 
 
-def _stage(folder, stem, stage):
-    executed = folder / "notebooks" / f"{stem}.ipynb"
-    title, lead = _title_of(executed) if executed.is_file() else (stem, "")
-    return {
-        "stem": stem,
-        "title": title,
-        "lead": lead,
-        "status": stage["status"],
-        "seconds": pipeline._seconds(stage.get("seconds", 0)),
-        "memory": stage.get("peak_memory_gb", ""),
-        "parameters": stage["parameters"],
-        "page": _notebook_page(folder, executed),
-        "figures": [_figure(folder, path) for path in _figures(folder, stem[:2])],
-        "sounds": _sounds(folder, stem[:2]),
-        "listen": stem.startswith("02") and (folder / LISTENING).is_file() and LISTENING,
-    }
-
-
-def _title_of(notebook):
-    """First heading of a notebook, and the paragraph below it."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    paragraphs = "".join(cells[0]["source"]).strip().split("\n\n") if cells else []
-    title = paragraphs[0].lstrip("# ") if paragraphs else notebook.stem
-    return title, " ".join(paragraphs[1].split()) if len(paragraphs) > 1 else ""
-
-
-def _notebook_page(folder, executed):
-    """Executed notebook as an HTML page; made again only if the notebook is newer."""
-    if not executed.is_file():
-        return None
-    page = folder / "html" / f"{executed.stem}.html"
-    if not page.is_file() or page.stat().st_mtime < executed.stat().st_mtime:
-        from nbconvert import HTMLExporter
-
-        # Scripts that nbconvert would fetch from elsewhere serve widgets and TeX, of which the
-        # notebooks have none.
-        nowhere = dict.fromkeys(
-            (
-                "require_js_url",
-                "jquery_url",
-                "mathjax_url",
-                "mermaid_js_url",
-                "mermaid_layout_elk_js_url",
-            ),
-            "",
-        )
-        exporter = HTMLExporter(**nowhere)
-        text, _ = exporter.from_filename(str(executed))
-        with pipeline._replacing(page) as part:
-            part.write_text(text, encoding="utf-8")
-    return page.relative_to(folder).as_posix()
-
-
-def _figures(folder, number):
-    return sorted((folder / "figures").glob(f"{number}_*.png"))
-
-
-def _figure(folder, path):
-    from PIL import Image
-
-    with Image.open(path) as image:
-        caption = image.info.get("Description", path.stem)
-        width, height = image.size
-    source = path.relative_to(folder).as_posix()
-    return {"source": source, "caption": caption, "width": width, "height": height}
-
-
-def _sounds(folder, number):
-    """A few sounds of a stage as small Vorbis files with a picture of their log-mel."""
-    import pandas as pd
-
-    if number not in SOUNDS:
-        return []
-    name, text, spread, count = SOUNDS[number]
-    path = folder / "tables" / f"{name}.csv"
-    if not path.is_file():
-        return []
-    table = pd.read_csv(path, keep_default_na=False)
-    chosen = table[table[spread].isin(table[spread].drop_duplicates()[:count])]
-    by = [spread, "checkpoint"] if number == "03" else [spread]
-    return [
-        _player(folder, store.project_path(row["path"]), _sound_title(row, number), row[text])
-        for row in chosen.drop_duplicates(by).to_dict("records")
+def copy_for_readme(run_dir, out_dir):
+    """Copy the first figure of each stage to `out_dir`; return the main numbers as Markdown."""
+    folder = store.project_path(run_dir)
+    for number in sorted(pipeline.read_record(folder)["stages"]):
+        for figure in _figures(folder, number[:2])[:1]:
+            store.write_atomic(Path(out_dir) / figure.name, figure.read_bytes())
+    rows = [
+        f"| {row.quantity} | {row.value} | {row.note} |" for row in headlines(folder).itertuples()
     ]
-
-
-def _sound_title(row, number):
-    if number == "01":
-        return f"{row['label']} in {row['scene']}"
-    return row["label"] if number == "02" else Path(row["checkpoint"]).name
-
-
-def _player(folder, path, title, text):
-    import soundfile as sf
-    from matplotlib import pyplot as plt
-
-    from . import audio
-
-    stem = folder / "report" / f"{path.parent.name}-{path.stem}"
-    sound, picture = stem.with_suffix(".ogg"), stem.with_suffix(".png")
-    if not picture.is_file() or picture.stat().st_mtime < path.stat().st_mtime:
-        y, rate = audio.load_audio(path, 16_000)
-        with pipeline._replacing(sound) as part:
-            sf.write(part, y, rate, format="OGG", subtype="VORBIS")
-        with pipeline._replacing(picture) as part:
-            plt.imsave(part, audio.log_mel(y, rate).T[::-1], cmap="magma", format="png")
-    return {
-        "title": str(title).replace("_", " "),
-        "text": text,
-        "source": sound.relative_to(folder).as_posix(),
-        "picture": picture.relative_to(folder).as_posix(),
-    }
-
-
-def _scores(folder):
-    """Scores with their interval in one cell, as they are read."""
-    import pandas as pd
-
-    path = folder / "tables" / "scores.csv"
-    if not path.is_file():
-        return None
-    scores = pd.read_csv(path)
-    interval = [
-        f"{_number(low)} … {_number(high)}" if pd.notna(low) else ""
-        for low, high in zip(scores["ci_low"], scores["ci_high"], strict=True)
-    ]
-    shown = scores[["metric", "embedding", "reference", "candidate", "value"]].copy()
-    shown["95 % interval"] = interval
-    shown["n"] = [
-        f"{reference} / {candidate}"
-        for reference, candidate in zip(scores["n_reference"], scores["n_candidate"], strict=True)
-    ]
-    return _as_rows(shown.assign(note=scores["note"]))
-
-
-def _accuracy(folder):
-    """Mean accuracy of each arm over folds and runs, its spread, the number of trainings."""
-    import pandas as pd
-
-    path = folder / "tables" / "results.csv"
-    if not path.is_file():
-        return None
-    keys = ["model", "arm", "backend", "prompt_family", "ratio"]
-    groups = pd.read_csv(path).groupby(keys, dropna=False)["accuracy"]
-    table = groups.agg(["mean", "std", "count"]).reset_index()
-    table.columns = [*keys, "accuracy, mean", "standard deviation", "classifiers trained"]
-    varying = [key for key in keys if len(table[key].unique()) > 1]
-    return _as_rows(table[[*varying, *table.columns[len(keys) :]]])
-
-
-def _as_rows(table):
-    numeric = [table[column].dtype.kind in "if" for column in table]
-    rows = [[_number(value) for value in row] for row in table.itertuples(index=False)]
-    return {"columns": list(table.columns), "numeric": numeric, "rows": rows}
-
-
-def _number(value):
-    """Four significant digits; texts that are no numbers stay as they are."""
-    try:
-        number = float(value)
-    except ValueError:
-        return str(value)
-    if number != number:
-        return ""
-    return f"{number:.0f}" if number == int(number) or abs(number) >= 1000 else f"{number:.4g}"
+    return "\n".join(["| quantity | value | note |", "|---|---|---|", *rows])

@@ -1,4 +1,4 @@
-"""The runner, on throw-away projects with tiny notebooks."""
+"""The runner, on throw-away projects with tiny notebooks, and what it says of the machine."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ import pytest
 from nbformat import v4
 
 from soundscapes_utils import __main__ as cli
-from soundscapes_utils import pipeline, store
+from soundscapes_utils import pipeline, report, store
 
 FIRST = """
 run_dir = "runs/quick"  # where results go
@@ -26,7 +26,7 @@ flag = False  # a switch
 folds = [1, 2]  # a list
 esc50_root = ""  # recordings
 """
-USES_PACKAGE = "from soundscapes_utils import pipeline\nrun = store.RunFolder(run_dir)\n"
+USES_PACKAGE = "from soundscapes_utils import store\nrun = store.RunFolder(run_dir)\n"
 WRITE = USES_PACKAGE + (
     "import pandas as pd\n"
     "run.save_table(pd.DataFrame({'seed': [seed]}), 'mixes0')\n"
@@ -100,7 +100,7 @@ def test_full_disk_leaves_the_old_table_and_no_debris(tmp_path, monkeypatch, fai
 
     owner = pd.DataFrame if fails_at == "to_csv" else Path
     monkeypatch.setattr(owner, fails_at, no_space)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises((OSError, store.DataError), match="No space left"):
         run.save_table(pd.DataFrame({"a": [2]}), "t")
     monkeypatch.undo()
     assert run.load_table("t", made_by="00_x")["a"].tolist() == [1]
@@ -167,10 +167,10 @@ def test_profile_with_an_unknown_section_or_parameter(project):
 
 
 @pytest.mark.parametrize("line", ["x = {}", "x: int = 1", "x = y = 1", "x = (1, 2)", "x = None"])
-def test_parameters_cell_holds_plain_values_only(tmp_path, line):
-    write_notebook(tmp_path / "n.ipynb", line)
+def test_parameters_cell_holds_plain_values_only(project, line):
+    write_notebook(project / "notebooks/01_use.ipynb", line)
     with pytest.raises(pipeline.UsageError, match="scalar or list"):
-        pipeline.notebook_parameters(tmp_path / "n.ipynb")
+        pipeline.resolve_parameters("quick", root=project)
 
 
 def test_typed_paths_are_meant_from_where_one_stands(project, tmp_path, monkeypatch):
@@ -192,46 +192,82 @@ def test_run_name_stays_in_runs(project, name):
 # --- staleness -----------------------------------------------------------------------------------
 
 
-def test_state_key_follows_code_values_inputs_and_what_came_before(project, tmp_path):
+@pytest.fixture
+def runs_again(project, monkeypatch):
+    """Whether 01_use would run again after a finished run; its cells are not really executed."""
+    (project / "runs/quick/notebooks").mkdir(parents=True)
+    for path in (project / "notebooks").glob("*.ipynb"):
+        (project / "runs/quick/notebooks" / path.name).write_text("{}")
+    executed = []
+    import papermill
+
+    def execute(source, *_, **__):
+        executed.append(source.stem)
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+
+    def check(given=None, stem="01_use"):
+        executed.clear()
+        pipeline.run("quick", given, root=project)
+        return stem in executed
+
+    check()
+    assert not check()
+    return check
+
+
+def test_results_are_stale_after_a_change_of_values_inputs_or_code(project, runs_again, tmp_path):
+    assert runs_again({"gain": 2.0}) and not runs_again({"gain": 2.0})
+    data = tmp_path / "ESC-50"
+    data.mkdir()
+    (data / "data.csv").write_text("a")
+    given = {"esc50_root": str(data)}
+    assert runs_again(given, "00_make")
+    (data / "data.csv").write_text("ab")
+    assert runs_again(given, "00_make") and not runs_again(given, "00_make")
     source = project / "notebooks/01_use.ipynb"
-
-    def key(values=None, stages=None):
-        return pipeline._state_key(source, values or {}, stages or {}, project)
-
-    first = key()
-    assert key() == first
-    assert key({"gain": 2.0}) != first
-    assert key(stages={"00_make": {"key": "new"}}) != first
-    assert key(stages={"02_unrelated": {"key": "new"}}) == first
-    data = tmp_path / "data.csv"
-    data.write_text("a")
-    with_data = key({"esc50_root": str(tmp_path)})
-    data.write_text("ab")
-    assert key({"esc50_root": str(tmp_path)}) != with_data
-    write_notebook(source, "gain = 1.0\n", READ, text="# Another title")
-    changed_parameters = key()
-    assert changed_parameters != first
+    write_notebook(source, "gain = 1.0\n", READ)
+    assert runs_again()
     write_notebook(source, "gain = 1.0\n", READ, text="# Words do not change results")
-    assert key() == changed_parameters
+    assert not runs_again()
 
 
-def test_only_the_modules_that_a_notebook_leads_to_count(tmp_path, monkeypatch):
-    package = tmp_path / "soundscapes_utils"
+def test_results_are_stale_where_the_notebook_that_they_build_on_has_changed(project, runs_again):
+    source = project / "notebooks/00_make.ipynb"  # which 01_use names
+    write_notebook(source, FIRST, WRITE, "1 + 1")
+    assert runs_again()
+    write_notebook(project / "notebooks/01_use.ipynb", "gain = 1.0\n", "gain + 1")
+    assert runs_again()
+    write_notebook(source, FIRST, WRITE, "1 + 2")
+    assert not runs_again()
+
+
+def test_only_the_modules_that_a_notebook_leads_to_count(project, monkeypatch, runs_again):
+    package = project / "soundscapes_utils"
     package.mkdir()
+    (project / "pyproject.toml").write_text("[project]\ndependencies = []\n")
     (package / "one.py").write_text("def f():\n    from . import two\n")
     (package / "two.py").write_text("from .three import x\n")
-    (package / "three.py").write_text("")
-    (package / "four.py").write_text("")
+    for name in ("three.py", "four.py", "words.csv"):
+        (package / name).write_text("")
     monkeypatch.setattr(pipeline, "PACKAGE", package)
     for code in ("from soundscapes_utils import one", "%time\nimport soundscapes_utils.one as o"):
-        assert set(pipeline._modules_behind(code)) == {"one", "two", "three"}
+        write_notebook(project / "notebooks/01_use.ipynb", "gain = 1.0\n", code)
+        runs_again()
+        (package / "four.py").write_text(f"# {code}")
+        assert not runs_again()
+        for name in ("one.py", "three.py", "words.csv"):
+            with (package / name).open("a") as file:
+                file.write("# changed\n")
+            assert runs_again(), name
 
 
 # --- running -------------------------------------------------------------------------------------
 
 
 def test_run_resume_and_report(project, capsys):
-    page = pipeline.run("quick", {"seed": "3"}, root=project)
+    folder = pipeline.run("quick", {"seed": "3"}, root=project)
+    assert folder == project / "runs/quick"
     assert pd.read_csv(project / "runs/quick/tables/result.csv")["seed"].tolist() == [3]
     record = json.loads((project / "runs/quick/run.json").read_text())
     assert record["stages"]["00_make"]["parameters"]["seed"] == 3
@@ -241,7 +277,8 @@ def test_run_resume_and_report(project, capsys):
     ]
     assert 0.01 < record["stages"]["00_make"]["peak_memory_gb"] < 64
     assert record["versions"]["papermill"] and record["finished"]
-    assert "the seed" in page.read_text() and "&lt;n&gt;" in page.read_text()
+    page = report.write_report(folder).read_text()
+    assert "the seed" in page and "&lt;n&gt;" in page
 
     before = executions(project)
     capsys.readouterr()
@@ -293,7 +330,7 @@ def test_full_disk_inside_a_notebook_and_in_the_runner(project, monkeypatch):
     def no_space(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "_save_json", no_space)
+    monkeypatch.setattr(Path, "replace", no_space)
     with pytest.raises(pipeline.RunFailed, match=r"(?s)No space left.*Resume with"):
         pipeline.run("quick", root=project)
 
@@ -328,7 +365,7 @@ def test_interrupted_run_says_how_to_resume_and_resumes(project, how, capsys):
         cwd=project,
         env={**os.environ, "PYTHONPATH": package},
     )
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 150
     while not (project / "notebooks/started").exists():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.1)
@@ -341,3 +378,44 @@ def test_interrupted_run_says_how_to_resume_and_resumes(project, how, capsys):
     write_notebook(project / "notebooks/01_use.ipynb", 'run_dir = ""\ngain = 1.0\n', READ)
     pipeline.run("quick", root=project)
     assert "00_make: unchanged, skipped" in capsys.readouterr().out
+
+
+# --- what the machine has ------------------------------------------------------------------------
+
+
+def row(table, item):
+    return table.set_index("item").loc[item]
+
+
+def test_folders_count_only_with_their_table_in_them(tmp_path):
+    (tmp_path / "ESC-50" / "meta").mkdir(parents=True)
+    assert not row(pipeline.check_environment(tmp_path), "ESC-50").found
+    (tmp_path / "ESC-50" / "meta" / "esc50.csv").write_text("")
+    there = row(pipeline.check_environment(tmp_path), "ESC-50")
+    assert there.found and there.remedy == ""
+
+
+def test_what_is_missing_comes_with_a_remedy(tmp_path):
+    table = pipeline.check_environment(tmp_path)
+    assert not row(table, "YAMNet").found and not row(table, "TAU 2020 Mobile").found
+    assert (table.loc[~table.found, "remedy"] != "").all()
+    assert table.needed_for.str.len().min() > 0
+
+
+def test_yamnet_is_the_file_itself(tmp_path):
+    (tmp_path / "yamnet.tflite").write_bytes(b"x")
+    table = pipeline.check_environment(tmp_path, yamnet_path=tmp_path / "yamnet.tflite")
+    assert row(table, "YAMNet").found
+
+
+def test_cached_checkpoint_is_found_without_a_network(tmp_path, monkeypatch):
+    commit = "0" * 40
+    folder = tmp_path / "models--cvssp--audioldm2"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "snapshots" / commit / "model_index.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    table = pipeline.check_environment(tmp_path)
+    assert row(table, "cvssp/audioldm2").found
+    assert not row(table, "facebook/audiogen-medium").found
