@@ -42,16 +42,15 @@ CLIPPED_RUN, CLIPPED_SHARE = 3, 0.001  # flat tops: their shortest run, their sh
 
 # --- what there is: options of each back-end, settings of the studies, public checkpoints ---------
 
-_EVERY = {"guidance_scale": None, "device": None, "clips_per_pass": 1}
-_DIFFUSERS = {"steps": None, "eta": None, "dtype": "float32", "offload": None, "compile": False}
-_DIFFUSERS |= _EVERY
+_ANY = {"guidance_scale": None, "device": None, "clips_per_pass": 1}
+_DIFFUSERS = {**_ANY, "steps": None, "eta": None, "dtype": "float32", "compile": False}
+_AUDIOGEN = {**_ANY, "guidance_scale": 3.0, "top_k": 250, "temperature": 1.0}
 BACKENDS = {  # None: as the checkpoint's note says (audioldm), else the pipeline's own default
     "audioldm": {"checkpoint": "builtin", **_DIFFUSERS},
     "audioldm2": {"checkpoint": "cvssp/audioldm2", **_DIFFUSERS},
-    "audiogen": {"checkpoint": "facebook/audiogen-medium", **_EVERY}
-    | {"guidance_scale": 3.0, "top_k": 250, "temperature": 1.0},
+    "audiogen": {"checkpoint": "facebook/audiogen-medium", **_AUDIOGEN},
     "stable-audio": {"checkpoint": "stabilityai/stable-audio-open-1.0", **_DIFFUSERS},
-    "auto": {"checkpoint": None, **_DIFFUSERS},
+    "auto": {"checkpoint": None, **_DIFFUSERS},  # any other text-to-audio pipeline of diffusers
 }
 PRESETS = {  # audiocraft writes at −14 LUFS; the challenge system keeps the best of three by CLAP
     "ronchini2024-audioldm2": {"backend": "audioldm2", "steps": 200, "guidance_scale": 3.5}
@@ -61,20 +60,8 @@ PRESETS = {  # audiocraft writes at −14 LUFS; the challenge system keeps the b
     "gaurav2024-audioldm": {"backend": "audioldm", "checkpoint": "cvssp/audioldm-s-full-v2"}
     | {"steps": 200, "guidance_scale": 3.5, "eta": 0.0, "duration_s": 4.0, "candidates": 3},
 }
-_CC_NC_SA = "CC BY-NC-SA 4.0 (not commercial)"
-_STABILITY = "Stability AI Community License (accept it on the hub; commercial use is limited)"
-CHECKPOINTS = pd.DataFrame(  # parameters: millions, of the parts that a generation needs
-    [
-        ("cvssp/audioldm-s-full-v2", "audioldm", _CC_NC_SA, 1.7, 421),
-        ("cvssp/audioldm-m-full", "audioldm", _CC_NC_SA, 2.6, 652),
-        ("cvssp/audioldm-l-full", "audioldm", _CC_NC_SA, 3.9, 975),
-        ("cvssp/audioldm2", "audioldm2", _CC_NC_SA, 4.3, 1078),
-        ("cvssp/audioldm2-large", "audioldm2", _CC_NC_SA, 5.8, 1448),
-        ("facebook/audiogen-medium", "audiogen", "CC BY-NC 4.0 (not commercial)", 6.9, 2200),
-        ("stabilityai/stable-audio-open-1.0", "stable-audio", _STABILITY, 5.3, 1324),
-    ],
-    columns=["checkpoint", "backend", "licence", "download_gb", "parameters_m"],
-).set_index("checkpoint")
+# public checkpoints; parameters in millions, of the parts that a generation needs
+CHECKPOINTS = store.read_table(Path(__file__).with_name("checkpoints.csv")).set_index("checkpoint")
 
 # how pipelines of diffusers call the seconds and the settings
 _SECONDS = ["audio_length_in_s", "audio_end_in_s", "audio_duration_s", "audio_duration", "duration"]
@@ -89,6 +76,11 @@ _UNPADDED = {
 
 class GenerationError(store.DataError):
     """A request that cannot be fulfilled: unknown name or option, bad plan, missing weights."""
+
+
+def _require(condition, message):
+    if not condition:
+        raise GenerationError(message)
 
 
 # --- back-ends ------------------------------------------------------------------------------------
@@ -132,14 +124,7 @@ class _InPasses:
     takes_negative_prompts: bool = True
 
     def generate(self, prompts, seeds, duration_s, negative_prompts=None):
-        """Make one clip per prompt; see `TextToAudio.generate`.
-
-        Raises
-        ------
-        GenerationError
-            If the lists differ in length, a prompt is empty, the duration is not positive or too
-            long for the model, or the model takes no negative prompt.
-        """
+        """Make one clip per prompt; see `TextToAudio.generate`."""
         negative_prompts = negative_prompts or [""] * len(prompts)
         self._check(prompts, seeds, duration_s, negative_prompts)
         rows = list(zip(prompts, seeds, negative_prompts, strict=True))
@@ -157,17 +142,16 @@ class _InPasses:
         return sounds
 
     def _check(self, prompts, seeds, duration_s, negative_prompts):
-        if not len(prompts) == len(seeds) == len(negative_prompts):
-            counts = f"{len(prompts)} prompts, {len(seeds)} seeds, {len(negative_prompts)} negative"
-            raise GenerationError(f"{counts} prompts: give one of each per clip")
-        if not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-            raise GenerationError("a prompt is empty: say what should be heard")
-        if not duration_s > 0:
-            raise GenerationError(f"duration_s is {duration_s}: must be positive")
-        if any(negative_prompts) and not self.takes_negative_prompts:
-            raise GenerationError(
-                f"{self.checkpoint} takes no negative prompt: plan with negative_prompt=''"
-            )
+        texts = all(isinstance(prompt, str) and prompt.strip() for prompt in prompts)
+        counts = len(prompts), len(seeds), len(negative_prompts)
+        each = "{} prompts, {} seeds, {} negative prompts: give one of each per clip"
+        _require(len(set(counts)) == 1, each.format(*counts))
+        _require(texts, "a prompt is empty: say what should be heard")
+        _require(duration_s > 0, f"duration_s is {duration_s}: must be positive")
+        _require(
+            self.takes_negative_prompts or not any(negative_prompts),
+            f"{self.checkpoint} takes no negative prompt: plan with negative_prompt=''",
+        )
 
 
 class DiffusersBackend(_InPasses):
@@ -274,16 +258,8 @@ def _sample_by_row(seeds):
 def preset(name):
     """Everything that a back-end or preset stands for, as a dictionary to override.
 
-    Returns
-    -------
-    dict
-        ``backend`` and its options, and how clips are made: ``duration_s``; ``candidates`` for each
-        clip that is kept; ``loudness``, as for `generate_clips`.
-
-    Examples
-    --------
-    >>> preset("gaurav2024-audioldm")["candidates"], preset("audioldm")["checkpoint"]
-    (3, 'builtin')
+    ``backend`` and its options, and how clips are made: ``duration_s``; ``candidates`` for each clip
+    that is kept; ``loudness``, as for `generate_clips`.
     """
     row = PRESETS.get(name, {"backend": name})
     clips = {"duration_s": 2.56, "candidates": 1, "loudness": "peak"}
@@ -291,21 +267,18 @@ def preset(name):
 
 
 def get_backend(name, **options):
-    """Load a text-to-audio model.
+    """Load a text-to-audio model, a `TextToAudio`.
 
     Parameters
     ----------
     name : str
-        A row of `BACKENDS` or `PRESETS`. ``"auto"`` opens any other text-to-audio pipeline of
-        diffusers; ``"module:Class"`` makes a back-end of your own, a `TextToAudio`.
+        A row of `BACKENDS` or `PRESETS`; or ``"module:Class"``, a back-end of your own.
     **options
-        ``checkpoint``: a folder or hub name; ``"builtin"`` for the model that comes along.
-        ``device``: a torch device, else a GPU if there is one. ``guidance_scale``: weight of the
-        prompt. ``clips_per_pass``: clips that share a pass (more is faster, on a GPU by far, and
-        less exact). Pipelines of diffusers: ``steps``, ``eta``, ``dtype`` (``"float32"``,
-        ``"float16"``, ``"bfloat16"``), ``offload`` (``"model"`` or ``"sequential"``: parts wait in
-        main memory until the GPU needs them), ``compile``. AudioGen: ``top_k``, ``temperature``.
-        None stands for what was left out.
+        ``checkpoint``: a folder or hub name, or ``"builtin"``. ``device``: a torch device, else a
+        GPU if there is one. ``guidance_scale``: weight of the prompt. ``clips_per_pass``: more is
+        faster, on a GPU by far, and less exact. Pipelines of diffusers: ``steps``, ``eta``,
+        ``dtype`` ("float32", "float16", "bfloat16"), ``compile``. AudioGen: ``top_k``,
+        ``temperature``. None stands for what was left out.
 
     Raises
     ------
@@ -327,18 +300,13 @@ def get_backend(name, **options):
             raise GenerationError(f"backend {name!r} cannot be made: {error}") from error
     whole = preset(name)
     known = BACKENDS.get(whole["backend"])
-    if known is None:
-        names = ", ".join([*BACKENDS, *PRESETS])
-        raise GenerationError(f"unknown backend {name!r}: choose one of {names}, or 'module:Class'")
-    if unknown := sorted(set(options) - set(known)):
-        raise GenerationError(
-            f"backend {name} has no option {', '.join(unknown)}: it takes {', '.join(known)}"
-        )
+    names = ", ".join([*BACKENDS, *PRESETS])
+    _require(known, f"unknown backend {name!r}: choose one of {names}, or 'module:Class'")
+    unknown = ", ".join(sorted(set(options) - set(known)))
+    _require(not unknown, f"backend {name} has no option {unknown}: it takes {', '.join(known)}")
     options = {key: (whole | options)[key] for key in known}
-    if not options["checkpoint"]:
-        raise GenerationError("backend auto needs a checkpoint: a folder or a name on the hub")
-    if options["clips_per_pass"] < 1:
-        raise GenerationError("clips_per_pass must be at least 1")
+    _require(options["checkpoint"], "backend auto needs a checkpoint: a folder or a hub name")
+    _require(options["clips_per_pass"] >= 1, "clips_per_pass must be at least 1")
     opener = _open_audiogen if whole["backend"] == "audiogen" else _open_diffusers
     with _opening(options["checkpoint"]):
         return opener(whole["backend"], options)
@@ -349,11 +317,11 @@ def _opening(checkpoint):
     """Say licence and size of a public checkpoint; one clear error if it cannot be opened."""
     from . import ldm
 
-    if str(checkpoint) in CHECKPOINTS.index:
-        row = CHECKPOINTS.loc[str(checkpoint)]
-        print(f"{checkpoint}: licence {row.licence}, {row.download_gb} GB", file=sys.stderr)
-    elif checkpoint != "builtin" and not Path(checkpoint).exists():
-        print(f"{checkpoint}: licence and size not known here, see its page", file=sys.stderr)
+    if checkpoint != "builtin" and not Path(checkpoint).exists():
+        about = "licence and size not known here, see its page"
+        if checkpoint in CHECKPOINTS.index:
+            about = "licence {licence}, {download_gb} GB".format(**CHECKPOINTS.loc[checkpoint])
+        print(f"{checkpoint}: {about}", file=sys.stderr)
     try:
         with ldm.quiet():
             yield
@@ -373,21 +341,24 @@ def _open_diffusers(name, options):
     from . import ldm
 
     checkpoint, dtype = options["checkpoint"], options["dtype"]
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise GenerationError(f"unknown dtype {dtype!r}: choose one of float32, float16, bfloat16")
+    known = ("float32", "float16", "bfloat16")
+    _require(dtype in known, f"unknown dtype {dtype!r}: choose one of {', '.join(known)}")
     source, info = ldm.resolve(checkpoint), ldm.checkpoint_info(checkpoint)
     if name == "audioldm":
         pipe = ldm.load_pipeline(checkpoint, "cpu").to(dtype=getattr(torch, dtype))
     else:
         pipe = _load_pipeline(source, getattr(torch, dtype))
     takes = inspect.signature(pipe.__call__).parameters
-    if "prompt" not in takes or not set(takes) & set(_SECONDS):
-        raise GenerationError(
-            f"{checkpoint}: {type(pipe).__name__} is not a text-to-audio pipeline; it must take a "
-            f"prompt and one of {', '.join(_SECONDS)}"
-        )
+    _require(
+        "prompt" in takes and set(takes) & set(_SECONDS),
+        f"{checkpoint}: {type(pipe).__name__} is not a text-to-audio pipeline; it must take a "
+        f"prompt and one of {', '.join(_SECONDS)}",
+    )
+    if options["compile"]:
+        denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+        denoiser.to(memory_format=torch.channels_last).compile()
     pipe.set_progress_bar_config(disable=True)
-    _place(pipe, options)
+    pipe.to(_device(options["device"]))
     settings = {key: options[key] for key in (*_SETTINGS, "clips_per_pass", "dtype")}
     for key, argument in _SETTINGS.items():
         if settings[key] is None and argument in takes:
@@ -415,22 +386,6 @@ def _load_pipeline(source, dtype):
     solver = {"subfolder": "scheduler", "algorithm_type": "sde-dpmsolver++"}
     pipe.register_modules(scheduler=CosineSDESolver.from_pretrained(source, **solver))
     return pipe
-
-
-def _place(pipe, options):
-    import torch
-
-    device, offload = _device(options["device"]), options["offload"]
-    if options["compile"]:
-        denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-        denoiser.to(memory_format=torch.channels_last)
-        denoiser.compile()
-    if not offload:
-        pipe.to(device)
-    elif offload in ("model", "sequential") and device != "cpu":
-        getattr(pipe, f"enable_{offload}_cpu_offload")(device=device)
-    else:
-        raise GenerationError("offload is 'model' or 'sequential', and needs a GPU")
 
 
 def _device(device):
@@ -502,13 +457,7 @@ _PARTS = {  # in the order in which a prompt passes through them
 
 
 def model_parts(backend):
-    """List the networks that a prompt passes through: part, does, millions (of parameters).
-
-    Examples
-    --------
-    >>> model_parts(get_backend("audioldm", device="cpu")).part.tolist()
-    ['CLAP text tower', 'U-Net', 'VAE decoder', 'vocoder']
-    """
+    """List the networks that a prompt passes through: part, does, millions (of parameters)."""
     pipe = getattr(backend, "pipe", None)
     networks = getattr(pipe, "components", {})
     if isinstance(backend, AudioGenBackend):
@@ -525,36 +474,18 @@ def model_parts(backend):
 
 
 def denoising_steps(backend, prompt, seed, duration_s, at, view="latent"):
-    """Decode a clip at several steps of its sampling: from noise to sound.
+    """Decode a clip after several steps of its sampling (from 1): from noise to sound.
 
-    Parameters
-    ----------
-    backend : TextToAudio
-        AudioLDM or AudioLDM 2; any other model gives its finished clip only.
-    prompt, seed, duration_s
-        See `TextToAudio.generate`.
-    at : sequence of int
-        Steps, from 1.
-    view : {"latent", "estimate"}
-        What is there after a step, or the network's guess, at that step, of where all will end.
-
-    Returns
-    -------
-    dict of str to np.ndarray, float32 [samples]
-        "after n of N steps" to sound, its peak at −1 dB.
-
-    Examples
-    --------
-    >>> backend = get_backend("audioldm", steps=3, device="cpu")
-    >>> list(denoising_steps(backend, "a dog", 0, 1.28, [1, 3]))
-    ['after 1 of 3 steps', 'after 3 of 3 steps']
+    `view` "latent" is what is there after a step, "estimate" the network's guess, at that step, of
+    where all will end. Returns "after n of N steps" to float32 [samples], its peak at −1 dB; of
+    other models than AudioLDM and AudioLDM 2 the finished clip only.
     """
     import torch
 
     from . import ldm
 
-    if min(at) < 1 or view not in ("latent", "estimate"):
-        raise GenerationError(f"step {min(at)}, view {view!r}: steps count from 1, views are two")
+    possible = min(at) >= 1 and view in ("latent", "estimate")
+    _require(possible, f"step {min(at)}, view {view!r}: steps count from 1, views are two")
     pipe = getattr(backend, "pipe", None)
     if not hasattr(pipe, "mel_spectrogram_to_waveform"):
         return {"as made": _to_peak(backend.generate([prompt], [seed], duration_s)[0])}
@@ -601,11 +532,6 @@ def clip_seed(dataset, label, prompt, index, seed=0):
 
     ``index`` says which of the clips of that prompt it is; another ``seed``, of the whole study,
     gives other clips throughout.
-
-    Examples
-    --------
-    >>> clip_seed("builtin", "dog", "a dog barking", 1)
-    1283765925
     """
     identity = json.dumps([str(dataset), str(label), str(prompt), str(index), int(seed)])
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:4], "big")
@@ -621,103 +547,57 @@ def plan_clips(
     negative_prompt="",
     seed=0,
 ):
-    """Plan clips of every class: label × prompt family × index.
+    """Plan clips of every class: label × prompt family (one, or a list; see `captions.prompts`) × index.
 
-    Parameters
-    ----------
-    labels : list of str
-    n_per_class : int or dict
-        Clips of each class in each family; a number for all or one for each, see `class_counts`.
-    family : str or list of str
-        Prompt families, see `captions.prompts`.
-    duration_s : float
-    dataset, seed
-        Parts of each clip's identity, see `clip_seed`.
-    negative_prompt : str
-        The same for all.
-
-    Returns
-    -------
-    pandas.DataFrame
-        `PLAN_COLUMNS`. A clip is the same in a longer plan and in a shorter one.
+    `n_per_class` is as for `class_counts`; `dataset` and `seed` are part of each clip's identity, see
+    `clip_seed`. Returns `PLAN_COLUMNS`. A clip is the same in a longer plan and in a shorter one.
 
     Examples
     --------
-    >>> plan = plan_clips(["dog", "rain"], 2, duration_s=2.56)
-    >>> plan.clip_id.tolist()
-    ['dog-simple-0000', 'dog-simple-0001', 'rain-simple-0000', 'rain-simple-0001']
+    >>> plan_clips(["dog", "rain"], 1, duration_s=2.56).clip_id.tolist()
+    ['dog-simple-0000', 'rain-simple-0000']
     """
-    families = [family] if isinstance(family, str) else family
     counts = class_counts(n_per_class, labels)
-    most = max(counts.values(), default=0)
-    parts = [captions.prompts(list(labels), name, n=most, seed=seed) for name in families]
-    plan = pd.concat(parts, ignore_index=True)
-    plan["index"] = plan.groupby(["label", "prompt_family"]).cumcount()
-    plan = plan[plan["index"] < plan["label"].map(counts)].reset_index(drop=True)
-    rows = list(plan.itertuples(index=False))
-    plan["clip_id"] = [f"{row.label}-{row.prompt_family}-{row[-1]:04d}" for row in rows]
-    plan["seed"] = [clip_seed(dataset, row.label, row.prompt, row[-1], seed) for row in rows]
-    plan = plan.assign(negative_prompt=negative_prompt, duration_s=float(duration_s))
-    return plan[PLAN_COLUMNS]
+    rows = []
+    for name in [family] if isinstance(family, str) else family:
+        for label in labels:
+            texts = captions.prompts([label], name, n=counts[label], seed=seed)
+            for i, (_, prompt, kind) in enumerate(texts.itertuples(index=False)):
+                row = {"clip_id": f"{label}-{kind}-{i:04d}", "label": label, "prompt": prompt}
+                row |= {"prompt_family": kind, "seed": clip_seed(dataset, label, prompt, i, seed)}
+                rows.append(row | {"negative_prompt": negative_prompt})
+    return pd.DataFrame(rows).assign(duration_s=float(duration_s))[PLAN_COLUMNS]
 
 
 def class_counts(counts, labels):
-    """Count the clips that each class of a synthetic set should have.
+    """Count the clips that each class of a synthetic set should have: class to number.
 
-    Parameters
-    ----------
-    counts : int, dict or str
-        A number for all; numbers of your own; ``"200%"`` of the real clips; ``"ronchini2024"``,
-        UrbanSound8K's numbers that Ronchini et al. generate at 100 %, or a share of them, as
-        ``"ronchini2024 400%"``. Shares are rounded, to at least one clip per class.
-    labels : sequence of str
-        Class of each real clip.
-
-    Returns
-    -------
-    dict
-        Class to number, sorted by class: for `plan_clips`.
+    `labels` are those of the real clips. `counts` is a number for all; a dictionary; ``"200%"`` of
+    the real clips; ``"ronchini2024"``, UrbanSound8K's numbers that Ronchini et al. generate at 100 %,
+    or a share of them, ``"ronchini2024 400%"``. Shares are rounded, to at least one clip per class.
 
     Examples
     --------
     >>> class_counts("300%", ["siren", "siren", "gun_shot"])
     {'gun_shot': 3, 'siren': 6}
-    >>> class_counts("ronchini2024 200%", ["siren"]), class_counts(10, ["siren"])
-    ({'siren': 1858}, {'siren': 10})
     """
     real = pd.Series(list(labels), dtype=str).value_counts().sort_index().to_dict()
     if isinstance(counts, str):
         share = re.fullmatch(r"(ronchini2024)?\s*(?:(\d+(?:\.\d+)?)\s*%)?", counts.strip())
         percent = float(share[2] or 100) if share and counts.strip() else 0
-        if not percent > 0:
-            raise GenerationError(
-                f"counts is {counts!r}: give a number, '200%' of the real clips, 'ronchini2024' or "
-                "'ronchini2024 400%'"
-            )
+        forms = "a number, '200%' of the real clips, 'ronchini2024' or 'ronchini2024 400%'"
+        _require(percent > 0, f"counts is {counts!r}: give {forms}")
         published = {label: row["urbansound8k"] for label, row in captions.EVENTS.items()}
         whole = published if share[1] else real
         counts = {label: max(1, round(n * percent / 100)) for label, n in whole.items() if n > 0}
     counts = counts if isinstance(counts, dict) else dict.fromkeys(real, int(counts))
-    if absent := [label for label in real if label not in counts]:
-        raise GenerationError(f"there is no number of clips for the class {absent[0]!r}")
+    absent = [label for label in real if label not in counts]
+    _require(not absent, f"there is no number of clips for the classes {absent}")
     return {label: int(counts[label]) for label in real}
 
 
 def plan_captions(mixes, *, duration_s, seed=0):
-    """Plan one clip for the caption of each mix (columns ``clip_id, label, caption``).
-
-    Returns
-    -------
-    pandas.DataFrame
-        As from `plan_clips`, under the mix's ``clip_id``; ``prompt_family`` is ``"caption"``.
-
-    Examples
-    --------
-    >>> mixes = pd.DataFrame(
-    ...     {"clip_id": ["test-0"], "label": ["dog"], "caption": ["a dog in a park"]})
-    >>> plan_captions(mixes, duration_s=2.56).prompt.item()
-    'a dog in a park'
-    """
+    """Plan one clip for the caption of each mix, under its ``clip_id``; see `plan_clips`."""
     rows = zip(mixes["label"], mixes["caption"], mixes["clip_id"], strict=True)
     plan = mixes[["clip_id", "label"]].assign(
         prompt=mixes["caption"],
@@ -739,42 +619,37 @@ def generate_clips(
 
     A file's name carries a digest of its recipe (prompt, seed, back-end, weights, settings): a clip
     made before by the same recipe is kept, one made otherwise is never overwritten. An output that
-    is not finite, stays below −60 dB or is clipped is rejected, listed by `rejected_clips`, and
-    made again with the next seed.
+    is not finite, stays below −60 dB or is clipped is rejected, and made again with the next seed.
 
     Parameters
     ----------
     plan : pandas.DataFrame
         From `plan_clips`, or any table with its columns.
     backend : TextToAudio
-        From `get_backend`, or your own.
     out_dir : str or Path
     batch_size : int, optional
-        Clips per call of the back-end at most, and lost at most by an interruption; by default 16,
-        or eight passes where that is more.
+        Clips per call of the back-end, lost at most by an interruption; by default 16, or eight
+        passes where that is more.
     max_attempts : int
         Seeds tried per clip.
     loudness : "peak", "none" or float
         Level of the files: peak at −1 dB of full scale; the model's own; or LUFS (ITU-R BS.1770),
         less where the peak would pass −1 dB.
     shard : str, optional
-        "i/n", i from 1 to n: every n-th row of the plan, from the i-th. All n together make the
-        same files as one call without. Under ``accelerate launch`` each process makes its share,
-        and all return the whole table.
+        "i/n": every n-th row of the plan, from the i-th; all n together make the same files as one
+        call. Under ``accelerate launch`` each process makes its share, and all return all of it.
 
     Returns
     -------
     pandas.DataFrame
-        `GENERATED_COLUMNS`, in the plan's order. ``seed`` is the one that made the clip, ``lufs``
-        that of the file, ``score`` empty, ``heard`` what the model was trained on. Clips for which
-        every attempt failed are missing, and a warning names them.
+        `GENERATED_COLUMNS`, in the plan's order: ``seed`` the one that made the clip, ``score``
+        empty, ``heard`` what the model was trained on. Clips for which every attempt failed are
+        missing, and a warning names them.
 
     Raises
     ------
     GenerationError
         If the plan is not one, an option is unknown, or no clip at all could be made.
-    store.DataError
-        If a file cannot be written (disk full); the same call goes on from there.
 
     Examples
     --------
@@ -784,18 +659,23 @@ def generate_clips(
     >>> generate_clips(plan, backend, tempfile.mkdtemp()).duration_s.item()
     1.28
     """
-    _check_plan(plan, batch_size, max_attempts, loudness)
+    from tqdm import tqdm
+
+    _check_plan(plan, loudness)
     if shard is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         with _team() as share:
             generate_clips(plan, backend, out_dir, batch_size, max_attempts, loudness, share)
     # a plan that was read from a file may have NaN where a text was empty
     plan = store.shard(plan, shard)[PLAN_COLUMNS].fillna({"negative_prompt": ""})
     records = store.Records(out_dir, "clips")
+    # a bar on a terminal; in notebooks and logs a line a minute
+    rare = {} if sys.stderr.isatty() else dict.fromkeys(["delay", "mininterval", "maxinterval"], 60)
     pending, made = plan.to_dict("records"), {}
     for attempt in range(max_attempts):
         requests = [_request(row, attempt, backend, loudness) for row in pending]
         missing = [row for row in requests if not _is_known(row, records)]
-        for batch in _with_progress(_batches(missing, backend, batch_size), backend.checkpoint):
+        batches = _batches(missing, backend, batch_size)
+        for batch in tqdm(batches, desc=f"calls of {backend.checkpoint}", **rare):
             _make_batch(batch, backend, records, loudness)
         entries = {row["clip_id"]: records.entries[row["key"]] for row in requests}
         made |= {clip_id: entry for clip_id, entry in entries.items() if not entry["reason"]}
@@ -820,25 +700,18 @@ def _team():
     state.wait_for_everyone()
 
 
-def _check_plan(plan, batch_size, max_attempts, loudness):
-    if absent := [column for column in PLAN_COLUMNS if column not in plan.columns]:
-        raise GenerationError(f"the plan lacks the columns {', '.join(absent)}; see plan_clips")
-    if plan.empty:
-        raise GenerationError("the plan has no rows: ask for at least one class and one clip")
+def _check_plan(plan, loudness):
+    absent = ", ".join(column for column in PLAN_COLUMNS if column not in plan)
+    _require(not absent, f"the plan lacks the columns {absent}; see plan_clips")
+    _require(len(plan), "the plan has no rows: ask for at least one class and one clip")
     names = plan["clip_id"].astype(str)
-    if names.duplicated().any():
-        raise GenerationError(
-            f"clip_id {names[names.duplicated()].iloc[0]} appears twice in the plan"
-        )
-    if bad := [name for name in names if Path(name).name != name]:
-        raise GenerationError(f"clip_id {bad[0]} is not a file name: leave out slashes")
-    if min(1 if batch_size is None else batch_size, max_attempts) < 1:
-        raise GenerationError("batch_size and max_attempts must be at least 1")
+    twice = ", ".join(names[names.duplicated()][:1])
+    _require(not twice, f"clip_id {twice} appears twice in the plan")
+    paths = [name for name in names if Path(name).name != name]
+    _require(not paths, f"clip_id {paths[:1]} is not a file name: leave out slashes")
     level = isinstance(loudness, int | float) and -70 < loudness <= 0
-    if loudness not in ("peak", "none") and not level:
-        raise GenerationError(
-            f"loudness is {loudness!r}: give 'peak', 'none', or LUFS from -70 to 0, such as -23.0"
-        )
+    forms = "'peak', 'none', or LUFS from -70 to 0, such as -23.0"
+    _require(loudness in ("peak", "none") or level, f"loudness is {loudness!r}: give {forms}")
 
 
 def _request(row, attempt, backend, loudness):
@@ -873,18 +746,6 @@ def _batches(rows, backend, batch_size):
         groups.setdefault((row["duration_s"], kind), []).append(row)
     parts = [groups[key] for key in sorted(groups)]
     return [part[start : start + size] for part in parts for start in range(0, len(part), size)]
-
-
-def _with_progress(batches, name):
-    """A bar on a terminal; in notebooks and logs a line a minute."""
-    from tqdm import tqdm
-
-    rare = dict.fromkeys(["delay", "mininterval", "maxinterval"], 60)
-    rare = {} if sys.stderr.isatty() else rare
-    with tqdm(total=sum(map(len, batches)), unit="clip", desc=name, **rare) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch))
 
 
 def _make_batch(batch, backend, records, loudness):
@@ -944,27 +805,18 @@ def _flat_share(y):
 
 
 def _report_failures(pending, plan, out_dir, max_attempts):
-    if not pending:
-        return
     names = ", ".join(row["clip_id"] for row in pending[:5])
     message = (
         f"{len(pending)} of {len(plan)} clips were silent, clipped or not finite with each of "
-        f"{max_attempts} seeds ({names}{', …' if len(pending) > 5 else ''}); "
-        f"rejected_clips({str(out_dir)!r}) lists them"
+        f"{max_attempts} seeds, such as {names}; rejected_clips({str(out_dir)!r}) lists them"
     )
-    if len(pending) == len(plan):
-        raise GenerationError(f"{message}. Check the checkpoint, the prompts and the precision.")
-    warnings.warn(message, stacklevel=3)
+    advice = "Check the checkpoint, the prompts and the precision."
+    _require(len(pending) < max(1, len(plan)), f"{message}. {advice}")
+    if pending:
+        warnings.warn(message, stacklevel=3)
 
 
 def rejected_clips(out_dir):
-    """List the outputs of a folder that were rejected, with their reasons: `REJECTED_COLUMNS`.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> len(rejected_clips(tempfile.mkdtemp()))
-    0
-    """
+    """List the outputs in a folder that were rejected, with their reasons: `REJECTED_COLUMNS`."""
     entries = store.Records(out_dir, "clips").entries.values()
     return pd.DataFrame([e for e in entries if e["reason"]], columns=REJECTED_COLUMNS)

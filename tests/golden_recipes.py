@@ -222,12 +222,17 @@ CLIP = own_names("clip_id prompt seed")
 
 def plan_of_clips():
     return generation.plan_clips(
-        ["dog", "rain", "siren"], 2, ["simple", "varied"], duration_s=2.56, seed=0
+        ["dog", "rain", "siren"],
+        2,
+        ["simple", "varied"],
+        duration_s=2.56,
+        seed=0,
+        dataset="embedded",
     )
 
 
 def made_clips(plan, out_dir):
-    backend = generation.get_backend("audioldm", checkpoint="embedded", device="cpu")
+    backend = generation.get_backend("audioldm", checkpoint="builtin", device="cpu")
     return generation.generate_clips(plan, backend, out_dir)
 
 
