@@ -33,13 +33,16 @@ import torch
 
 from soundscapes_utils import (
     audio,
+    classifiers,
     datasets,
     embeddings,
     esc,
+    fad,
     generation,
     ldm,
     procedural,
     selection,
+    stats,
     store,
 )
 
@@ -55,8 +58,8 @@ def make_clips(folder, n):
         y = procedural.synthesize(label, i, SOURCE_RATE, CLIP_SECONDS)
         path = audio.save_audio(Path(folder) / f"{i}.wav", y, SOURCE_RATE)
         fold = i // len(procedural.EVENTS) % 5 + 1
-        rows.append((str(i), str(path), label, fold, str(i)))
-    return pd.DataFrame(rows, columns=["clip_id", "path", "label", "fold", "source_id"])
+        rows.append((str(i), str(path), label, fold, str(i), "builtin"))
+    return pd.DataFrame(rows, columns=["clip_id", "path", "label", "fold", "source_id", "dataset"])
 
 
 def transform_each(paths):
@@ -82,19 +85,26 @@ def epoch_times(clips, cache, device):
     """Seconds of: features as the paper takes them, here, here again, patches; epoch; bare steps."""
     y = np.arange(len(clips)) % len(procedural.EVENTS)
     peer = seconds(lambda: list(transform_each(clips["path"])))
-    first = seconds(lambda: esc.load_features(clips["path"], cache, workers=1))
-    again = seconds(lambda: esc.load_features(clips["path"], cache, workers=1))
-    data = (esc.standardise(esc.load_features(clips["path"], cache, workers=1)[0]), y)
+    first = seconds(lambda: classifiers.load_features(clips["path"], cache, workers=1))
+    again = seconds(lambda: classifiers.load_features(clips["path"], cache, workers=1))
+    data = (
+        classifiers.standardise(classifiers.load_features(clips["path"], cache, workers=1)[0]),
+        y,
+    )
     tiny = (data[0][:1], y[:1])
-    options = {"batch_size": 128, "patience": 99, "device": device}
-    esc.train_classifier("sbcnn", data, tiny, 10, epochs=1, **options)
-    epoch = seconds(lambda: esc.train_classifier("sbcnn", data, tiny, 10, epochs=3, **options)) / 3
+    training = esc.Training(epochs=3, batch_size=128, patience=99, device=device)
+
+    def train():
+        classifiers.train_classifier("sbcnn", data, tiny, 10, training)
+
+    train()
+    epoch = seconds(train) / 3
     return peer, first, again, drawing(data[0]), epoch, bare_steps(data, device)
 
 
 def drawing(x):
     """Seconds to cut an epoch's random patches out of the spectrograms in memory."""
-    patches = torch.from_numpy(x).unfold(1, esc.PATCH_FRAMES, 1)
+    patches = torch.from_numpy(x).unfold(1, classifiers.PATCH_FRAMES, 1)
 
     def draw():
         for part in torch.randperm(len(x)).split(128):
@@ -108,10 +118,9 @@ def drawing(x):
 def bare_steps(data, device, epochs=3):
     """Seconds of an epoch's optimiser steps alone, on patches that lie ready."""
     x, y = (torch.from_numpy(part).to(device) for part in data)
-    network = esc.SBCNN(10).to(device, memory_format=torch.channels_last).train()
-    settings = {"eps": esc.ADAM_EPS, "weight_decay": esc.WEIGHT_DECAY}
-    optimiser = torch.optim.Adam(network.parameters(), esc.LEARNING_RATE, **settings)
-    patches = x[:, : esc.PATCH_FRAMES].unsqueeze(1).contiguous()
+    network = classifiers.SBCNN(10).to(device, memory_format=torch.channels_last).train()
+    optimiser = torch.optim.Adam(network.parameters(), **classifiers.ADAM)
+    patches = x[:, : classifiers.PATCH_FRAMES].unsqueeze(1).contiguous()
     batches = list(zip(patches.split(128), y.split(128), strict=True))
 
     def run(times):
@@ -140,9 +149,9 @@ def peak_mb():
 
 def run_units(clips, folder, workers, runs):
     """Train `runs` classifiers of a few epochs; nothing is printed."""
-    options = {"models": ["sbcnn"], "epochs": 5, "batch_size": 16, "runs": runs, "workers": workers}
+    study = esc.Study(["real"], ["sbcnn"], runs=runs)
     with contextlib.redirect_stdout(io.StringIO()):
-        esc.run_arms(clips, None, ["real"], out_dir=folder, **options)
+        esc.run_study(clips, None, study, esc.Training(5, 15, 16, workers=workers), folder)
 
 
 TEST_FOLD = 5
@@ -163,29 +172,34 @@ PRACTICE = [*PAPERS, "repeat:1", "repeat:4", "steps:1", "steps:4"]
 EVERY_FOLD = {"arms": ["real"], "test_folds": [1, 2, 3, 4, 5]}
 STUDIES = {
     "baselines": {
-        "models": [*esc.BASELINES.index, "probe:yamnet"], **EVERY_FOLD, "validation": "none",
+        "models": [*classifiers.BASELINES, "probe:yamnet"], **EVERY_FOLD, "validation": "none",
     },
-    "variants": {"models": ["sbcnn", "sbcnn:faithful", "crnn", "crnn:faithful"], **EVERY_FOLD},
-    "arms": {"models": ["sbcnn"], "arms": ARMS, "patches_per_epoch": 240},
-    "crnn": {"models": ["crnn"], "arms": ARMS[:12], "patches_per_epoch": 240},
-    "few": {"models": ["sbcnn"], "arms": ["real", *FEW], "patches_per_epoch": 240},
+    "variants": {"models": ["sbcnn", "sbcnn:as_released", "crnn", "crnn:as_released"], **EVERY_FOLD},
+    "arms": {"models": ["sbcnn"], "arms": ARMS},
+    "crnn": {"models": ["crnn"], "arms": ARMS[:12]},
+    "few": {"models": ["sbcnn"], "arms": ["real", *FEW]},
     "practice": {"models": ["sbcnn"], "arms": PRACTICE},
     "released": {
-        "models": ["sbcnn:faithful", "crnn:faithful"], "arms": PAPERS, "validation": "faithful",
+        "models": ["sbcnn:as_released", "crnn:as_released"], "arms": PAPERS,
+        "validation": "as_released",
     },
 }  # fmt: skip
+# equally much practice for every arm of these
+PATCHES = dict.fromkeys(("arms", "crnn", "few"), 240)
 # beside `real`, what an arm must be held against
 CONTROLS = {
     "arms": [
-        (("thinned@mini", 1), ("real", 0)),
-        *[(("mixed@mini", n), ("dropped", n)) for n in (1, 2)],
-        (("both@kept", 1), ("both@random", 1)),
-        (("both@mini", 1), ("both@builtin", 1)),
-        (("both@mini", 4), ("both@ps1", 4)),
+        ("thinned@mini:1", "real"),
+        *[(f"mixed@mini:{n}", f"dropped:{n}") for n in (1, 2)],
+        ("both@kept:1", "both@random:1"),
+        ("both@mini:1", "both@builtin:1"),
+        ("both@mini:4", "both@ps1:4"),
     ],
-    "few": [((f"both@mini/{k}", r), (f"real/{k}", 0)) for k in (2, 4, 8, 16) for r in (1, 4)],
-    "practice": [(("both@mini", r), (kind, r)) for r in (1, 4) for kind in ("repeat", "steps")],
+    "few": [(f"both@mini/{k}:{r}", f"real/{k}") for k in (2, 4, 8, 16) for r in (1, 4)],
+    "practice": [(f"both@mini:{r}", f"{kind}:{r}") for r in (1, 4) for kind in ("repeat", "steps")],
 }
+# Piczak's accuracies on ESC-10
+PICZAK = {"knn": 0.667, "forest": 0.727, "svm": 0.675}
 
 
 # an arm is called harmless where its interval ends above this loss of accuracy; set beforehand
@@ -218,41 +232,58 @@ def synthetic_tables(clips, wanted):
     x_real = reader.embed(real["path"].tolist(), silence="allow", cache_dir=cache)
     x_made = reader.embed(tables["mini"]["path"].tolist(), silence="allow", cache_dir=cache)
     made = tables["mini"]
-    likes = selection.agreement((x_real, real["label"]), x_made, made["label"])["agreement"]
+    likes = selection.class_probability((x_real, real["label"]), x_made, made["label"])
+    likes = likes["class_probability"]
     tables["kept"] = made[selection.keep_best(made["label"], likes, 128 // 4)]
-    tables["random"] = esc.random_drop(tables["mini"], tables["kept"])
-    for effect in esc.TRANSFORMS:
+    tables["random"] = random_drop(tables["mini"], tables["kept"])
+    for effect in classifiers.TRANSFORMS:
         # only what may be trained on is needed
-        tables[effect] = esc.transform_clips(real, effect, out / "transforms" / effect)
-    return tables, esc.class_distances(
-        (x_real, real["label"]), (x_made, made["label"]), "yamnet", "mini"
-    )
+        tables[effect] = classifiers.transform_clips(real, effect, out / "transforms" / effect)
+    return tables, class_distances((x_real, real["label"]), (x_made, made["label"]))
+
+
+def random_drop(generated, like):
+    """Synthetic clips drawn at random, of each class as many as a filter kept: its control."""
+    shuffled = generated.sample(frac=1, random_state=0)
+    place = shuffled.groupby("label").cumcount()
+    kept = place < shuffled["label"].map(like["label"].value_counts()).fillna(0)
+    return shuffled[kept].sort_index()
+
+
+def class_distances(real, generated):
+    """KAD and FAD of the synthetic clips of each class to its real training clips."""
+    sides = [(x, np.asarray(labels, dtype=str)) for x, labels in (real, generated)]
+    rows = [
+        {"metric": metric, "embedding": "yamnet", "reference": label, "candidate": "mini"}
+        | {"value": distance(*(x[labels == label] for x, labels in sides))}
+        for label in sorted(set(sides[1][1]))
+        for metric, distance in (("KAD", fad.kernel_distance), ("FAD", fad.frechet_distance))
+    ]
+    return pd.DataFrame(rows)
 
 
 def run_study(name, clips, tables, wanted):
     """Train one study's units and print its tables; gives back the predictions."""
     print(f"\n=== {name}", flush=True)
-    study = {"test_folds": [TEST_FOLD]} | STUDIES[name]
-    known = ldm.checkpoint_info(wanted.checkpoint)["training_folds"]
-    heard = dict.fromkeys(("mini", "kept", "random"), known)
+    study = esc.Study(**{"test_folds": [TEST_FOLD], "runs": wanted.runs} | STUDIES[name])
     out, started = Path(wanted.truth), time.perf_counter()
-    reader = embeddings.get_embedding("yamnet", wanted.yamnet)
-    esc.run_arms(
-        clips, tables, **study, runs=wanted.runs, epochs=wanted.epochs, batch_size=16,
-        generator_folds=heard, workers=wanted.workers, device=wanted.device,
-        embeddings={"yamnet": reader}, out_dir=out,
+    training = esc.Training(
+        epochs=wanted.epochs, batch_size=16, device=wanted.device, workers=wanted.workers,
+        patches_per_epoch=PATCHES.get(name),
     )  # fmt: skip
-    predictions = pd.read_csv(out / "predictions.csv", dtype={"clip_id": str})
-    found = {"intervals": esc.intervals(predictions, clips)}
-    if len(study["arms"]) > 1:
-        found["tests"] = esc.compare_all(predictions, by="source", clips=clips)
+    reader = embeddings.get_embedding("yamnet", wanted.yamnet)
+    esc.run_study(clips, tables, study, training, out, {"yamnet": reader})
+    predictions = store.read_table(out / "predictions.csv")
+    found = {"intervals": stats.intervals(predictions, clips)}
+    options = {"by": "source", "clips": clips}
+    if len(study.arms) > 1:
+        found["tests"] = stats.compare(predictions, **options)
         found["directions"] = directions(found["tests"])
     if name in CONTROLS:
-        pairs = CONTROLS[name]
-        found["controls"] = esc.compare_pairs(predictions, pairs, by="source", clips=clips)
+        found["controls"] = stats.compare(predictions, CONTROLS[name], **options)
     if name == "variants":
-        pairs = [(f"{model}:faithful", model) for model in ("sbcnn", "crnn")]
-        found["models"] = esc.compare_models(predictions, pairs, by="source", clips=clips)
+        pairs = [(f"{model}:as_released", model) for model in ("sbcnn", "crnn")]
+        found["models"] = stats.compare(predictions, pairs, of="model", **options)
     if name == "baselines":
         found["published"] = beside_published(found["intervals"])
     for kind, table in (found | {"predictions": predictions}).items():
@@ -267,7 +298,7 @@ def run_study(name, clips, tables, wanted):
 def beside_published(intervals):
     """Baselines' accuracies beside Piczak's, in points, for ESC-10."""
     table = intervals.set_index("model")["accuracy"].to_frame("here")
-    table["published"] = esc.BASELINES["esc10_published"]
+    table["published"] = pd.Series(PICZAK)
     table["points_apart"] = 100 * (table["here"] - table["published"])
     table["within_3"] = table["points_apart"].abs() <= 3
     return table.dropna().reset_index()
@@ -276,8 +307,8 @@ def beside_published(intervals):
 def directions(tests):
     """What the tests say of the paper's three directions, arm by arm."""
     claims = {"both": "adding helps", "synthetic": "alone it is worse", "mixed": "few are harmless"}
-    kinds = tests["arm"].map(lambda arm: esc.arm_parts(arm)[0])
-    mine = tests["arm"].map(lambda arm: esc.arm_parts(arm)[1:] == ("mini", None))
+    arms = tests["arm"].str.partition("@")
+    kinds, mine = arms[0], arms[2] == "mini"
     table = tests.assign(claim=kinds.map(claims))[mine & kinds.isin(claims)]
     shown = {
         "adding helps": table["verdict"] == "better",
@@ -292,21 +323,19 @@ def directions(tests):
 
 def class_story(predictions, clips, distances):
     """Print what each class gains, beside the distance of its synthetic clips."""
-    for arm in (("both@mini", 4), ("synthetic@mini", 4)):
-        gains = esc.class_deltas(predictions, *arm, "sbcnn", clips=clips)
-        print(
-            f"\nclasses, {arm[0]}:{arm[1]} against real, and distances of the class against its gain"
-        )
+    for arm in ("both@mini:4", "synthetic@mini:4"):
+        gains = stats.class_deltas(predictions, arm, "sbcnn", clips=clips)
+        print(f"\nclasses, {arm} against real, and distances of the class against its gain")
         print(gains.round(3).to_string(index=False))
-        print(esc.class_correlation(distances, gains).round(3).to_string(index=False))
+        print(stats.class_correlation(distances, gains).round(3).to_string(index=False))
 
 
 def truth(wanted):
     """Run the chosen studies one after the other."""
     clips = datasets.load_clips("esc10", esc50_root=wanted.root)
-    known = ldm.checkpoint_info(wanted.checkpoint)
-    if TEST_FOLD in known["training_folds"]:
-        raise SystemExit(f"{wanted.checkpoint} has heard fold {TEST_FOLD}: take another one")
+    known = ldm.checkpoint_info(wanted.checkpoint)["heard"]
+    if TEST_FOLD in known.get("esc10", []):
+        raise SystemExit(f"{wanted.checkpoint} was trained on fold {TEST_FOLD}: take another one")
     chosen = wanted.studies or list(STUDIES)
     started = time.perf_counter()
     tables, distances = {}, None
