@@ -198,22 +198,10 @@ def load_folder(root):
 def load_dcase2024_task7(root, networks=DCASE2024_TASK7_NETWORKS):
     """Load the development set of DCASE 2024 Task 7 (Lagrange et al., arXiv 2501.08587).
 
-    Its audio was never published: what there is are the captions and what three networks made of
-    the reference recordings, 4 s each.
-
-    Parameters
-    ----------
-    root : path-like
-        Holds ``captions.csv`` and ``embeddings/<network>/<clip>.npy``.
-    networks : sequence of str
-
-    Returns
-    -------
-    captions : pandas.DataFrame
-        Columns ``clip_id, file, caption``, one row per recording.
-    embeddings : dict of str to np.ndarray, float32, shape (clips, frames, dimensions)
-        Rows in the order of `captions`. As published: ``panns-wavegram-logmel`` (60, 1, 2048),
-        ``vggish`` (60, 4, 128), ``clap-2023`` (60, 4, 1024).
+    Its audio was never published: what there is are the captions (``clip_id, file, caption``) and
+    what three networks made of the recordings, returned as a dict of float32 arrays of shape (clips,
+    frames, dimensions): ``panns-wavegram-logmel`` (60, 1, 2048), ``vggish`` (60, 4, 128) and
+    ``clap-2023`` (60, 4, 1024).
     """
     root = Path(root)
     table, where = _read_table(root, "captions.csv", ["file", "caption"], "dcase2024_task7")
@@ -276,16 +264,11 @@ def load_clips(
     dataset, *, esc50_root="", urbansound8k_root="", own_root="", data_dir="data",
     clips_per_class=40, seed=0,
 ):  # fmt: skip
-    """Load the foreground clips of a data set by its name.
+    """Load the foreground clips of a data set by its name, one of :data:`DATASETS`.
 
-    Parameters
-    ----------
-    dataset : {"builtin", "esc10", "esc50", "urbansound8k", "own"}
-        "own" is a folder with one subfolder per class, see :func:`load_folder`.
-    esc50_root, urbansound8k_root, own_root : path-like
-        Where they are; by default ``ESC-50``, ``UrbanSound8K`` and ``own`` in `data_dir`.
-    data_dir, clips_per_class, seed
-        Of the built-in data set, see :func:`load_builtin`.
+    Where a root is not given, it is ``ESC-50``, ``UrbanSound8K`` or ``own`` in `data_dir`. "own" is a
+    folder with one subfolder per class (:func:`load_folder`); `clips_per_class` and `seed` are those
+    of the built-in data set (:func:`load_builtin`).
     """
     data_dir = Path(data_dir)
     if dataset == "builtin":
@@ -306,15 +289,6 @@ def load_scenes(
 
     TAU scenes where `tau_root` is given; else the built-in scenes for the built-in events; else
     the ambient classes among the clips (:data:`AMBIENT_CLASSES`), which are then not foregrounds.
-
-    Parameters
-    ----------
-    dataset, clips
-        The name given to :func:`load_clips`, and what it returned.
-    tau_root, tau_folds
-        Folder of TAU, empty if there is none, and its folds: see :func:`load_tau`.
-    data_dir, scenes_per_class, seed
-        Of the built-in scenes, as in :func:`load_builtin`.
 
     Examples
     --------
@@ -338,19 +312,14 @@ def load_scenes(
 
 
 def assign_splits(clips, test_fold):
-    """Say of each clip whether it trains, validates or tests.
+    """Say of each clip whether it trains, validates or tests: "train", "val" or "test".
 
-    Parameters
-    ----------
-    clips : pandas.DataFrame
-        With ``fold`` and ``source_id``; at least three folds.
-    test_fold : int
-        This fold tests, the next one (the first after the last) validates, the others train.
+    `test_fold` tests, the next fold (the first after the last) validates, the others train.
 
-    Returns
-    -------
-    pandas.Series of str
-        "train", "val" or "test", on the index of `clips`.
+    Raises
+    ------
+    DatasetError
+        Unknown or too few folds, or a ``source_id`` that would be in two splits.
 
     Examples
     --------
@@ -378,12 +347,6 @@ def audit(clips):
     """Read every file whole; return the usable rows and a table ``clip_id, path, problem``.
 
     A problem is a file that is unreadable, cut short, empty, silent or not finite.
-
-    Examples
-    --------
-    >>> good, problems = audit(pd.DataFrame({"clip_id": ["a"], "path": ["gone.wav"]}))
-    >>> len(good), problems["clip_id"].tolist()
-    (0, ['a'])
     """
     problems = {}
     for index, path in clips["path"].items():
@@ -485,24 +448,12 @@ def _probe(path):
 
 
 def download_dataset(name, dest="data", archives=ARCHIVES):
-    """Fetch a data set and unpack it next to its final folder, which appears complete or not at all.
+    """Fetch a data set into its folder in `dest`, which appears complete or not at all; return it.
 
-    What will be fetched, the disk space that it needs, licence and citation are printed first. A
-    finished folder is left as it is. An archive that was fetched whole is kept until all are
-    unpacked, so that a broken attempt can simply be repeated.
-
-    Parameters
-    ----------
-    name : {"esc50", "urbansound8k", "tau", "dcase2024_task7"}
-    dest : path-like
-        Where its folder will be.
-    archives : pandas.DataFrame
-        As ``archives.csv``; sizes in bytes.
-
-    Returns
-    -------
-    Path
-        The folder to give to the loader.
+    `name` is one of "esc50", "urbansound8k", "tau", "dcase2024_task7"; `archives` a table like
+    ``archives.csv``. What will be fetched, the disk space that it needs, licence and citation are
+    printed first. A finished folder is left as it is. An archive that was fetched whole is kept until
+    all are unpacked, so that a broken attempt can simply be repeated.
     """
     if name not in SOURCES.index:
         raise DatasetError(f"unknown dataset {name!r}; choose one of {', '.join(SOURCES.index)}")
