@@ -169,6 +169,8 @@ esac
 
 is_set_up || set_up
 export JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1
+# Many containers set it: every kernel would then compile torch and transformers anew, half a minute each.
+unset PYTHONDONTWRITEBYTECODE
 case "${1:-}" in
 setup) [ $# -eq 1 ] || fail "setup takes no arguments" ;;
 test)

@@ -1,15 +1,19 @@
-"""The project as a whole: environment files, launcher, profiles, docstrings, examples, links."""
+"""The project as a whole: size, environment, commands, launcher, profiles, docstrings, links."""
 
 import ast
 import doctest
 import importlib
 import importlib.metadata
 import inspect
+import json
 import os
 import re
+import shutil
+import site
 import subprocess
 import sys
 import tomllib
+import venv
 from pathlib import Path
 
 import pytest
@@ -79,21 +83,197 @@ def test_no_file_ties_the_environment_to_an_index():
         assert not re.search(r"index-url|find-links|\[\[tool\.uv\.index", text), name
 
 
+def test_overrides_serve_compiling_the_lock_alone():
+    # uv reads them from the project that it is started in, and they would override the lock too
+    assert "uv" not in PROJECT["tool"]
+    assert (ROOT / "requirements.overrides.txt").is_file()
+    for name in ("pyproject.toml", "environment.yml", "run_all.sh", ".ci/run"):
+        assert "overrides.txt" not in (ROOT / name).read_text(encoding="utf-8"), name
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if "requirements.overrides.txt" in line]
+    assert any(line.startswith("uv pip compile ") for line in lines)
+
+
+# --- the size of the house -----------------------------------------------------------------------
+
+LIMITS = {
+    "package code": 7_500,
+    "package lines": 11_500,
+    "file": 600,
+    "function": 40,
+    "parameters": 8,
+}
+# What others build on, whoever uses it here; and what data/README.md names.
+PROMISED = """
+load_audio save_audio log_mel load_esc50 load_urbansound8k load_tau load_folder load_builtin
+plan_mixes render_mixes write_audiocaps check_leaks get_backend generate_clips load_pipeline finetune
+get_embedding frechet_distance kernel_distance fad_infinity precision_recall_density_coverage
+noise_floor run_study bootstrap_ci paired_test run download_dataset
+"""
+SOURCES = {m: (ROOT / f"soundscapes_utils/{m}.py").read_text(encoding="utf-8") for m in MODULES}
+TREES = {module: ast.parse(source) for module, source in SOURCES.items()}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def code_lines(module):
+    """Numbers of the lines that are neither blank, comment nor docstring."""
+    lines = enumerate(SOURCES[module].splitlines(), 1)
+    code = {i for i, line in lines if line.strip() and not line.strip().startswith("#")}
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS)) and ast.get_docstring(node):
+            code -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return code
+
+
+def test_the_package_stays_small():
+    assert sum(len(code_lines(module)) for module in MODULES) <= LIMITS["package code"]
+    lines = sum(len(source.splitlines()) for source in SOURCES.values())
+    assert lines <= LIMITS["package lines"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_and_functions_stay_short(module):
+    code = code_lines(module)
+    if module != "procedural":  # content more than code
+        assert len(code) <= LIMITS["file"]
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, FUNCTIONS):
+            length = len(code & set(range(node.lineno, node.end_lineno + 1)))
+            assert length <= LIMITS["function"], f"{node.name}: {length} code lines"
+            names = {
+                a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            }
+            n = len(names - {"self", "cls"})
+            assert n <= LIMITS["parameters"] or node.name == "__init__", f"{node.name}: {n}"
+
+
+def imported(tree):
+    """Names of the package's modules that a module imports, at any depth of nesting."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "soundscapes_utils":
+            names |= {alias.name for alias in node.names}
+    return names & set(MODULES)
+
+
+def test_imports_run_one_way():
+    waiting, done = {module: imported(tree) for module, tree in TREES.items()}, set()
+    while free := {module for module, needs in waiting.items() if needs <= done}:
+        done |= free
+        waiting = {module: needs for module, needs in waiting.items() if module not in free}
+    assert not waiting, f"in or behind a circle: {waiting}"
+    assert not imported(TREES["store"]) and imported(TREES["audio"]) == {"store"}
+    users = {module for module, tree in TREES.items() if imported(tree) & {"pipeline", "report"}}
+    assert users <= {"report", "__main__"}
+
+
+def test_every_public_function_is_used():
+    """By a notebook, a command, another module or the template; tests and benchmarks do not count."""
+    cells = []
+    for path in sorted((ROOT / "notebooks").glob("**/*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        cells += ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    unused = []
+    for module, tree in TREES.items():
+        others = "\n".join([*cells, *(text for name, text in SOURCES.items() if name != module)])
+        names = {n.name for n in tree.body if isinstance(n, FUNCTIONS) and n.name[0] != "_"}
+        unused += [f"{module}.{name}" for name in sorted(names - set(PROMISED.split()))
+                   if not re.search(rf"\b{name}\b", others)]  # fmt: skip
+    assert not set(unused) - {"__main__.main"}
+
+
+def test_tests_use_public_names_only():
+    for path in sorted((ROOT / "tests").glob("**/test_*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {alias.asname or alias.name for node in ast.walk(tree)
+                 if isinstance(node, ast.ImportFrom) and node.module == "soundscapes_utils"
+                 for alias in node.names}  # fmt: skip
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("soundscapes_"):
+                assert not [
+                    a.name for a in node.names if a.name.startswith("_") and a.name != "__main__"
+                ]
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                private = node.attr.startswith("_") and not node.attr.startswith("__")
+                assert not (private and node.value.id in names), f"{path.name}: {node.attr}"
+
+
 # --- the package ---------------------------------------------------------------------------------
 
 
-def test_import_is_light():
-    code = (
-        "import sys, time; begin = time.process_time(); "
-        "import soundscapes_utils, soundscapes_utils.pipeline, soundscapes_utils.__main__; "
-        "heavy = {'torch', 'diffusers', 'transformers', 'librosa', 'matplotlib', 'pandas'}; "
-        "print(time.process_time() - begin, *(heavy & set(sys.modules)))"
-    )
+def in_a_fresh_python(code):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    seconds, *heavy = done.stdout.split()
-    assert not heavy and float(seconds) < 0.5
+    return done.stdout.split()
+
+
+HEAVY = "torch diffusers transformers audiocraft laion_clap msclap dask"
+
+
+def test_imports_are_light():
+    code = "import sys\n{}\nprint(*(set('" + HEAVY + "'.split()) & set(sys.modules)))"
+    for line in ("import soundscapes_utils", "from soundscapes_utils import mixing, fad",
+                 "from soundscapes_utils import pipeline, report, __main__"):  # fmt: skip
+        assert not in_a_fresh_python(code.format(line)), line
+
+
+COMMANDS = ["run", "report", "profiles", "publish", "mix", "generate", "finetune", "train-mini"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_comes_at_once(command):
+    code = (
+        "import resource, subprocess, sys\n"
+        f"words = [sys.executable, '-m', 'soundscapes_utils', *{command.split()}, '--help']\n"
+        "subprocess.run(words, check=True, stdout=subprocess.DEVNULL)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)"
+    )
+    seconds, megabytes = map(float, in_a_fresh_python(code))
+    assert seconds < 1.0 and megabytes < 150
+
+
+def test_wrong_calls_end_in_one_line(capsys, tmp_path):
+    from soundscapes_utils.__main__ import main
+
+    for words, message in (
+        (["run", "qick"], "no profile 'qick'; nearest: quick"),
+        (["report", str(tmp_path)], "holds no run"),
+        (["mix", str(tmp_path / "plan.csv"), str(tmp_path)], "plan.csv: cannot be read"),
+        (["finetune", str(tmp_path / "config.yaml")], "config.yaml"),
+    ):
+        assert main(words) == 2
+        assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err), words
+
+
+def test_mix_command_renders_a_plan_in_parts(capsys, tmp_path):
+    from soundscapes_utils import datasets, mixing
+    from soundscapes_utils.__main__ import main
+
+    events = datasets.load_builtin(tmp_path / "data", clips_per_class=5)
+    scenes = datasets.load_builtin_scenes(tmp_path / "data", scenes_per_class=5)
+    plan = mixing.plan_mixes(events, scenes, 6, duration_s=1.0)
+    store.write_table(plan, tmp_path / "plan.csv")
+    words = ["mix", str(tmp_path / "plan.csv"), str(tmp_path / "mixes")]
+    for part in ("1/2", "2/2"):
+        assert main([*words, "--shard", part]) == 0
+    assert not (tmp_path / "mixes/mixes.csv").exists()
+    assert main(words) == 0
+    assert "6 mixes are in" in capsys.readouterr().out
+    mixes = store.read_table(tmp_path / "mixes/mixes.csv")
+    assert len(mixes) == 6 and all(Path(path).is_file() for path in mixes["path"])
+
+
+def test_profile_command_shows_every_parameter(capsys):
+    from soundscapes_utils.__main__ import main
+
+    assert main(["profiles", "test"]) == 0
+    shown = capsys.readouterr().out
+    for stem, values in pipeline.resolve_parameters("test", root=ROOT).items():
+        assert stem in shown and all(f"  {name} = {v!r}\n" in shown for name, v in values.items())
 
 
 def public_definitions(module):
@@ -131,23 +311,12 @@ def test_examples_run(module, monkeypatch):
     assert result.failed == 0
 
 
-def test_arrows_run_one_way():
-    from soundscapes_utils.pipeline import _imported
-
-    for module in MODULES:
-        source = (ROOT / f"soundscapes_utils/{module}.py").read_text(encoding="utf-8")
-        if module not in ("pipeline", "report", "environment"):
-            assert not _imported(source) & {"pipeline", "report", "environment"}, module
-        if module in ("audio", "stats"):
-            assert not _imported(source), module
-
-
 # --- launcher and profiles -----------------------------------------------------------------------
 
 
-def run_script(*arguments, **environment):
+def run_script(*arguments, script=ROOT / "run_all.sh", **environment):
     return subprocess.run(
-        ["bash", str(ROOT / "run_all.sh"), *arguments],
+        ["bash", str(script), *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -186,6 +355,32 @@ def test_without_a_fitting_python_the_launcher_says_what_to_do(tmp_path):
     assert done.returncode == 1
     assert "no Python 3.11 or 3.12 found" in done.stderr and "Python 3.8.1" in done.stderr
     assert not (clone / ".venv").exists()
+
+
+@pytest.mark.parametrize("altered", [False, True])
+def test_set_up_stops_where_an_installed_version_differs_from_the_lock(tmp_path, altered):
+    shutil.copy(ROOT / "run_all.sh", tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    lines = list(LOCK_LINES)
+    if altered:
+        place = next(i for i, line in enumerate(lines) if line.startswith("pyyaml=="))
+        lines[place] = "pyyaml==5.0.1"
+    (tmp_path / "requirements.txt").write_text("\n".join(lines) + "\n")
+    # an environment with the packages of this one, and an installer that installs nothing
+    venv.create(tmp_path / ".venv", symlinks=True)
+    (packages,) = (tmp_path / ".venv/lib").glob("python*/site-packages")
+    (packages / "there.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/uv").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "bin/uv").chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    done = run_script("setup", script=tmp_path / "run_all.sh", PATH=path)
+    assert (tmp_path / ".venv/set-up-complete").exists() is not altered
+    if altered:
+        assert done.returncode == 1
+        assert "pyyaml: the lock says ==5.0.1, installed is " in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
 
 
 def test_continuous_integration_calls_the_documented_test_command():
@@ -227,6 +422,6 @@ def test_every_module_has_its_place_on_the_map():
 
 
 def test_examples_exist_in_stage_modules():
-    for module in set(MODULES) - {"plots"}:
+    for module in set(MODULES) - {"plots", "audio_networks"}:
         loaded = importlib.import_module(f"soundscapes_utils.{module}")
         assert ">>>" in inspect.getsource(loaded), module
