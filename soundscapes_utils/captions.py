@@ -336,6 +336,3 @@ def _mean_distance(group, embed):
             total = np.sum([unit[text] for text in of_class], axis=0)
             means.append(max(0.0, 1 - (total @ total - n) / (n * (n - 1))))
     return float(np.mean(means)) if means else float("nan")
-
-
-ALL_FAMILIES = FAMILIES  # until every caller says FAMILIES

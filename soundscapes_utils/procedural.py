@@ -781,11 +781,6 @@ def synthesize(
     `seed` is that of the whole data set; clips of different pools never share a random draw; `source`
     says which dog, clock or street, `take` which recording of it. Another `sample_rate` (Hz, at least
     8000) is another performance; `duration_s` is at least 2, by default 5 (event) or 10 (scene).
-
-    Examples
-    --------
-    >>> synthesize("dog", seed=0, sample_rate=16000).shape
-    (80000,)
     """
     if label not in _EVENTS and label not in _SCENES:
         raise ValueError(f"unknown label {label!r}; known are {', '.join(EVENTS + SCENES)}")
