@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from soundscapes_utils import audio, datasets, embeddings, esc, fad, generation, ldm, stats
+from soundscapes_utils import audio, datasets, embeddings, fad, generation, ldm, stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import tiny_checkpoints
@@ -92,9 +92,9 @@ def invariance():
                 getattr(tiny_checkpoints, makers.get(name, name))(checkpoint)
             options |= {"top_k": 8} if name == "audiogen" else {"steps": 3}
             backend = generation.get_backend(name, checkpoint=checkpoint, device="cpu", **options)
-            tables.append(generation.check_invariance(backend))
+            tables.append(tiny_checkpoints.check_invariance(backend))
     embedded = generation.get_backend("audioldm", steps=3, device="cpu")
-    table = generation.check_invariance(embedded, duration_s=1.28)
+    table = tiny_checkpoints.check_invariance(embedded, duration_s=1.28)
     tables.append(table.assign(backend="audioldm (builtin)"))
     table = pd.concat(tables)
     table["same_bytes"] = table.same_bytes.map({True: "same", False: ""})
@@ -370,7 +370,7 @@ def gpu(n, steps, sizes, small, models):
         rows += [batched(pipe, size, n, steps, False, peer) for size in sizes]
         if device == "cuda":
             # a compilation takes a minute and serves one size of pass: the largest that fits
-            pipe = generation._placed(pipe, device, None, True)
+            pipe.unet.to(memory_format=torch.channels_last).compile()
             rows.append(batched(pipe, sizes[-1], n, steps, True, peer))
         title = f"{name}, U-Net {unet} M of {total} M parameters, {steps} steps, {SECONDS} s"
         show(f"{title}, {device_name()}", rows)
@@ -393,13 +393,10 @@ def batched(pipe, size, n, steps, compiled, peer):
         torch.cuda.reset_peak_memory_stats()
     settings = {"steps": steps, "guidance_scale": 3.5, "eta": 0.0, "clips_per_pass": size}
     settings["dtype"] = str(pipe.dtype).removeprefix("torch.")
-    backend = generation.DiffusersBackend(
-        "random", "random weights", 16_000, settings, pipe, lambda prompts: [0] * len(prompts)
-    )
+    backend = generation.DiffusersBackend("random", "random weights", 16_000, settings, pipe)
     # four passes at most: small ones would take hours
     fast, _ = rate(backend, max(size, min(n, 4 * size)), SECONDS)
     way = f"{size} in a pass" + (", compiled, channels last" if compiled else "")
-    way += f" (memory: {backend.pass_limit})" if backend.pass_limit else ""
     row = {"way": way, "clips/s": fast, "× A": fast / peer, "peak MB": peak_mb()}
     print(row, file=sys.stderr, flush=True)
     return row
@@ -409,10 +406,10 @@ MODELS = {"AudioLDM 2": audioldm2, "AudioLDM-S": audioldm_s}
 
 
 def sizes_of_public_models():
-    """Count parameters without making any: the sizes that `known_checkpoints` states."""
+    """Count parameters without making any: the sizes that `CHECKPOINTS` states."""
     with torch.device("meta"), ldm.quiet():
         rows = {"cvssp/audioldm2": audioldm2(), "cvssp/audioldm-s-full-v2": audioldm_s()}
-    known = generation.known_checkpoints().set_index("checkpoint").parameters_m
+    known = generation.CHECKPOINTS["parameters_m"]
     table = [
         {"checkpoint": name, "U-Net M": parameters_m(pipe)[0], "all M": parameters_m(pipe)[1]}
         | {"stated M": known[name]}
@@ -427,7 +424,7 @@ TEST_FOLD = 5
 
 
 def opened(name, path=""):
-    """Embed sounds at one level, so that nothing is told by it."""
+    """Embed sounds at one level, so that nothing is info by it."""
     network = embeddings.get_embedding(name, path)
 
     def listen(sounds):
@@ -444,17 +441,17 @@ def real_parts(dataset, esc10):
     return clips[~held_out], clips[held_out]
 
 
-def refuse_test_fold(checkpoint, told):
+def refuse_test_fold(checkpoint, info):
     """End here if a model has heard the recordings that are to examine it."""
-    if told["training_dataset"] == "esc10" and TEST_FOLD in told["training_folds"]:
+    if TEST_FOLD in info["heard"].get("esc10", []):
         raise SystemExit(f"{checkpoint} has heard fold {TEST_FOLD}: take another one")
 
 
 def mini(esc10, yamnet, checkpoint, n):
     """Print how class-consistent and how far from real a mini model's clips are."""
-    told = ldm.checkpoint_info(checkpoint)
-    refuse_test_fold(checkpoint, told)
-    dataset = "esc10" if told["training_dataset"] == "esc10" else "builtin"
+    info = ldm.checkpoint_info(checkpoint)
+    refuse_test_fold(checkpoint, info)
+    dataset = "esc10" if "esc10" in info["heard"] else "builtin"
     train, test = real_parts(dataset, esc10)
     torch.set_num_threads(1)
     backend = generation.get_backend("audioldm", checkpoint=checkpoint, device="cpu")
@@ -470,22 +467,15 @@ def mini(esc10, yamnet, checkpoint, n):
     for name, path in (("yamnet", yamnet), ("logmel-stats", "")):
         listen = opened(name, path)
         x, real, y = (listen(sounds[key]) for key in ("train", "held out", "made"))
-        judged = esc.class_consistency(*zip((x, y, real), labels, strict=True))
+        judged = stats.class_consistency(*zip((x, y, real), labels, strict=True))
         if name == "yamnet":
             show(f"YAMNet judge of {dataset}, folds but {TEST_FOLD}", with_intervals(judged))
         # as many clips of a class as are held out: both distances depend on the number
         equal = plan.groupby("label").cumcount() < test["label"].value_counts().min()
-        distances.append(
-            fad.score_table(
-                x,
-                {"generated": y[equal]},
-                embedding=name,
-                reference_name="training folds",
-                floor=real,
-                groups={"training folds": train["source_id"], "generated": plan["clip_id"][equal]},
-            )
-        )
-    columns = ["metric", "embedding", "candidate", "value", "ci_low", "ci_high", "n_candidate"]
+        groups = {"real": train["source_id"], "generated": plan["clip_id"][equal]}
+        candidates = {"generated": y[equal]}
+        distances.append(fad.score_table(x, candidates, embedding=name, floor=real, groups=groups))
+    columns = ["metric", "embedding", "value", "ci_low", "ci_high", "n_candidate", "floor"]
     table = pd.concat(distances)[columns].round(3)
     show("distance from the training folds, and that of as many held-out recordings", table)
     print(f"\n{seconds:.2f} s a clip, {device_name()}, {backend.settings['steps']} steps")
@@ -520,12 +510,13 @@ def generated_mels(backend, plan):
 
 def stages(esc10, yamnet, checkpoint, n, iterations):
     """Print how often a judge is right on what each stage leaves of each class."""
-    told = ldm.checkpoint_info(checkpoint)
-    refuse_test_fold(checkpoint, told)
+    info = ldm.checkpoint_info(checkpoint)
+    refuse_test_fold(checkpoint, info)
     train, test = real_parts("esc10", esc10)
-    train = train[train["fold"].isin(told["training_folds"])]
+    train = train[train["fold"].isin(info["heard"]["esc10"])]
     listen = opened("yamnet", yamnet)
-    judge = esc.fit_baseline("probe", listen(audio.excerpts(train["path"], 2.56)), train["label"])
+    sounds = listen(audio.excerpts(train["path"], 2.56))
+    judge = stats.linear_probe().fit(sounds, train["label"])
 
     def right(sounds, labels):
         answers = judge.predict(listen(sounds)) == np.asarray(labels)
@@ -548,7 +539,7 @@ def stages(esc10, yamnet, checkpoint, n, iterations):
         backend.pipe.vocoder.register_to_config(iterations=k)
         for kind, (mel, labels) in kinds.items():
             found[kind, k] = right(ldm.vocode(backend.pipe, mel), labels)
-    named = f"YAMNet judge of folds {told['training_folds']}, test fold {TEST_FOLD}"
+    named = f"YAMNet judge of folds {info['heard']['esc10']}, test fold {TEST_FOLD}"
     show(named, [accuracy(*key, answers) for key, answers in found.items()])
     by_class = {key: answers.groupby(level=0).mean() for key, answers in found.items()}
     table = pd.DataFrame(by_class).T.rename_axis(["stage", "vocoder iterations"]).reset_index()
