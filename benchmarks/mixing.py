@@ -1,7 +1,7 @@
-"""Mixing: mixes a second and memory against pydub loops, scaper and the floor, in one run.
+"""Mixing: mixes per second and memory against pydub loops, scaper and the floor, in one run.
 
 All make 10 s at 44.1 kHz, 16-bit WAV, from the same clips: 16-bit WAV too, a foreground for every
-25.5 mixes as in work B, made by rule in the folder that `--dir` names. Rates are of the wall clock
+25.5 mixes as in Gaurav et al., made by rule in the folder that `--dir` names. Rates are of the wall clock
 and include planning where a row says so. Processes that serve several calls are started before.
 
     python benchmarks/mixing.py --n 5100
@@ -60,7 +60,7 @@ import pandas as pd
 from soundscapes_utils import mixing
 events, scenes = (pd.read_csv(path) for path in sys.argv[1:3])
 n = int(sys.argv[3])
-mixes = mixing.plan_mixes(events, scenes, n, preset="gaurav2024-report")
+mixes = mixing.plan_mixes(events, scenes, n, **mixing.PRESETS["gaurav2024-report"])
 mixing.render_mixes(mixes, sys.argv[4], 44100, workers=1, shard=f"1/{n // 500}")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
@@ -95,7 +95,7 @@ def clear(folder):
 
 
 def rate_of(function, n):
-    """Return how many mixes a second a function makes."""
+    """Return how many mixes per second a function makes."""
     os.sync()  # what the case before has left to the disk is not this one's work
     start = time.perf_counter()
     function()
@@ -132,7 +132,7 @@ def floor_of_bytes(pairs, prefix):
 
 
 def pydub_loop(pairs, prefix, rate=RATE):
-    """Mix as work B does: open both files, overlay, export; anew for every mix."""
+    """Mix as Gaurav et al. do: open both files, overlay, export; anew for every mix."""
     for number, pair in enumerate(pairs):
         background, foreground = (_segment(path).set_frame_rate(rate) for path in pair)
         background.overlay(foreground).export(f"{prefix}{number}.wav", format="wav")
@@ -147,7 +147,7 @@ def _segment(path):
 
 
 def ours(mixes, rate, workers, work):
-    """Render a plan into an empty folder; return mixes a second."""
+    """Render a plan into an empty folder; return mixes per second."""
     out = work / "out"
     try:
         return rate_of(lambda: mixing.render_mixes(mixes, out, rate, workers), len(mixes))
@@ -167,12 +167,13 @@ def plain(mixes, pairs, work):
 
 
 def with_annotations(tables, n, workers, work):
-    """Plan SNR in LUFS, onsets and captions, render, write JAMS: what scaper does, and captions."""
+    """Plan SNR in LUFS, onsets and captions, render, write all metadata: more than scaper does."""
     out = work / "out"
 
     def everything():
         mixes = mixing.plan_mixes(*tables, n, snr_measure="lufs", sample_rate=RATE)
-        metadata.write_jams(mixing.render_mixes(mixes, out, RATE, workers), out)
+        done = mixing.render_mixes(mixes, out, RATE, workers)
+        metadata.write_metadata(done, out / "metadata", "mixes")
 
     try:
         return rate_of(everything, n)
@@ -181,7 +182,7 @@ def with_annotations(tables, n, workers, work):
 
 
 def on_the_fly(mixes):
-    """Take every mix once from the data set, source by source as a loader may; mixes a second."""
+    """Take every mix once from the data set, source by source as a loader may; mixes per second."""
     items = mixing.MixDataset(mixes, RATE)
     order = np.argsort(mixes.foreground.to_numpy(), kind="stable").tolist()
     return rate_of(lambda: [items[i]["audio"].size for i in order], len(items))
@@ -221,7 +222,7 @@ def elsewhere(python, code, arguments, work):
 
 
 def line(name, rate, *ratios):
-    """Print one row of the table: mixes a second, and ratios with what they are aimed at."""
+    """Print one row of the table: mixes per second, and ratios with what they are aimed at."""
     shown = "; ".join(
         f"{rate / other:.2f} × {what}" + (f" (goal {goal})" if goal else "")
         for other, what, goal in ratios
@@ -258,8 +259,9 @@ def compare(n, scaper_python, work):
         f"{n} mixes from {len(wav[0])} events and {len(wav[1])} scenes, {min(n, PLAIN)} where the "
         f"plain equation is compared; {os.cpu_count()} cores\n"
     )
-    planning = n / rate_of(lambda: mixing.plan_mixes(*wav, n, preset="gaurav2024-report"), n)
-    plan = mixing.plan_mixes(*wav, n, preset="gaurav2024-report")
+    preset = mixing.PRESETS["gaurav2024-report"]
+    planning = n / rate_of(lambda: mixing.plan_mixes(*wav, n, **preset), n)
+    plan = mixing.plan_mixes(*wav, n, **preset)
     pairs = list(zip(plan.background, plan.foreground, strict=True))
     # starts the processes that all cases share, and imports what they need
     starting = 128 / ours(plan[:128], RATE, 2, work)
@@ -274,7 +276,7 @@ def compare(n, scaper_python, work):
     for w, name in ((1, "1 process"), (2, "2 processes")):
         line(f"floor: decode once, write by soundfile, {name}", floors[w])
         line(f"floor: decode once, write ready bytes, {name}", bare[w])
-    line("pydub loop as in work B, 1 process", loop)
+    line("pydub loop as in Gaurav et al., 1 process", loop)
     against = (loop, "pydub loop", None), (loop, "pydub loop", 1.8)
     for w in (1, 2):
         line(
@@ -288,11 +290,11 @@ def compare(n, scaper_python, work):
     else:
         print(f"{'scaper':<52}{'':>9}   {why}")
     rate = with_annotations(wav, n, 2, work)
-    line("SNR in LUFS, onset, captions, JAMS, plan and 2 workers", rate, (scaper, "scaper", 15))
+    line("SNR in LUFS, onset, captions, JAMS …, plan and 2 workers", rate, (scaper, "scaper", 15))
     line("on the fly, this process", on_the_fly(plan), (1000, "the goal of 1000", None))
 
     few = min(FEW, n)
-    compressed = mixing.plan_mixes(*ogg, n, preset="gaurav2024-report", sample_rate=16_000)
+    compressed = mixing.plan_mixes(*ogg, n, **preset | {"sample_rate": 16_000})
     some = list(zip(compressed.background, compressed.foreground, strict=True))[:few]
     peer = shared_out(partial(pydub_loop, rate=16_000), some, work)
     line(f"Ogg to 16 kHz: pydub loop, {few} mixes, 1 process", peer)

@@ -40,10 +40,10 @@ MEASURES = ("rms", "lufs")
 # What Gaurav et al. (DCASE 2024 Task 7) report, and what their public code does instead:
 # ``foreground * 2 + 3`` on a pydub segment *plays the clip twice* and adds 3 dB.
 _GAURAV = {"mode": "lambda", "onset": 0.0, "duration_s": 10.0, "sample_rate": 44_100}
+_AS_CODED = {"foreground_gain_db": 3.0, "background_gain_db": -3.0, "repeat": 2}
 PRESETS = {
     "gaurav2024-report": _GAURAV | {"foreground_lambda": 1.0, "background_lambda": 1.0},
-    "gaurav2024-code": _GAURAV
-    | {"foreground_gain_db": 3.0, "background_gain_db": -3.0, "repeat": 2},
+    "gaurav2024-code": _GAURAV | _AS_CODED,
 }
 # Decoded sources that a process keeps, half for each kind. joblib ends workers that grow by 300 MB.
 CACHE_BYTES = 240 * 2**20
@@ -58,10 +58,8 @@ _MIN_CHUNK = 32
 
 
 class Event(NamedTuple):
-    """A foreground in a mix: ``signal`` at the mix's rate, and when and how it sounds.
-
-    ``onset_s`` in whole milliseconds, ``gain_db``, ``fade_s`` of raised cosine at both ends of
-    every repetition (at most half of it each), and ``repeats``.
+    """A foreground in a mix: ``signal`` at the mix's rate; ``onset_s`` counts in whole milliseconds,
+    and ``fade_s`` of raised cosine stand at both ends of each of its ``repeats``.
     """
 
     signal: np.ndarray
@@ -92,46 +90,15 @@ def mix_signals(
     engine="numpy",
     stems=False,
 ):
-    """Mix signals: ``x = λ1·x1 + λ2·x2`` with ``λ = 10^(gain/20)``, in steps of 16 bit.
+    """Mix signals: ``x = λ1·x1 + λ2·x2`` with ``λ = 10^(gain/20)``, in steps of 16 bit, as a `Mix`.
 
-    An event begins at its onset and is cut where the mix ends. What would pass full scale is scaled
-    down as a whole, never clipped.
+    `foreground` is an array (±1 is full scale), an `Event` or a list of them; an event is cut where the
+    mix ends. The background is repeated or cut to `duration_s`, by default its own. What would pass
+    full scale is scaled down as a whole, never clipped. Engine "pydub" overlays 16-bit segments, as
+    Gaurav et al. did; at 0 dB both agree to one step. Stems sum to the mix without any rest: the
+    background is rounded, the foreground is what is missing to the mix.
 
-    Parameters
-    ----------
-    foreground : np.ndarray of shape (samples,), Event, or list of Event
-        Signals at `sample_rate`, ±1 is full scale. An array begins at 0 s with 0 dB.
-    background : np.ndarray, shape (samples,)
-        Repeated or cut to the length of the mix.
-    sample_rate : int
-        Hz, of all signals.
-    duration_s : float, optional
-        Length of the mix; by default the background's.
-    background_gain_db : float
-        0 dB is λ2 = 1.
-    engine : {"numpy", "pydub"}
-        "pydub" overlays 16-bit segments, as Gaurav et al. did; at 0 dB both agree to one step of
-        16 bit.
-    stems : bool
-        Return the parts too. In 16 bit they sum to the mix without any rest: the background is
-        rounded, the foreground is what is missing to the mix. Where a part alone would pass full
-        scale, ``peak_scale`` makes room for it too.
-
-    Returns
-    -------
-    Mix
-        Its signals as float32 of shape (samples,), every sample a multiple of 1/32768.
-
-    Raises
-    ------
-    AudioError
-        No, empty or non-finite signals, an onset outside the mix, a fade or number of repeats that
-        is not one, or an unknown engine.
-
-    Examples
-    --------
-    >>> dog = Event(np.full(2, 0.5), onset_s=0.001)
-    >>> mix = mix_signals(dog, np.full(4, 0.25), 1000, stems=True)
+    >>> mix = mix_signals(Event(np.full(2, 0.5), onset_s=0.001), np.full(4, 0.25), 1000, stems=True)
     >>> mix.audio.tolist(), mix.peak_scale
     ([0.25, 0.75, 0.75, 0.25], 1.0)
     >>> bool((mix.foreground + mix.background == mix.audio).all())
@@ -141,15 +108,12 @@ def mix_signals(
     if not events:
         raise audio.AudioError("a mix needs an event; give at least one")
     events = [event if isinstance(event, Event) else Event(event) for event in events]
-    events = [e._replace(signal=_steps(e.signal, f"event {i}")) for i, e in enumerate(events)]
-    bg = _steps(background, "background")
+    for i, event in enumerate(events):
+        signal = audio.check_audio(event.signal, f"event {i}", silent_ok=True)
+        events[i] = event._replace(signal=signal * _STEPS)
+    bg = audio.check_audio(background, "background", silent_ok=True) * _STEPS
     n = bg.size if duration_s is None else round(duration_s * sample_rate)
     return _as_mix(*_mixed(events, bg, n, sample_rate, background_gain_db, engine, stems))
-
-
-def _steps(y, name):
-    # a factor of 2^15 changes no bit of a float's mantissa
-    return audio.check_audio(y, name, silent_ok=True) * _STEPS
 
 
 def _as_mix(parts, scale):
@@ -159,8 +123,8 @@ def _as_mix(parts, scale):
 
 def _mixed(events, bg, n, rate, bg_gain_db, engine, stems):
     """Return mix, foreground and background in whole steps (the last two None without stems)."""
-    if engine not in ENGINES:
-        raise audio.AudioError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
+    # signals come in steps too: a factor of 2^15 changes no bit of a float's mantissa
+    _check_choice("engine", engine, ENGINES)
     placed = [(*_placed(event, n, rate), event.gain_db) for event in events]
     mix = _mix_pydub if engine == "pydub" else _mix_numpy
     y, background, scale = mix(placed, audio.fix_length(bg, n), rate, bg_gain_db, stems)
@@ -176,28 +140,21 @@ def _placed(event, n, rate):
     onset_ms = round(event.onset_s * 1000)
     # pydub places segments by whole milliseconds, cut down to samples; numpy does likewise
     start = int(onset_ms * (rate / 1000))
-    if not 0 <= start < n:
-        raise audio.AudioError(f"onset {event.onset_s} s lies outside the mix of {n / rate} s")
-    if event.fade_s < 0 or event.repeats < 1:
-        raise audio.AudioError(
-            f"fade {event.fade_s} s and {event.repeats} repeats: give seconds from 0 and at least "
-            "one repeat"
-        )
+    if not 0 <= start < n or event.fade_s < 0 or event.repeats < 1:
+        when = f"{event.onset_s} s, fade {event.fade_s} s, {event.repeats} repeats"
+        raise audio.AudioError(f"an event at {when}: not in a mix of {n / rate} s")
     clip, room = event.signal, n - start
     if event.repeats == 1 and not event.fade_s:
         return onset_ms, start, clip[:room]
     y = np.resize(clip, min(room, event.repeats * clip.size))
     for begin in range(0, y.size, clip.size):
-        _fade(y[begin : begin + clip.size], round(event.fade_s * rate))
+        piece = y[begin : begin + clip.size]
+        ramp = min(round(event.fade_s * rate), piece.size // 2)
+        if ramp:
+            rise = (0.5 - 0.5 * np.cos(np.pi * (np.arange(ramp) + 0.5) / ramp)).astype(np.float32)
+            piece[:ramp] *= rise
+            piece[-ramp:] *= rise[::-1]
     return onset_ms, start, y
-
-
-def _fade(y, ramp):
-    ramp = min(ramp, y.size // 2)
-    if ramp:
-        rise = (0.5 - 0.5 * np.cos(np.pi * (np.arange(ramp) + 0.5) / ramp)).astype(np.float32)
-        y[:ramp] *= rise
-        y[-ramp:] *= rise[::-1]
 
 
 def _mix_numpy(placed, bg, rate, bg_gain_db, stems):
@@ -273,28 +230,10 @@ def _db(x):
 
 
 def active_level(y, sample_rate):
-    """Measure the level of a signal where it sounds, and when it does.
+    """Measure the RMS of a signal where it sounds in dB, and from when to when (s) that is.
 
     A frame of 20 ms is active if it is within 30 dB of the loudest one: the silence that clips
     are padded with must not make a short event seem soft.
-
-    Returns
-    -------
-    rms_db : float
-        RMS over the active frames, dB relative to full scale.
-    start_s, end_s : float
-        Begin of the first and end of the last active frame in seconds.
-
-    Raises
-    ------
-    AudioError
-        Empty, silent or not finite.
-
-    Examples
-    --------
-    >>> y = np.concatenate([np.zeros(8000), np.full(8000, 0.1), np.zeros(8000)])
-    >>> [round(value, 2) for value in active_level(y, 8000)]
-    [-20.0, 1.0, 2.0]
     """
     y = audio.check_audio(y, "signal").astype(np.float64)
     frame = max(1, round(_FRAME_S * sample_rate))
@@ -309,16 +248,9 @@ def active_level(y, sample_rate):
 def snr_gain_db(foreground, background, sample_rate, snr_db, measure="rms"):
     """Gain of the foreground, in dB, that sets a signal-to-noise ratio; the background keeps its own.
 
-    The foreground counts where it sounds (:func:`active_level`), the background over its whole
-    length; `measure` is "rms" or "lufs", see :class:`MixOptions`.
+    The foreground counts where it sounds, the background over its whole length; `measure` as
+    ``snr_measure`` of :class:`MixOptions`.
 
-    Raises
-    ------
-    AudioError
-        Empty, silent or not finite, or too soft for LUFS.
-
-    Examples
-    --------
     >>> round(snr_gain_db(np.full(800, 0.1), np.full(800, 0.01), 8000, snr_db=6.0), 2)
     -14.0
     """
@@ -343,7 +275,7 @@ def _level(y, rate, measure, name):
     level = audio.loudness(y, rate)
     if level == -math.inf:
         raise audio.AudioError(
-            f"{name}: stays below the gate of -70 LUFS; leave it out, or measure by 'rms'"
+            f"{name}: stays below the gate of -70 LUFS; leave it out, or use rms"
         )
     return level
 
@@ -363,42 +295,19 @@ class MixOptions:
     A *range* is a number, a tuple ``(low, high)`` to draw from evenly, or a list to choose from. Every
     option draws from numbers of its own: changing one leaves what the others draw as it was.
 
-    Parameters
-    ----------
-    test_fold : int
-        Fold of the test mixes; the next one validates. Backgrounds with fewer folds count round.
-    mode : {"snr", "lambda"}
-        "snr" draws the ratio of the foreground (where it sounds) to the background (over the mix)
-        and sets the foreground's gain to it; "lambda" takes factors and gains, and records the
-        ratio that results.
-    snr_db : range
-        Of mode "snr".
-    snr_measure : {"rms", "lufs"}
-        Level that the ratio compares: over the foreground's active frames, or the integrated loudness
-        of ITU-R BS.1770-4 from the first to the last of them (a foreground shorter than that
-        standard's block of 0.4 s is one block of its own length).
-    foreground_lambda, background_lambda : range
-        λ1 and λ2 of mode "lambda", above 0; 1 and 1 is the equation of Gaurav et al.
-    foreground_gain_db, background_gain_db : range
-        Gains on top of λ1 and λ2. In mode "snr" only that of the background, which then moves the
-        level of the whole mix.
-    onset : "uniform" or range
-        Seconds, or anywhere such that the active part of the last repetition ends within the mix,
-        if it can.
-    duration_s : float
-        Length of the mixes.
-    sample_rate : int, optional
-        Rate at which levels are measured: that of the rendering, for a ratio that holds there. By
-        default each file's own.
-    events, repeat : range
-        Foregrounds of a mix, each of a label of its own, and how often each sounds: whole numbers
-        from 1. SNR, onset and so on are drawn for each event.
-    fade_s : range
-        Seconds of raised cosine at both ends of each repetition; levels are measured before it.
-    n_captions : int
-        See :func:`~soundscapes_utils.captions.mix_captions`.
-    format : {"wav", "flac"}
-        Of the files; both hold the same 16-bit samples.
+    - ``test_fold`` tests, the next one validates. Backgrounds with fewer folds count round.
+    - ``mode``: "snr" sets the foreground's gain to a ratio ``snr_db`` (range) of the foreground (where
+      it sounds) to the background; "lambda" takes factors and gains, and records the ratio.
+    - ``snr_measure``: "rms" over the foreground's active frames, or "lufs", the integrated loudness of
+      ITU-R BS.1770-4 from the first to the last of them.
+    - ``foreground_lambda, background_lambda``: ranges above 0, of mode "lambda"; 1 and 1 is the equation
+      of Gaurav et al. On top of them ``foreground_gain_db, background_gain_db`` (ranges); in mode
+      "snr" only that of the background, which moves the whole mix.
+    - ``onset``: a range in seconds, or "uniform": such that the last repetition ends within the mix.
+    - ``duration_s`` of a mix. ``sample_rate`` (Hz) at which levels are measured: that of the rendering.
+    - ``events, repeat``: ranges; foregrounds of a mix, each of a label of its own, and how often each
+      sounds, with ``fade_s`` (range) of raised cosine at both ends. Levels are measured before it.
+    - ``n_captions``, and ``format`` of the files, "wav" or "flac".
     """
 
     test_fold: int = 5
@@ -428,8 +337,6 @@ class MixOptions:
             low, high = (0, 0) if (name, value) == ("onset", "uniform") else _span(name, value)
             if low < _LEAST.get(name, low):
                 raise store.DataError(f"{name} {value!r}: give values from {_LEAST[name]} on")
-            if low <= 0 and name.endswith("lambda"):
-                raise store.DataError(f"{name} {value!r}: λ must be above 0")
             if name == "onset" and high >= self.duration_s:
                 raise store.DataError(f"onset {value!r} does not lie in {self.duration_s} s")
 
@@ -440,6 +347,7 @@ _CHOICES = {"mode": ("snr", "lambda"), "snr_measure": MEASURES, "format": ("wav"
 _DRAWN = ("snr_db", "onset", "foreground_gain_db", "background_gain_db", "events", "repeat")
 _DRAWN += ("", "fade_s", "foreground_lambda", "background_lambda")
 _LEAST = {"events": 1, "repeat": 1, "fade_s": 0.0, "onset": 0.0}
+_LEAST |= {"foreground_lambda": 1e-6, "background_lambda": 1e-6}
 _WHOLE = ("events", "repeat")
 # what has no effect in a mode
 _IDLE = {
@@ -454,26 +362,22 @@ def _options(given):
         _check_choice("option", name, [field.name for field in fields(MixOptions)])
     options = MixOptions(**given)
     for name in set(_IDLE[options.mode]) & given.keys():
-        other = "lambda" if options.mode == "snr" else "snr"
-        raise store.DataError(
-            f"{name} has no effect in mode {options.mode!r}: leave it out, or use mode {other!r}"
-        )
+        other = {"snr": "lambda", "lambda": "snr"}[options.mode]
+        raise store.DataError(f"{name} has no effect in mode {options.mode!r}: use mode {other!r}")
     return options
 
 
 def _span(name, value):
     """Smallest and largest value of a range."""
     try:
-        values = np.atleast_1d(np.asarray(value, dtype=float))
+        values = np.array(value, dtype=float, ndmin=1)
     except (TypeError, ValueError):
         values = np.empty(0)
-    pair = isinstance(value, tuple)
-    if values.ndim != 1 or not values.size or (pair and values.size != 2):
-        raise store.DataError(
-            f"{name} {value!r}: give a number, (low, high), or a list to choose from"
-        )
-    if not np.isfinite(values).all() or (pair and values[0] > values[1]):
-        raise store.DataError(f"{name} {value!r}: give finite numbers, the smaller one first")
+    low, high = values[[0, -1]] if values.size == 2 else (0, 0)
+    fits = low <= high and values.size == 2 if isinstance(value, tuple) else values.size > 0
+    if not fits or values.ndim != 1 or not np.isfinite(values).all():
+        wanted = "give a number, (low, high), or a list to choose from"
+        raise store.DataError(f"{name} {value!r}: {wanted}")
     if name in _WHOLE and (values % 1).any():
         raise store.DataError(f"{name} {value!r}: give whole numbers")
     return values.min(), values.max()
@@ -489,9 +393,8 @@ def _draw(options, mix_seed, event):
             value = (0.0, 1.0)
         if isinstance(value, tuple):
             low, high = value
-            value = low + (
-                math.floor((high - low + 1) * share) if name in _WHOLE else (high - low) * share
-            )
+            whole = name in _WHOLE
+            value = low + (int((high - low + 1) * share) if whole else (high - low) * share)
         elif isinstance(value, list):
             value = value[int(share * len(value))]
         drawn[name] = float(value)
@@ -517,29 +420,17 @@ def plan_mixes(foregrounds, backgrounds, n, seed=0, **options):
     seed : int
         Everything that is drawn follows from it.
     **options
-        Fields of :class:`MixOptions`, such as ``**PRESETS["gaurav2024-report"]``, of which 51,000
-        mixes were published. None is as good as not given.
+        Fields of :class:`MixOptions`, such as ``**PRESETS["gaurav2024-report"]``; None is as good as
+        not given. What is unknown, out of range or without effect is refused. Ranges are scaper's
+        idea (Salamon et al., WASPAA 2017).
 
     Returns
     -------
     pandas.DataFrame
         Columns :data:`MIX_COLUMNS` and the captions, split after split. A mix is a clip: its label,
         source, fold and data set are those of its foreground. ``peak_scale`` is empty and ``path``
-        relative until :func:`render_mixes` has made the file. ``clip_s`` is the length of the
-        foreground as far as a mix can use it; between ``active_start_s`` and ``active_end_s`` of it
-        it sounds.
-
-    Raises
-    ------
-    DataError
-        Options that are unknown, out of range or without effect, too few mixes, folds that do not
-        split (see :func:`~soundscapes_utils.datasets.assign_splits`).
-    AudioError
-        A clip that cannot be read, is silent, or too soft for LUFS.
-
-    Notes
-    -----
-    Ranges for every parameter are scaper's idea (Salamon et al., WASPAA 2017).
+        relative until :func:`render_mixes` has made the file. A mix can use ``clip_s`` of the
+        foreground, which sounds from ``active_start_s`` to ``active_end_s``.
 
     Examples
     --------
@@ -553,61 +444,43 @@ def plan_mixes(foregrounds, backgrounds, n, seed=0, **options):
     >>> mixes = plan_mixes(clips[:3], clips[3:], n=3, **options)
     >>> mixes[["split", "source_id", "background_source", "repeats"]].to_numpy().tolist()
     [['train', 'dog-2', 'park-2', 2], ['val', 'dog-1', 'park-1', 2], ['test', 'dog-3', 'park-3', 2]]
-    >>> done = render_mixes(mixes, folder / "mixes", 8000)
-    >>> [Path(path).relative_to(folder).as_posix() for path in done.path]
-    ['mixes/train/train-00000.wav', 'mixes/val/val-00000.wav', 'mixes/test/test-00000.wav']
+    >>> Path(render_mixes(mixes, folder, 8000).path[2]).relative_to(folder).as_posix()
+    'test/test-00000.wav'
     """
     if _span("events", _options(options).events)[1] > 1:
-        raise store.DataError(
-            f"events {options['events']!r}: plan_mixes lays one event over each scene; plan_scenes "
-            "lays several, and returns a table of them too"
-        )
+        raise store.DataError("one event per mix; plan_scenes lays several, and lists them too")
     return plan_scenes(foregrounds, backgrounds, n, seed, **options)[0]
 
 
 def plan_scenes(foregrounds, backgrounds, n, seed=0, **options):
-    """Draw the recipes of a set of mixes that may hold several events, as :func:`plan_mixes` does.
+    """Draw mixes that may hold several events, as :func:`plan_mixes` does, and the table of events.
 
-    Returns
-    -------
-    mixes : pandas.DataFrame
-        As of :func:`plan_mixes`; ``label``, ``onset_s`` and so on are those of the first event,
-        ``n_events`` is how many there are.
-    events : pandas.DataFrame
-        Columns :data:`EVENT_COLUMNS`: one row per event of the mixes with more than one, the first
-        (``event`` 0) included. Whatever takes such mixes takes this table, too.
-
-    Raises
-    ------
-    DataError
-        As :func:`plan_mixes`; more events than labels.
+    In `mixes` ``label``, ``onset_s`` and so on are those of the first event, ``n_events`` is how many
+    there are. The second table has one row per event of the mixes with more than one
+    (:data:`EVENT_COLUMNS`), the first (``event`` 0) included; whatever takes such mixes takes it, too.
     """
     options = _options(options)
-    fg = foregrounds.assign(split=assign_splits(foregrounds, options.test_fold))
-    folds = sorted(backgrounds["fold"].unique())
-    fold = options.test_fold
-    fold = fold if fold in folds else folds[(fold - 1) % len(folds)]
-    bg = backgrounds.assign(split=assign_splits(backgrounds, fold))
-    level = lru_cache(maxsize=None)(lambda path, loop: _clip_level(path, loop, options))
-    mixes, events = [], []
-    for number, (split, count) in enumerate(_shares(n, fg["fold"].nunique()).items()):
-        of_split = (table[table["split"] == split] for table in (fg, bg))
-        for index, chosen in enumerate(_choose_clips(*of_split, count, [seed, number], options)):
-            placed = _place(*chosen, options, level)
-            name = {"clip_id": f"{split}-{index:05d}", "split": split}
-            mixes.append(_mix(name, *chosen, placed, options))
-            if len(placed) > 1:
-                events += [name | {"event": k} | event for k, event in enumerate(placed)]
-    texts = [name for name in mixes[0] if name.startswith("caption")]
-    mixes = pd.DataFrame(mixes, columns=[*MIX_COLUMNS, *texts])
-    return mixes, pd.DataFrame(events, columns=EVENT_COLUMNS)
-
-
-def _shares(n, n_folds):
+    fold, folds = options.test_fold, sorted(backgrounds["fold"].unique())
+    bg_fold = fold if fold in folds else folds[(fold - 1) % len(folds)]
+    fg = foregrounds.assign(split=assign_splits(foregrounds, fold))
+    bg = backgrounds.assign(split=assign_splits(backgrounds, bg_fold))
+    n_folds = fg["fold"].nunique()
     if n < n_folds:
         raise store.DataError(f"n of {n} mixes leaves a split empty; plan at least {n_folds}")
     held_out = max(1, round(n / n_folds))
-    return {"train": n - 2 * held_out, "val": held_out, "test": held_out}
+    shares = {"train": n - 2 * held_out, "val": held_out, "test": held_out}
+    level = lru_cache(maxsize=None)(lambda path, loop: _clip_level(path, loop, options))
+    mixes, events = [], []
+    for number, (split, count) in enumerate(shares.items()):
+        of_split = (table[table["split"] == split] for table in (fg, bg))
+        for index, chosen in enumerate(_choose_clips(*of_split, count, [seed, number], options)):
+            name = {"clip_id": f"{split}-{index:05d}", "split": split}
+            placed = [name | event for event in _place(*chosen, options, level)]
+            mixes.append(_mix(*chosen, placed, options))
+            events += placed if len(placed) > 1 else []
+    texts = [name for name in mixes[0] if name.startswith("caption")]
+    mixes = pd.DataFrame(mixes, columns=[*MIX_COLUMNS, *texts])
+    return mixes, pd.DataFrame(events, columns=EVENT_COLUMNS)
 
 
 def _choose_clips(fg, bg, count, key, options):
@@ -615,8 +488,7 @@ def _choose_clips(fg, bg, count, key, options):
     most, labels = _span("events", options.events)[1], fg["label"].nunique()
     if most > labels:
         raise store.DataError(
-            f"events up to {most:.0f}: a split has {labels} labels, and no label comes twice in a "
-            "mix; ask for fewer"
+            f"events up to {most:.0f}: a split has {labels} labels, each used once"
         )
     further = _further_clips(fg, key)
     for index, (first, background) in enumerate(itertools.islice(_pairs(fg, bg, key), count)):
@@ -663,10 +535,9 @@ def _endless_clips(clips, rng):
             yield from (rows[i] for i in own.permutation(len(rows)))
 
     return {
-        label: forever(
-            list(rows.itertuples(index=False)), np.random.default_rng(rng.integers(2**63))
-        )
+        label: forever(list(rows.itertuples(index=False)), np.random.default_rng(own))
         for label, rows in clips.groupby("label")
+        for own in [rng.integers(2**63)]
     }
 
 
@@ -681,58 +552,42 @@ def _clip_level(path, loop, options):
 
 
 def _place(seed, background, clips, options, level):
-    """Say when and how loud each event of a mix sounds, as columns of the table of events."""
+    """Yield when and how loud each event of a mix sounds, as columns of the table of events."""
     bg_level, *_ = level(background.path, True)
-    placed = []
     for number, clip in enumerate(clips):
         drawn = _draw(options, seed, number)
         fg_level, start, end, length = level(clip.path, False)
-        if number == 0:
+        if number == 0:  # what belongs to the background is drawn once per mix
             bg_gain = drawn["background_gain_db"]
             bg_gain += 0 if options.mode == "snr" else _db(drawn["background_lambda"])
         if options.mode == "snr":
             snr = drawn["snr_db"]
-            fg_gain = snr - (fg_level - bg_level) + bg_gain
+            gain = snr - (fg_level - bg_level) + bg_gain
         else:
-            fg_gain = _db(drawn["foreground_lambda"]) + drawn["foreground_gain_db"]
-            snr = fg_level - bg_level + fg_gain - bg_gain
+            gain = _db(drawn["foreground_lambda"]) + drawn["foreground_gain_db"]
+            snr = fg_level - bg_level + gain - bg_gain
         repeats, onset = int(drawn["repeat"]), drawn["onset"]
         if options.onset == "uniform":
             onset *= max(0.0, options.duration_s - ((repeats - 1) * length + end))
-        event = {"fade_s": drawn["fade_s"], "active_start_s": start, "active_end_s": end}
-        event |= {"clip_s": length, "gain_db": fg_gain, "snr_db": snr}
-        event |= {"background_gain_db": bg_gain}
-        event = {name: round(float(value), _DECIMALS) for name, value in event.items()}
-        event |= {"onset_s": math.floor(onset * 1000) / 1000, "repeats": repeats}
+        event = {"active_start_s": start, "active_end_s": end, "clip_s": length, "snr_db": snr}
+        event |= {"fade_s": drawn["fade_s"], "gain_db": gain, "background_gain_db": bg_gain}
+        event = {name: round(value, _DECIMALS) for name, value in event.items()}
+        event |= {"event": number, "onset_s": math.floor(onset * 1000) / 1000, "repeats": repeats}
         event |= {"label": clip.label, "source_id": clip.source_id, "foreground": str(clip.path)}
-        placed.append(event)
-    return placed
+        yield event
 
 
-def _mix(name, seed, background, clips, placed, options):
+def _mix(seed, background, clips, placed, options):
     """One row of the table of mixes."""
-    path = f"{name['split']}/{name['clip_id']}.{options.format}"
     labels = [clip.label for clip in clips]
     texts = captions.mix_captions(labels, background.label, seed, options.n_captions)
-    forms = {f"caption_{k}" if k > 1 else "caption": text for k, text in enumerate(texts, 1)}
-    return {
-        **name,
-        **placed[0],
-        "foreground_gain_db": placed[0]["gain_db"],
-        "path": path,
-        "fold": clips[0].fold,
-        "dataset": getattr(clips[0], "dataset", ""),
-        "duration_s": options.duration_s,
-        "sample_rate": options.sample_rate or math.nan,
-        "background": str(background.path),
-        "scene": background.label,
-        "background_source": background.source_id,
-        "level_measure": options.snr_measure,
-        "peak_scale": math.nan,
-        "seed": seed,
-        "n_events": len(placed),
-        **forms,
-    }
+    mix = placed[0] | {"foreground_gain_db": placed[0]["gain_db"], "n_events": len(placed)}
+    mix |= {"fold": clips[0].fold, "dataset": getattr(clips[0], "dataset", "")}
+    mix |= {"background": str(background.path), "background_source": background.source_id}
+    mix |= {"scene": background.label, "level_measure": options.snr_measure, "seed": seed}
+    mix |= {"duration_s": options.duration_s, "sample_rate": options.sample_rate or math.nan}
+    mix |= {"peak_scale": math.nan, "path": f"{mix['split']}/{mix['clip_id']}.{options.format}"}
+    return mix | {f"caption_{k}" if k > 1 else "caption": text for k, text in enumerate(texts, 1)}
 
 
 # --- events -----------------------------------------------------------------------------------
@@ -741,12 +596,7 @@ def _mix(name, seed, background, clips, placed, options):
 def events_of(mixes, events=None):
     """List the events of each mix, as dictionaries with the columns of the table of events.
 
-    `events` is that of :func:`plan_scenes`; the first event of each mix is taken from `mixes`.
-
-    Raises
-    ------
-    DataError
-        A mix has events that `events` does not list.
+    The first event of each mix is taken from `mixes`; events that are not listed are missed.
     """
     further = defaultdict(list)
     for row in [] if events is None else events[events["event"] > 0].to_dict("records"):
@@ -756,22 +606,16 @@ def events_of(mixes, events=None):
     found = [[row, *further[row.get("clip_id")]] for row in known.to_dict("records")]
     for row, *more in found:
         if row.get("n_events", 1 + len(more)) != 1 + len(more):
-            raise store.DataError(
-                f"mix {row['clip_id']} has {row['n_events']} events, of which {1 + len(more)} are "
-                "listed: give the table of events that plan_scenes returned with the mixes"
-            )
+            which = f"mix {row['clip_id']}: {1 + len(more)} of {row['n_events']} events are listed"
+            raise store.DataError(f"{which}; give events=, the second table of plan_scenes")
     return found
 
 
 def occurrences(mixes, events=None):
-    """List what sounds when: one row per event, and per repetition of it.
+    """List what sounds when: the table of events, one row per ``repetition``, with ``offset_s``.
 
-    Returns
-    -------
-    pandas.DataFrame
-        Columns of the table of events, ``repetition`` and ``offset_s``, mix after mix. ``onset_s`` and
-        ``offset_s`` are seconds in the mix between which the event sounds (:func:`active_level`),
-        cut at its end; what would begin after the end is left out.
+    ``onset_s`` and ``offset_s`` are seconds in the mix between which the event sounds, cut at its end;
+    what would begin after the end is left out.
     """
     rows = []
     for seconds, sounding in zip(mixes["duration_s"], events_of(mixes, events), strict=True):
@@ -799,41 +643,32 @@ def render_mixes(
 
     Parameters
     ----------
-    mixes : pandas.DataFrame
-        From :func:`plan_mixes`, or read back from CSV; the end of ``path`` (.wav or .flac) says in
-        which format.
-    out_dir : str or Path
+    mixes, events : pandas.DataFrame
+        From :func:`plan_mixes` or :func:`plan_scenes`, or read back from CSV; the end of ``path`` (.wav
+        or .flac) says in which format.
     sample_rate : int
         Rate of the files in Hz.
     workers : int, optional
         Processes; by default as many as there are cores, fewer for a small set. Inside
         ``joblib.parallel_config("dask")`` all of the cluster's are used; they must see the sources
         and `out_dir` under the same paths.
-    engine : {"numpy", "pydub"}
-        See :func:`mix_signals`.
-    stems : bool
-        Write ``<clip_id>_foreground`` and ``<clip_id>_background`` next to each mix; in 16 bit they
-        sum to it exactly.
+    engine, stems
+        As of :func:`mix_signals`; stems end in ``_foreground`` and ``_background``.
     shard : str, optional
-        "i/n", i from 1 to n: make the mixes of every n-th foreground only. All n together, in one or
-        in many machines and in any order, make the same files as one call without.
-    events : pandas.DataFrame, optional
-        Of :func:`plan_scenes`, where mixes have several.
+        "i/n": make the mixes of every n-th foreground only. All n together, in any order and on any
+        machines, make the same files as one call without.
 
     Returns
     -------
     pandas.DataFrame
         `mixes` (of a shard: its rows) with ``path`` (the file), ``sample_rate`` and ``peak_scale``
-        filled in. ``peak_scale`` below 1 says that the mix would have clipped and was scaled down.
+        filled in: below 1 where the mix would have clipped and was scaled down.
 
     Raises
     ------
     AudioError
         A source that cannot be read, naming the mix. Mixes made before it stay; calling again goes
         on from there.
-    DataError
-        An unknown engine, format or shard, a rate or number of workers below 1, a missing column, a
-        clip_id twice, missing events, or a place that cannot be written.
     """
     if sample_rate < 1 or (workers is not None and workers < 1):
         raise store.DataError(f"sample_rate {sample_rate} and workers {workers} must be at least 1")
@@ -842,13 +677,16 @@ def render_mixes(
     mixes = mixes[mixes["foreground"].isin(share)]
     jobs = _jobs(mixes, events, out_dir, sample_rate, engine, stems)
     records = store.Records(out_dir, "mixes")
-    _render_all([job for job in jobs if not _is_made(job, records.entries)], workers, records)
+    made, pending = records.entries, []
+    for job in jobs:
+        known = made.get(job.clip_id, {}).get("recipe") == job.key
+        if not known or not all(map(os.path.isfile, job.files)):
+            pending.append(job)
+    _render_all(pending, workers, records)
     made = store.Records(out_dir, "mixes").entries
-    return mixes.assign(
-        path=[job.path for job in jobs],
-        sample_rate=int(sample_rate),
-        peak_scale=[made[job.clip_id]["peak_scale"] for job in jobs],
-    )
+    scales = [made[job.clip_id]["peak_scale"] for job in jobs]
+    paths = [job.path for job in jobs]
+    return mixes.assign(path=paths, sample_rate=int(sample_rate), peak_scale=scales)
 
 
 _NEEDED = ["clip_id", "path", "split", "foreground", "background", "duration_s", "onset_s"]
@@ -867,31 +705,19 @@ def _check_table(mixes):
 
 
 class _Job(NamedTuple):
-    """What a worker needs; all but the first two fields say what the file comes from."""
-
     clip_id: str
     path: str
-    background: tuple  # path, size and time of change
-    background_gain_db: float
-    events: list  # of (source, onset_s, gain_db, fade_s, repeats)
-    duration_s: float
-    sample_rate: int
-    engine: str
-    stems: bool
-
-    @property
-    def samples(self):
-        return round(self.duration_s * self.sample_rate)
+    recipe: dict  # all that the file comes from
 
     @property
     def files(self):
         stem, dot, suffix = self.path.rpartition(".")
-        parts = ("", "_foreground", "_background") if self.stems else ("",)
+        parts = ("", "_foreground", "_background") if self.recipe["stems"] else ("",)
         return [f"{stem}{part}{dot}{suffix}" for part in parts]
 
     @property
-    def recipe(self):
-        return store.content_key(self.path[-4:], *self[2:])
+    def key(self):
+        return store.content_key(self.path[-4:], self.recipe)
 
 
 def _jobs(mixes, events, out_dir, sample_rate, engine, stems):
@@ -901,15 +727,16 @@ def _jobs(mixes, events, out_dir, sample_rate, engine, stems):
     sounding = events_of(exact, None if events is None else events.round(_DECIMALS))
     jobs = []
     for mix, placed in zip(exact[_NEEDED].to_dict("records"), sounding, strict=True):
-        name, suffix = mix["clip_id"], Path(mix["path"]).suffix
-        path = Path(out_dir) / mix["split"] / f"{name}{suffix}"
-        sources = [stamp(event["foreground"]) for event in placed]
-        how = [[event[name] for name in ("onset_s", "gain_db")] for event in placed]
-        more = [(event.get("fade_s", 0.0), int(event.get("repeats", 1))) for event in placed]
-        events = [(one, *two, *three) for one, two, three in zip(sources, how, more, strict=True)]
-        behind = stamp(mix["background"]), mix["background_gain_db"]
-        what = mix["duration_s"], int(sample_rate), engine, stems
-        jobs.append(_Job(name, str(path), *behind, events, *what))
+        recipe = {"background": stamp(mix["background"]), "gain_db": mix["background_gain_db"]}
+        recipe |= {"rate": int(sample_rate), "samples": round(mix["duration_s"] * sample_rate)}
+        recipe |= {"engine": engine, "stems": stems, "events": []}
+        for event in placed:
+            # a table by hand may lack the last two
+            how = event["onset_s"], event["gain_db"], event.get("fade_s", 0.0)
+            how = *how, int(event.get("repeats", 1))
+            recipe["events"].append((stamp(event["foreground"]), *how))
+        name = mix["clip_id"] + Path(mix["path"]).suffix
+        jobs.append(_Job(mix["clip_id"], str(Path(out_dir) / mix["split"] / name), recipe))
     return jobs
 
 
@@ -921,11 +748,6 @@ def _stamp(path):
             f"{path}: this source of a mix is not there; restore it or plan the mixes again"
         ) from error
     return str(path), info.st_size, info.st_mtime_ns
-
-
-def _is_made(job, records):
-    made = records.get(job.clip_id)
-    return made and made["recipe"] == job.recipe and all(map(os.path.isfile, job.files))
 
 
 def _render_all(jobs, workers, records):
@@ -945,13 +767,10 @@ def _render_all(jobs, workers, records):
 
 
 def _by_source(jobs):
-    """Order mixes such that few sources are decoded twice; say how many of them fit into memory.
-
-    One kind of source is taken in blocks that fit into the cache; against each block, the other
-    kind comes one by one.
-    """
+    """Order mixes such that few sources are decoded twice; say how many of them fit into memory."""
+    # one kind is taken in blocks that fit; against each block, the other kind comes one by one
     room = _room(jobs, CACHE_BYTES // 2)
-    names = [(job.events[0][0], job.background) for job in jobs]
+    names = [(job.recipe["events"][0][0], job.recipe["background"]) for job in jobs]
     kinds = [sorted(set(kind)) for kind in zip(*names, strict=True)] or [[], []]
 
     def decoded(kept, passing):
@@ -970,7 +789,7 @@ def _by_source(jobs):
 
 def _room(jobs, limit):
     """How many decoded sources of full length fit into a number of bytes."""
-    return max(1, limit // (4 * max((job.samples for job in jobs), default=1)))
+    return max(1, limit // (4 * max((job.recipe["samples"] for job in jobs), default=1)))
 
 
 def _render_chunk(jobs, room, records):
@@ -980,17 +799,18 @@ def _render_chunk(jobs, room, records):
         parts, scale = _render(job, *decoders)
         # the mix comes last: where it is, its parts are
         for path, part in list(zip(job.files, parts, strict=False))[::-1]:
-            store.write_atomic(path, _encoded(part, job.sample_rate, path.endswith(".flac")))
-        records.add(job.clip_id, {"recipe": job.recipe, "peak_scale": scale})
+            store.write_atomic(path, _encoded(part, job.recipe["rate"], path.endswith(".flac")))
+        records.add(job.clip_id, {"recipe": job.key, "peak_scale": scale})
     return len(jobs)
 
 
 def _render(job, foregrounds, backgrounds):
-    rate, n = job.sample_rate, job.samples
+    recipe = job.recipe
+    rate, n = recipe["rate"], recipe["samples"]
     try:
-        events = [Event(foregrounds(source, rate, n), *how) for source, *how in job.events]
-        bg = backgrounds(job.background, rate, n)
-        return _mixed(events, bg, n, rate, job.background_gain_db, job.engine, job.stems)
+        events = [Event(foregrounds(source, rate, n), *how) for source, *how in recipe["events"]]
+        bg = backgrounds(recipe["background"], rate, n)
+        return _mixed(events, bg, n, rate, recipe["gain_db"], recipe["engine"], recipe["stems"])
     except audio.AudioError as error:
         raise audio.AudioError(f"mix {job.clip_id}: {error}") from error
 
@@ -1034,19 +854,13 @@ def _wav_header(n, rate):
 class MixDataset:
     """Mixes rendered as they are asked for: the samples of the files, without the files.
 
-    A map-style data set for ``torch.utils.data.DataLoader`` (which needs no base class): 51,000
-    mixes of 10 s are trained on without 45 GB of disk. An item holds ``audio`` (float32),
-    ``peak_scale``, ``clip_id`` and the captions; with `stems` ``foreground`` and ``background``, too.
-
-    Parameters are those of :func:`render_mixes`, and `cache_mb`: decoded sources that every process
-    keeps in memory, in MiB; 10 s at 44.1 kHz take 1.7. So are the errors.
+    For ``torch.utils.data.DataLoader`` (which needs no base class): 51,000 mixes of 10 s are trained
+    on without 45 GB of disk. An item holds ``audio`` (float32), ``peak_scale``, ``clip_id`` and the
+    captions; with `stems` ``foreground`` and ``background``, too. Parameters are as of
+    :func:`render_mixes`; `cache_mb` MiB of decoded sources are kept by every process.
     """
 
     def __init__(self, mixes, sample_rate, engine="numpy", stems=False, cache_mb=512, events=None):
-        if sample_rate < 1 or cache_mb < 1:
-            raise store.DataError(
-                f"sample_rate {sample_rate} and cache_mb {cache_mb} must be 1 or more"
-            )
         _check_table(mixes)
         self._jobs = _jobs(mixes, events, "", sample_rate, engine, stems)
         self._texts = mixes[captions.caption_columns(mixes)].to_dict("records")

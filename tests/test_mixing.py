@@ -203,11 +203,11 @@ def test_presets_do_what_pydub_does(tmp_path, preset, steps):
 
 def test_bad_mixes_are_refused():
     y = np.ones(8, np.float32)
-    with pytest.raises(audio.AudioError, match="outside the mix"):
+    with pytest.raises(audio.AudioError, match=r"not in a mix of 0\.001 s"):
         mixing.mix_signals(mixing.Event(y, onset_s=0.5), y, RATE)
-    with pytest.raises(audio.AudioError, match="choose one of numpy, pydub"):
+    with pytest.raises(ValueError, match="choose one of numpy, pydub"):
         mixing.mix_signals(y, y, RATE, engine="sox")
-    with pytest.raises(audio.AudioError, match="at least one repeat"):
+    with pytest.raises(audio.AudioError, match="0 repeats: not in a mix"):
         mixing.mix_signals(mixing.Event(y, repeats=0), y, RATE)
     with pytest.raises(audio.AudioError, match="needs an event"):
         mixing.mix_signals([], y, RATE)
@@ -430,9 +430,9 @@ def test_occurrences_list_repetitions_within_the_mix(clips):
 def test_events_that_are_not_given_are_missed(clips, tmp_path):
     mixes, events = plan_scenes(clips, 6, events=2)
     for table in (None, events[events.clip_id != "train-00000"]):
-        with pytest.raises(ValueError, match="train-00000 has 2 events, of which 1 are listed"):
+        with pytest.raises(ValueError, match="train-00000: 1 of 2 events are listed"):
             mixing.render_mixes(mixes, tmp_path, RATE, events=table)
-        with pytest.raises(ValueError, match="give the table of events"):
+        with pytest.raises(ValueError, match="the second table of plan_scenes"):
             mixing.MixDataset(mixes, RATE, events=table)
 
 
@@ -448,8 +448,8 @@ def test_onsets_leave_the_event_whole(clips):
     [
         ({"n": 4}, "leaves a split empty"),
         ({"mode": "loud"}, "unknown mode 'loud'"),
-        ({"snr_db": (5, -5)}, "smaller one first"),
-        ({"mode": "lambda", "foreground_lambda": 0}, "above 0"),
+        ({"snr_db": (5, -5)}, "give a number"),
+        ({"mode": "lambda", "foreground_lambda": 0}, "values from 1e-06 on"),
         ({"onset": 1.5}, "does not lie in 1.0 s"),
         ({"onset": "soon"}, "give a number"),
         ({"duration_s": 0}, "seconds above 0"),
@@ -469,7 +469,7 @@ def test_onsets_leave_the_event_whole(clips):
         ({"snr_db": (0, 1, 2)}, "give a number"),
         ({"snr_db": ["gamma", 0, 1]}, "give a number"),
         ({"snr_db": []}, "give a number"),
-        ({"snr_db": [0, math.nan]}, "finite numbers"),
+        ({"snr_db": [0, math.nan]}, "give a number"),
         ({"snr_db": "loud"}, "give a number"),
         ({"onset": [0.1, 1.0]}, "does not lie in 1.0 s"),
         ({"n_captions": 0}, "at least 1"),
@@ -481,7 +481,7 @@ def test_bad_options_are_named(clips, options, message):
 
 
 def test_no_more_events_than_labels(clips):
-    with pytest.raises(ValueError, match=r"events up to 4: .* 3 labels, and no label comes twice"):
+    with pytest.raises(ValueError, match="events up to 4: a split has 3 labels"):
         plan_scenes(clips, 30, events=(1, 4))
 
 
@@ -592,8 +592,6 @@ def test_bad_rendering_requests_are_named(clips, tmp_path):
     for shard in ("0/2", "3/2", "2", "a/b"):
         with pytest.raises(ValueError, match="from 1 to n"):
             mixing.render_mixes(mixes, tmp_path, RATE, shard=shard)
-    with pytest.raises(ValueError, match="must be 1 or more"):
-        mixing.MixDataset(mixes, RATE, cache_mb=0)
 
 
 def codes(path):
