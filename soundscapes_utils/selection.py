@@ -22,13 +22,10 @@ from . import stats
 
 
 def text_embedder(name="mini-clap", path=""):
-    """Open the text tower of an audio embedding (`name`, `path` as for `embeddings.get_embedding`).
+    """Open the text tower of an audio embedding: texts to float32 [texts, dim] of unit length.
 
-    Returns
-    -------
-    callable
-        From a list of texts to float32 [texts, dim] of unit length. A model that generated under
-        the same CLAP's condition is flattered by it.
+    `name` and `path` are as for `embeddings.get_embedding`. A model that generated under the same
+    CLAP's condition is flattered by it.
     """
     from . import ldm
 
@@ -42,24 +39,12 @@ def text_embedder(name="mini-clap", path=""):
 def clap_scores(audio, labels, text, classes, prompts=None):
     """Score clips by text and audio embeddings of one CLAP.
 
-    Parameters
-    ----------
-    audio : array_like, shape (n, d)
-    labels : sequence of str, shape (n,)
-    text : array_like, shape (m, d)
-        Texts that name the classes. Several of one class are averaged (Radford et al., CLIP, arXiv
-        2103.00020, section 3.1.4).
-    classes : sequence of str, shape (m,)
-        Which class each text names; at least two, and all of `labels` among them.
-    prompts : array_like, shape (n, d), optional
-        Each clip's own prompt.
-
-    Returns
-    -------
-    pandas.DataFrame
-        ``clap_score``, the cosine to its prompt (to its class without `prompts`); ``clap_margin``,
-        the cosine to its class less that to the best other class; ``clap_predicted``, the class of
-        the highest cosine.
+    `audio` [n, d] are the clips, `labels` their classes; `text` [m, d] are texts that name
+    `classes`, at least two and all of `labels` (several of one class are averaged: Radford et al.,
+    CLIP, arXiv 2103.00020, section 3.1.4); `prompts` [n, d] are the clips' own. Returns
+    ``clap_score``, the cosine to its prompt (to its class without `prompts`); ``clap_margin``, the
+    cosine to its class less that to the best other class; ``clap_predicted``, the class of the
+    highest cosine.
 
     Examples
     --------
@@ -89,23 +74,9 @@ def clap_scores(audio, labels, text, classes, prompts=None):
 def class_probability(train, generated, labels, seed=0):
     """Ask a judge that learned from real recordings how likely each clip is what it should be.
 
-    Parameters
-    ----------
-    train : tuple of (array_like [n, d], sequence of str [n])
-        Embeddings and labels of *real* recordings of *training* folds.
-    generated, labels : array_like [m, d] and sequence of str [m]
-        Embeddings of the clips, and what they should be.
-
-    Returns
-    -------
-    pandas.DataFrame
-        ``class_probability`` of the clip's own label, 0 to 1; ``predicted``, the most probable one.
-
-    Examples
-    --------
-    >>> train = [[0.0], [0.1], [1.0], [1.1]], ["dog", "dog", "rain", "rain"]
-    >>> class_probability(train, [[0.0], [2.0]], ["dog", "dog"])["predicted"].tolist()
-    ['dog', 'rain']
+    `train` are embeddings [n, d] and labels of *real* recordings of *training* folds, `generated`
+    [m, d] and `labels` those of the clips. Returns ``class_probability`` of the clip's own label, 0
+    to 1, and ``predicted``, the most probable one.
     """
     x, generated = _rows(train[0], "train"), _rows(generated, "generated")
     y, labels = _names(train[1], len(x)), _names(labels, len(generated))
@@ -121,13 +92,8 @@ def class_probability(train, generated, labels, seed=0):
 def joint_rank(labels, *criteria):
     """Join criteria of different scales by the product of their ranks within each class.
 
-    One over the geometric mean of the ranks: 1 for the clip that is first by every criterion (rank
-    product of Breitling et al., FEBS Letters 573, 2004). Ties share their mean rank.
-
-    Examples
-    --------
-    >>> joint_rank(["dog"] * 3, [3, 2, 1], [0.9, 0.1, 0.2]).round(3).tolist()
-    [1.0, 0.408, 0.408]
+    One over the geometric mean of the ranks, ties sharing their mean: 1 for the clip that is first
+    by every criterion (rank product of Breitling et al., FEBS Letters 573, 2004).
     """
     values = pd.DataFrame([_values(criterion) for criterion in criteria]).T
     ranks = values.groupby(_names(labels, len(values))).rank(ascending=False)
@@ -137,18 +103,11 @@ def joint_rank(labels, *criteria):
 def summarise(scores, embeddings):
     """Put what is known about a set of clips into one row.
 
-    Parameters
-    ----------
-    scores : pandas.DataFrame
-        One row per clip: ``label``, and the columns of `clap_scores` and `class_probability`.
-    embeddings : array_like, shape (clips, d)
-
-    Returns
-    -------
-    dict
-        ``n``; ``judge_agrees``, the share of clips that the judge calls by their label, with its
-        95 % Wilson interval ``ci_low, ci_high``; the means ``clap_score`` and ``clap_margin``;
-        ``spread``, the mean Euclidean distance of two clips of one class (NaN for one clip each).
+    `scores` has ``label`` and the columns of `clap_scores` and `class_probability`, `embeddings`
+    [clips, d] are of the same clips. Returns ``n``; ``judge_agrees``, the share of clips that the
+    judge calls by their label, with its 95 % Wilson interval ``ci_low, ci_high``; the means
+    ``clap_score`` and ``clap_margin``; ``spread``, the mean Euclidean distance of two clips of one
+    class.
     """
     from scipy.spatial.distance import pdist
     from scipy.stats import binomtest
@@ -168,29 +127,13 @@ def summarise(scores, embeddings):
 
 
 def keep_best(labels, values, n):
-    """Keep the `n` clips of each class (a number, or a dictionary) with the highest values.
-
-    Of two equal clips the earlier one is kept. Returns a mask, bool [clips].
-
-    Examples
-    --------
-    >>> keep_best(["dog", "dog", "rain"], [0.1, 0.7, 0.2], 1).tolist()
-    [False, True, True]
-    """
+    """Mask of the `n` clips per class (a number, or a dictionary) of highest value."""
     values = _values(values)
     return _by_class(labels, n, lambda _, own: own[np.argsort(-values[own], kind="stable")])
 
 
 def keep_random(labels, n, seed=0):
-    """Keep `n` clips of each class at random: the control of every filter.
-
-    Another class in the set changes nothing for the others. Returns a mask, bool [clips].
-
-    Examples
-    --------
-    >>> int(keep_random(["dog"] * 9 + ["rain"] * 9, 4).sum())
-    8
-    """
+    """Mask of `n` clips per class at random, each class for itself: the control of every filter."""
 
     def shuffled(label, own):
         key = int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "little")
@@ -213,13 +156,7 @@ def _by_class(labels, n, order):
 
 
 def counts_per_class(labels, share):
-    """The number of clips that a share (above 0, at most 1) is of each class; at least one.
-
-    Examples
-    --------
-    >>> counts_per_class(["dog"] * 5 + ["rain"], 0.5)
-    {'dog': 2, 'rain': 1}
-    """
+    """The number of clips that a share (above 0, at most 1) is of each class; at least one."""
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}: it must be above 0 and at most 1")
     counts = pd.Series(list(labels)).value_counts().sort_index()
@@ -229,18 +166,8 @@ def counts_per_class(labels, share):
 def make_filters(labels, criteria, shares):
     """Make a filter of each criterion, and of all jointly, at each share of every class.
 
-    Parameters
-    ----------
-    labels : sequence of str, shape (clips,)
-    criteria : dict of str to callable
-        From embeddings and labels of real recordings to one value per clip.
-    shares : sequence of float
-        See `counts_per_class`.
-
-    Returns
-    -------
-    dict of str to callable
-        From embeddings and labels of real recordings to a mask, bool [clips]: for `choose_filter`.
+    `criteria` are functions of embeddings and labels of real recordings to one value per clip; so
+    are the filters, by name, to a mask, bool [clips].
 
     Examples
     --------
@@ -269,17 +196,17 @@ def choose_filter(real, folds, generated, filters, *, test_fold, sources=None, d
     """Find the filter that serves a classifier best, without ever looking at the test fold.
 
     Each fold of the real training recordings validates in turn: a classifier learns from the clips
-    that a filter keeps, and is tested on the real recordings of that fold, next to classifiers that
-    learned from random choices of the same number per class.
+    that a filter, called without that fold, keeps, and is tested on its recordings, next to
+    classifiers that learned from random choices of the same number per class.
 
     Parameters
     ----------
     real, generated : tuple of (array_like [n, d], sequence of str [n])
-        Embeddings and labels of the real recordings, and of all generated clips.
+        Embeddings and labels.
     folds : sequence of int, shape (n,)
         Of the real recordings; at least two, none of them `test_fold`.
     filters : dict of str to callable
-        As from `make_filters`: called without the fold that validates.
+        As from `make_filters`.
     sources : sequence, shape (n,), optional
         Original recording of each real one: excerpts of one source count once.
     draws : int
@@ -288,17 +215,11 @@ def choose_filter(real, folds, generated, filters, *, test_fold, sources=None, d
     Returns
     -------
     pandas.DataFrame
-        One row per filter: ``filter, n_kept`` (mean over the folds), ``n_validation`` (sources),
-        ``accuracy, ci_low, ci_high`` (95 %, over sources); ``control``, the mean accuracy of the
-        random choices, and their middle 95 % ``control_low, control_high``; ``difference``; ``p``,
-        the share of random choices that did as well or better (the filter counted among them: a
-        one-sided randomisation test); ``p_holm``, with regard to how many filters were tried;
-        ``chosen``, the best accuracy. A filter that drops nothing has no control: its ``p`` is NaN.
-
-    Raises
-    ------
-    ValueError
-        The test fold is among `folds`, or a filter keeps fewer than two classes.
+        ``filter, n_kept`` (mean over the folds), ``n_validation`` (sources), ``accuracy, ci_low,
+        ci_high`` (95 %, over sources); ``control``, the mean accuracy of the random choices, and their
+        middle 95 % ``control_low, control_high``; ``difference``; ``p``, the share of random choices
+        that did as well or better (a one-sided randomisation test; NaN where nothing is dropped);
+        ``p_holm``, with regard to how many filters were tried; ``chosen``, the best accuracy.
     """
     x, clips_x = _rows(real[0], "real"), _rows(generated[0], "generated")
     y, clips_y = _names(real[1], len(x)), _names(generated[1], len(clips_x))
@@ -362,27 +283,19 @@ def two_sample_auc(
 ):
     """Probe how far a set is from real: can a linear classifier tell the two apart?
 
-    Cross-validated logistic regression on embeddings, all of one source in one fold. The floor asks
-    the same of two disjoint halves of the real sources. A classifier two-sample test (Lopez-Paz and
-    Oquab, ICLR 2017); the area is computed within each fold and averaged, since scores of different
-    classifiers have no common scale (Forman and Scholz, SIGKDD Explorations 12, 2010).
-
-    Parameters
-    ----------
-    real, synthetic : array_like, shapes (n, d) and (m, d)
-        Embeddings. Give both the same classes in the same shares, the same length and level, or the
-        probe answers by these.
-    real_sources, synthetic_sources : sequence, shapes (n,) and (m,)
-        Original recording of each clip; a synthetic one's own name, or what it was derived from.
-    folds, floors, repeats : int
-        Folds of the cross-validation, pairs of halves in the floor, resamples in the interval.
+    Cross-validated logistic regression on embeddings [n, d] and [m, d], all of one source in one
+    fold; the floor asks the same of two disjoint halves of the real sources, `floors` times. A
+    classifier two-sample test (Lopez-Paz and Oquab, ICLR 2017); areas are computed within a fold
+    and averaged, since scores of different classifiers have no common scale (Forman and Scholz,
+    SIGKDD Explorations 12, 2010). Give both sets the same classes in the same shares, the same
+    length and level, or the probe answers by these.
 
     Returns
     -------
     pandas.DataFrame
-        Two rows: ``comparison`` ("synthetic", "real against real"), ``auc`` (area under the ROC
-        curve: 0.5 cannot be told apart, 1 always), ``ci_low, ci_high`` (95 %: over sources; for the
-        floor the spread over its pairs), ``n_reference, n_candidate, sources``.
+        Two rows: ``comparison`` ("synthetic", "real against real"), ``auc`` (area under the ROC curve:
+        0.5 cannot be told apart, 1 always), ``ci_low, ci_high`` (95 %: over `repeats` resamples of the
+        sources; for the floor over its pairs), ``n_reference, n_candidate, sources``.
     """
     x, y = _rows(real, "real"), _rows(synthetic, "synthetic")
     a, b = _names(real_sources, len(x)), _names(synthetic_sources, len(y))
@@ -454,16 +367,9 @@ def _auc_interval(parts, repeats, seed):
 
 
 def plan_candidates(plan, n):
-    """Ask for several candidates of each clip of a plan.
+    """Plan `n` candidates of each clip; ``candidate_of`` holds the ``clip_id`` that each stands for.
 
-    The first of `n` candidates is the clip itself, and more candidates only add to fewer. A column
-    ``candidate_of`` holds the ``clip_id`` that each stands for.
-
-    Examples
-    --------
-    >>> from soundscapes_utils import generation
-    >>> plan_candidates(generation.plan_clips(["dog"], 1, duration_s=1), 2).clip_id.tolist()
-    ['dog-simple-0000', 'dog-simple-0000-c2']
+    The first is the clip itself, and more candidates only add to fewer.
     """
     from . import generation
 
@@ -483,29 +389,10 @@ def best_candidates(candidates, generated, scores):
     """Keep of each clip's candidates the one with the highest score, the first of equals.
 
     As AudioLDM's own sampler does (Liu et al., arXiv 2301.12503), but each candidate has a seed of
-    its own and can be made again alone.
-
-    Parameters
-    ----------
-    candidates : pandas.DataFrame
-        From `plan_candidates`.
-    generated : pandas.DataFrame
-        What `generation.generate_clips` made of it; clips that failed may be missing.
-    scores : array_like, shape (len(generated),)
-        More is better, usually a ``clap_score``.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Rows of `generated` in the plan's order, under the clip's own ``clip_id``; ``score`` is that
-        of the choice, and stays as it was where there was nothing to choose from.
-
-    Examples
-    --------
-    >>> candidates = pd.DataFrame({"clip_id": ["a", "a-c2"], "candidate_of": ["a", "a"]})
-    >>> best_candidates(candidates, candidates[["clip_id"]].assign(score=0.0), [0.1, 0.4])
-      clip_id  score
-    0       a    0.4
+    its own and can be made again alone. `generated` is what was made of `candidates` (from
+    `plan_candidates`), `scores` has one number per row of it. The rows come back in the plan's
+    order, under the clip's own ``clip_id``; ``score`` is that of the choice, and stays where there
+    was nothing to choose from.
     """
     parents = candidates.set_index("clip_id")["candidate_of"]
     if len(unknown := generated.loc[~generated["clip_id"].isin(parents.index), "clip_id"]):
@@ -519,11 +406,7 @@ def best_candidates(candidates, generated, scores):
 
 
 def best_by_clap(candidates, generated, clap="laion-clap", path=""):
-    """Keep of each clip's candidates the one that suits its own prompt best.
-
-    As `best_candidates`, with the cosine between clip and prompt as score; `clap` and `path` as for
-    `text_embedder`.
-    """
+    """`best_candidates` by the cosine of clip and prompt; `clap` and `path` as for `text_embedder`."""
     from . import embeddings
 
     audio = embeddings.get_embedding(clap, path).embed(generated["path"], silence="allow")
@@ -537,13 +420,9 @@ def best_by_clap(candidates, generated, clap="laion-clap", path=""):
 
 def _rows(x, name):
     x = np.asarray(x, dtype=np.float64)
-    if x.ndim != 2 or not x.size:
-        raise ValueError(f"{name} must be rows of numbers, one per clip; it has shape {x.shape}")
     if (wrong := ~np.isfinite(x).all(axis=1)).any():
-        raise ValueError(
-            f"{wrong.sum()} rows of {name} are not finite, the first is row {wrong.argmax()}: "
-            "leave these clips out"
-        )
+        first = f"the first is row {wrong.argmax()}: leave these clips out"
+        raise ValueError(f"{wrong.sum()} rows of {name} are not finite, {first}")
     return x
 
 
