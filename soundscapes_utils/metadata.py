@@ -50,8 +50,7 @@ def write_audiocaps(mixes, out_dir, name, events=None):
     Parameters
     ----------
     mixes : pandas.DataFrame
-        With ``split, path, label, scene, caption``; all splits that occur are written. A clip of a
-        single event has an empty scene.
+        With ``split, path, label, scene, caption``; a clip of a single event has an empty scene.
     out_dir : str or Path
         Gets ``<name>_<split>.json``, ``class_labels_indices.csv`` and ``dataset_root.json``.
     name : str
@@ -65,11 +64,6 @@ def write_audiocaps(mixes, out_dir, name, events=None):
         ``dataset_root.json``. The folders in it are absolute, as the trainer takes them; the clips
         are named relative to the folder of the audio.
 
-    Raises
-    ------
-    DataError
-        No mixes, mixes that have not been rendered, missing events, or a disk that refuses.
-
     Examples
     --------
     >>> import tempfile
@@ -82,60 +76,44 @@ def write_audiocaps(mixes, out_dir, name, events=None):
     >>> read_audiocaps(root).drop(columns="path").to_numpy().tolist()
     [['test', 'dog, park', 'a dog']]
     """
-    _refuse_unrendered(mixes)
+    gone = [path for path in mixes["path"] if not Path(path).is_file()]
+    if gone or mixes.empty:
+        some = f"{len(gone)} of {len(mixes)} mixes have no file ({gone[0]})" if gone else "no mixes"
+        raise MetadataError(f"{some}; plan and render them first")
     out_dir = Path(out_dir).resolve()
-    audio_root = _common_folder(mixes["path"])
-    if len(set(map(_parent, mixes["path"]))) == 1:  # a set of one split keeps its split's folder
-        audio_root = audio_root.parent
+    audio_root = _folder(mixes["path"])
+    if all(Path(path).resolve().parent == audio_root for path in mixes["path"]):
+        audio_root = audio_root.parent  # a set of one split keeps its split's folder
     names = _label_lists(mixes, events)
     forms = captions.caption_columns(mixes)
     entries = {split: [] for split in mixes["split"]}
-    for row, labels in zip(_rows(mixes), names, strict=True):
+    for row, labels in zip(mixes.to_dict("records"), names, strict=True):
         wav = Path(row["path"]).resolve().relative_to(audio_root).as_posix()
         mids = ",".join(dict.fromkeys(map(_mid, labels)))
         texts = {form: row[form] for form in forms}
         entries[row["split"]].append({"wav": wav, "labels": mids} | texts)
     paths = {split: str(out_dir / f"{name}_{split}.json") for split in entries}
     for split, path in paths.items():
-        _write_json(path, {"data": entries[split]})
+        store.write_atomic(path, _json({"data": entries[split]}, indent=1) + "\n")
     classes = sorted(set(itertools.chain(*names)))
     table = {"mid": map(_mid, classes), "display_name": map(captions.tidy, classes)}
     table = pd.DataFrame(table).rename_axis("index").to_csv(quoting=csv.QUOTE_MINIMAL)
     store.write_atomic(out_dir / CLASS_FILE, table)
     paths["class_label_indices"] = str(out_dir / CLASS_FILE)
     root = {name: str(audio_root), "comments": {}, "metadata": {"path": {name: paths}}}
-    return _write_json(out_dir / ROOT_FILE, root)
+    return store.write_atomic(out_dir / ROOT_FILE, _json(root, indent=1) + "\n")
 
 
-def _refuse_unrendered(mixes):
-    if mixes.empty:
-        raise MetadataError("no mixes to describe; plan and render some first")
-    gone = [path for path in mixes["path"] if not Path(path).is_file()]
-    if gone:
-        raise MetadataError(
-            f"{len(gone)} of {len(mixes)} mixes have no file ({gone[0]}); render them first"
-        )
-
-
-def _rows(table):
-    return table.to_dict("records")
-
-
-def _parent(path):
-    return str(Path(path).resolve().parent)
-
-
-def _common_folder(paths):
-    return Path(os.path.commonpath(set(map(_parent, paths))))
+def _folder(paths):
+    return Path(os.path.commonpath({str(Path(path).resolve().parent) for path in paths}))
 
 
 def _label_lists(mixes, events):
     """Labels of all events of each mix, and its scene where it has one."""
-    sounding = mixing.events_of(mixes, events)
-    return [
-        [*(event["label"] for event in one), *([scene] if isinstance(scene, str) and scene else [])]
-        for one, scene in zip(sounding, mixes["scene"], strict=True)
-    ]
+    names = [[event["label"] for event in sounding] for sounding in mixing.events_of(mixes, events)]
+    for labels, scene in zip(names, mixes["scene"], strict=True):
+        labels += [scene] if isinstance(scene, str) and scene else []
+    return names
 
 
 def _mid(label):
@@ -146,8 +124,8 @@ def _mid(label):
     return words.get("audioset") or own
 
 
-def _write_json(path, content):
-    return store.write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+def _json(content, indent=None):
+    return json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def write_metadata(mixes, out_dir, name, events=None):
@@ -158,20 +136,8 @@ def write_metadata(mixes, out_dir, name, events=None):
     clips of each split ``metadata.jsonl``, so that ``datasets.load_dataset("audiofolder")`` finds
     splits, captions and labels.
 
-    Parameters
-    ----------
-    mixes, out_dir, name, events
-        As of :func:`write_audiocaps`; `mixes` from :func:`~soundscapes_utils.mixing.render_mixes`.
-
-    Returns
-    -------
-    Path
-        ``dataset_root.json``, for :func:`validate`.
-
-    Raises
-    ------
-    DataError
-        As :func:`write_audiocaps`, or splits that share a folder, by which AudioFolder tells them.
+    Returns ``dataset_root.json``, for :func:`validate`. Splits must lie in folders of their own, by
+    which AudioFolder tells them.
     """
     root = write_audiocaps(mixes, out_dir, name, events)
     _write_audiofolder(mixes, events)
@@ -180,7 +146,7 @@ def write_metadata(mixes, out_dir, name, events=None):
 
 
 def _write_audiofolder(mixes, events):
-    folders = mixes.groupby("split", sort=False)["path"].agg(_common_folder)
+    folders = mixes.groupby("split", sort=False)["path"].agg(_folder)
     for (one, first), (other, second) in itertools.combinations(folders.items(), 2):
         if first.is_relative_to(second) or second.is_relative_to(first):
             raise MetadataError(
@@ -190,12 +156,14 @@ def _write_audiofolder(mixes, events):
     shown = ["clip_id", "scene", "onset_s", "duration_s", "snr_db"]
     shown += captions.caption_columns(mixes)
     lines = {split: [] for split in folders.index}
-    for row, sounding in zip(_rows(mixes), mixing.events_of(mixes, events), strict=True):
+    for row, sounding in zip(
+        mixes.to_dict("records"), mixing.events_of(mixes, events), strict=True
+    ):
         file = Path(row["path"]).resolve().relative_to(folders[row["split"]]).as_posix()
         labels = [event["label"] for event in sounding]
         line = {"file_name": file, "label": row["label"], "events": labels}
         line |= {name: _plain(row[name]) for name in shown}
-        lines[row["split"]].append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        lines[row["split"]].append(_json(line) + "\n")
     for split, folder in folders.items():
         store.write_atomic(folder / FOLDER_FILE, "".join(lines[split]))
 
@@ -208,13 +176,11 @@ def _plain(value):
 
 def _write_jams(mixes, folder, events):
     sounding = {clip_id: [] for clip_id in mixes["clip_id"]}
-    for event in _rows(mixing.occurrences(mixes, events)):
+    for event in mixing.occurrences(mixes, events).to_dict("records"):
         sounding[event["clip_id"]].append(event)
-    for mix in _rows(mixes):
-        content = json.dumps(
-            _jams(mix, sounding[mix["clip_id"]]), ensure_ascii=False, allow_nan=False
-        )
-        store.write_atomic(folder / mix["split"] / f"{mix['clip_id']}.jams", content + "\n")
+    for mix in mixes.to_dict("records"):
+        file = folder / mix["split"] / f"{mix['clip_id']}.jams"
+        store.write_atomic(file, _json(_jams(mix, sounding[mix["clip_id"]])) + "\n")
 
 
 def _jams(mix, sounding):
@@ -224,16 +190,11 @@ def _jams(mix, sounding):
     scene |= {"active_start_s": 0.0, "onset_s": 0.0, "offset_s": seconds}
     scaper = {"duration": seconds, "n_events": len(sounding)}
     scaper |= {"soundscape_audio_path": str(mix["path"])}
-    annotation = {
-        "namespace": "scaper",
-        "time": 0.0,
-        "duration": seconds,
-        "annotation_metadata": {"annotation_tools": "soundscapes_utils"},
-        # the background first, as scaper has it
-        "data": [_observation("background", scene)]
-        + [_observation("foreground", event) for event in sounding],
-        "sandbox": {"scaper": scaper},
-    }
+    # the background first, as scaper has it
+    data = [_observation("background", scene), *(_observation("foreground", e) for e in sounding)]
+    annotation = {"namespace": "scaper", "time": 0.0, "duration": seconds, "data": data}
+    annotation |= {"annotation_metadata": {"annotation_tools": "soundscapes_utils"}}
+    annotation |= {"sandbox": {"scaper": scaper}}
     about = {"title": mix["clip_id"], "artist": "", "release": "", "duration": seconds}
     about |= {"identifiers": {}, "jams_version": _JAMS_VERSION}
     recipe = {name: _plain(value) for name, value in mix.items()}
@@ -242,16 +203,9 @@ def _jams(mix, sounding):
 
 def _observation(role, event):
     onset, seconds = event["onset_s"], round(event["offset_s"] - event["onset_s"], 4)
-    value = {
-        "label": event["label"],
-        "source_file": str(event["foreground"]),
-        "source_time": event["active_start_s"],
-        "event_time": onset,
-        "event_duration": seconds,
-        "role": role,
-        "pitch_shift": None,
-        "time_stretch": None,
-    }
+    value = {"label": event["label"], "role": role, "source_file": str(event["foreground"])}
+    value |= {"source_time": event["active_start_s"], "event_time": onset}
+    value |= {"event_duration": seconds, "pitch_shift": None, "time_stretch": None}
     # the namespace wants a number; a level that nobody knows is left out
     value |= {"snr": float(event["snr_db"])} if _plain(event["snr_db"]) is not None else {}
     return {"time": onset, "duration": seconds, "value": value, "confidence": 1.0}
@@ -261,24 +215,11 @@ def _observation(role, event):
 
 
 def read_audiocaps(dataset_root_json):
-    """Read a data set back from its ``dataset_root.json``.
+    """Read a data set in AudioCaps format back from its ``dataset_root.json``.
 
-    Parameters
-    ----------
-    dataset_root_json : str or Path
-        As :func:`write_audiocaps` returned it, or anyone else's in that format with one data set.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per clip: ``split, path, labels`` (display names, separated by ", "), ``caption`` and
-        whatever further captions there are.
-
-    Raises
-    ------
-    MetadataError
-        A file that is missing or not in the format, a path that is not relative, or a label that
-        the class table does not list.
+    Returns one row per clip: ``split, path, labels`` (display names, separated by ", "), ``caption`` and
+    whatever further captions there are. A file that is missing or not in the format, a path that is
+    not relative, or a label that the class table does not list is a :class:`MetadataError`.
     """
     audio_root, files, names = _read_root(Path(dataset_root_json))
     clips = []
@@ -340,32 +281,11 @@ def _read_split(split, path, audio_root, names):
 def validate(dataset_root_json, *, sample_rate=None, duration_s=None, full=True):
     """Open every file that a data set's metadata names, and report what is wrong.
 
-    JAMS files of :func:`write_metadata` are read back too, and held against the clips.
-
-    Parameters
-    ----------
-    dataset_root_json : str or Path
-        See :func:`read_audiocaps`.
-    sample_rate : int, optional
-        Hz that every clip must have.
-    duration_s : float, optional
-        Seconds that every clip must last, to the sample.
-    full : bool
-        Read every clip to its end, which finds silence and samples that are not finite; False
-        reads the headers only.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns ``split, path, problem``; empty if all is well. Split files that are missing or
-        damaged, paths that are not relative, labels that the class table does not list, captions
-        that are empty, files that two splits or two entries name; clips that are missing,
-        unreadable, silent, of another rate or length; JAMS files that contradict them.
-
-    Raises
-    ------
-    MetadataError
-        ``dataset_root.json`` or the class table cannot be read.
+    The table ``split, path, problem`` is empty if all is well. Otherwise it names split files that are
+    missing or damaged, paths that are not relative, unknown labels, empty captions, files that two
+    splits or two entries name; clips that are missing, unreadable, silent, or not of `sample_rate` (Hz)
+    and `duration_s` to the sample; JAMS files that contradict them. `full` reads every clip to its
+    end, which finds silence and samples that are not finite; False reads the headers only.
     """
     root_file = Path(dataset_root_json)
     audio_root, files, names = _read_root(root_file)
@@ -395,14 +315,15 @@ def validate(dataset_root_json, *, sample_rate=None, duration_s=None, full=True)
 
 def _sound_problems(path, sample_rate, duration_s, full):
     """What is wrong with a clip, and its length in seconds (None if it cannot be read)."""
-    problems = []
     try:
-        y, rate = audio.load_audio(path) if full else (None, None)
-        samples, rate = (y.size, rate) if full else audio.read_header(path)
+        if full:
+            y, rate = audio.load_audio(path)
+            samples = audio.check_audio(y, path).size
+        else:
+            samples, rate = audio.read_header(path)
     except audio.AudioError as error:
         return [str(error).removeprefix(f"{path}: ")], None
-    if full and abs(y).max() < 0.5 / 32768:
-        problems.append("is silent; leave it out or replace it")
+    problems = []
     if sample_rate is not None and rate != sample_rate:
         problems.append(f"has {rate} Hz instead of {sample_rate} Hz")
     if duration_s is not None and samples != round(duration_s * rate):
@@ -413,18 +334,15 @@ def _sound_problems(path, sample_rate, duration_s, full):
 def _jams_problems(file, split, seconds):
     if (split, file.stem) not in seconds:
         return ["belongs to no clip of the split"]
-    length = seconds[split, file.stem]
     try:
         content = _read_json(file)
         described = float(content["file_metadata"]["duration"])
         spans = [(o["time"], o["time"] + o["duration"]) for o in content["annotations"][0]["data"]]
     except (KeyError, TypeError, IndexError, ValueError) as error:
         return [f"cannot be read ({error}); write it again with metadata.write_metadata"]
-    problems = [
-        f"an event from {onset:g} to {offset:g} s"
-        for onset, offset in spans
-        if not 0 <= onset < offset <= described + _ROUNDED_S
-    ]
+    end, length = described + _ROUNDED_S, seconds[split, file.stem]
+    outside = [(a, b) for a, b in spans if not 0 <= a < b <= end]
+    problems = [f"an event from {a:g} to {b:g} s" for a, b in outside]
     if length is not None and abs(described - length) > _ROUNDED_S:
         problems.append(f"describes {described:g} s, its clip lasts {length:g} s")
     return problems
@@ -449,13 +367,11 @@ def check_leaks(mixes, events=None, *, cities=False, contents=False):
 
     Parameters
     ----------
-    mixes : pandas.DataFrame
-    events : pandas.DataFrame, optional
-        Of :func:`~soundscapes_utils.mixing.plan_scenes`; further events count like the first.
+    mixes, events : pandas.DataFrame
+        Further events, if given, count like the first of each mix.
     cities : bool
         Splits may not share a city either: the part of ``background_source`` before its hyphen,
-        as TAU names its locations ("lyon-1029"). Splits by fold keep to it, TAU's official split,
-        which is by location, does not.
+        as TAU names its locations ("lyon-1029").
     contents : bool
         Read every recording, and every mix that has been rendered, and compare the samples: finds
         the same sound under another name, or in another lossless format.
@@ -466,8 +382,6 @@ def check_leaks(mixes, events=None, *, cities=False, contents=False):
         Two splits share a foreground source, a scene location, a recording, a mixed file, a city
         or the content of a file; the message says which splits, what, and names the first few.
         Two splits of the very same mixes (validation that is the test set) are called that.
-    AudioError
-        With `contents`, a recording that cannot be read.
 
     Examples
     --------
