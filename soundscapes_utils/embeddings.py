@@ -34,33 +34,24 @@ class Embedding:
 
     Attributes
     ----------
-    name : str
     sample_rate : int
         Hz; what `network` wants.
     dim : int
         Width of a row.
-    window_s : float
-        Seconds that the network sees at once; at least these where `hop_s` is None.
+    window_s, hop_s : float
+        Seconds that the network sees at once, and from one window to the next; what is left after the
+        last whole window is not seen. Without `hop_s` it sees the whole clip, of at least `window_s`.
+    short : {"repeat", "repeat-pad", "pad"}
+        What fills a clip shorter than the window: itself again, the last repetition cut; itself again
+        as often as it fits, then zeros; or zeros. With "pad" a window starts every `hop_s` to the end of
+        any clip, so that nothing of it goes unseen.
     version : str
         Changes whenever the same sound could give another row; part of the cache's key.
     network : callable
-        Maps mono float32 [samples] at `sample_rate` to float32 [dim]; where `batched`, maps
-        [windows, samples] to [windows, dim].
-    hop_s : float, optional
-        Seconds from one window to the next, the first at the start of the clip; what is left after
-        the last whole window is not seen. None: the network sees the whole clip.
-    short : {"repeat", "repeat-pad", "pad"}
-        What fills a clip shorter than the window: itself again, the last repetition cut; itself
-        again as often as it fits, then zeros; or zeros. With "pad" a window starts every `hop_s` to
-        the end of any clip, so that nothing of it goes unseen.
-    batched : bool
-        Whether `network` takes many windows at once.
-    pooling, licence, source : str
-        How windows become a row; of the weights; where it comes from.
-    needs, url, checksum : str
-        The file that it wants, and where `get_embedding` fetches it from if no path is given.
-    path : str
-        The file, folder or hub name that it was opened from; "" where none was given.
+        Maps mono float32 [samples] to float32 [dim]; where `batched`, [windows, samples] to
+        [windows, dim].
+    needs, url, checksum, path : str
+        The file that it wants, where it is fetched from, and where it was opened from.
 
     Examples
     --------
@@ -87,7 +78,7 @@ class Embedding:
     path: str = ""
 
     def embed(self, clips, sample_rate=None, cache_dir=None, silence="warn", batch_size=16):
-        """Embed clips, one row each: the mean over the clip's windows.
+        """Embed clips, one row each: the mean over the clip's windows, float32 [clips, dim].
 
         Parameters
         ----------
@@ -96,17 +87,11 @@ class Embedding:
         sample_rate : int, optional
             Of the signals among `clips`, Hz; the embedding's own by default.
         cache_dir : path, optional
-            Folder for rows already computed, keyed by the clip's content, the embedding and its
-            version: a file that changed is noticed, one that moved is not embedded again.
+            Folder for rows already computed, keyed by the clip's content, the embedding and its version.
         silence : {"warn", "allow"}
             Whether clips that peak below −80 dB of full scale raise a `SilenceWarning`.
         batch_size : int, default 16
-            Windows that the network sees at once, where it can see many. Rows may differ in their
-            last digits from one size to another.
-
-        Returns
-        -------
-        np.ndarray, float32 [clips, dim]
+            Windows that the network sees at once, where it can; the last digits may depend on it.
 
         Raises
         ------
@@ -128,15 +113,7 @@ class Embedding:
         return rows
 
     def embed_windows(self, clips, sample_rate=None, cache_dir=None, batch_size=16):
-        """Embed clips, one row per window: the form in which some challenges publish embeddings.
-
-        Parameters as for `embed`, with which it shares the cache.
-
-        Returns
-        -------
-        list of np.ndarray, float32 [windows, dim]
-            One array per clip.
-        """
+        """Embed clips as `embed` does, one row per window: a list of float32 [windows, dim]."""
         rows = dict(self._each(list(clips), sample_rate, cache_dir, batch_size))
         return [rows[place][:, :-1] for place in range(len(rows))]
 
@@ -250,17 +227,12 @@ def get_embedding(name, path=""):
         folder or a hub name; ``laion/clap-htsat-unfused`` by default) or of laion-clap (a .pt file).
         For the others the published file, which is fetched and checked by default.
 
-    Returns
-    -------
-    Embedding
-
     Raises
     ------
     ValueError
         Unknown name, or a file that is not what it should be.
     FileNotFoundError
-        The file is not there or cannot be fetched; the message says how large it is and where to
-        get it.
+        The file is not there or cannot be fetched; the message says where it is to be had.
     ImportError
         The package that defines the network is not installed (ms-clap, laion-clap's .pt).
 
@@ -358,11 +330,10 @@ def _open_logmel(card, path):
 def _logmel_statistics(y):
     """64 statistics of a clip's log-mel spectrogram, in nats.
 
-    16 bands (four mel bands each, low to high): their mean over time (0–15), their standard deviation
-    (16–31), and that of their change from frame to frame, 10 ms (32–47). Then, for each quarter of
-    the mel bands, the RMS modulation at 1–2, 2–4, 4–8 and 8–16 Hz (48–63; the analysis window of 64 ms
-    weakens the last octave). The first 16 follow the level: a gain of 6 dB adds 0.69. A short form of
-    McDermott and Simoncelli's texture statistics (Neuron 71, 2011).
+    16 bands (four mel bands each, low to high): their mean over time, their standard deviation, and
+    that of their change from frame to frame, 10 ms. Then, for each quarter of the bands, the RMS
+    modulation at 1–2, 2–4, 4–8 and 8–16 Hz (the analysis window of 64 ms weakens the last octave).
+    The first 16 follow the level. After McDermott and Simoncelli, Neuron 71, 2011.
     """
     mel = audio.log_mel(y).astype(np.float64)
     bands = mel.reshape(len(mel), 16, 4).mean(axis=2)
@@ -602,22 +573,7 @@ order 16, zero phase) at a part of the band, a gain, and silence after a part of
 
 
 def changed(clips, change, seed=0):
-    """Change every clip in a known way, to see whether an embedding notices.
-
-    Parameters
-    ----------
-    clips : sequence of np.ndarray, float32 [samples]
-        Mono signals.
-    change : str
-        A key of `CHANGES`.
-    seed : int, default 0
-        Of the noise; clip i has the same noise in every call.
-
-    Returns
-    -------
-    list of np.ndarray, float32 [samples]
-        Of the same lengths; they may exceed full scale, which no embedding minds.
-    """
+    """Change mono clips in a known way, a key of `CHANGES`, to see whether an embedding notices."""
     if change not in CHANGES:
         raise ValueError(f"unknown change {change!r}; known: {'; '.join(CHANGES)}")
     rows = []

@@ -112,7 +112,7 @@ def _root_trace(a, b):
         cov_a, cov_b = a.T @ a, b.T @ b
         size = np.linalg.norm(cov_a) * np.linalg.norm(cov_b)
         try:
-            values = eigvalsh(cov_a, cov_b, type=2, check_finite=False)  # of C_a C_b
+            values = eigvalsh(cov_a, cov_b, type=2, driver="gv", check_finite=False)  # of C_a C_b
         except LinAlgError:  # C_b has no Cholesky factor
             return 0.0, np.inf
     noise, roots = 16.0 * np.finfo(float).eps * size, np.sqrt(np.maximum(values, 0.0))
@@ -121,15 +121,10 @@ def _root_trace(a, b):
 
 
 def leave_one_out(x, y, groups=None):
-    """Find outliers: what the Fréchet distance would be without each candidate clip.
+    """Find outliers: a table of each clip's ``contribution``, the distance less that ``without`` it.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per clip, largest contribution first: ``clip`` (row number of `y`, or its group);
-        ``rows``, how many it has; ``without``, the distance of the set without it; ``contribution``,
-        the whole set's distance less that. Fewer clips mean more bias, so the typical clip is
-        slightly negative: compare clips with each other.
+    A clip is a row of `y`, or a group; the largest contribution comes first. Fewer clips mean more
+    bias, so the typical clip is slightly negative: compare clips with each other.
     """
     import pandas as pd
 
@@ -161,14 +156,13 @@ def kernel_distance(x, y, bandwidth=None, groups_x=None, groups_y=None, dtype=np
         Pairs of one group are left out within a set: nearer to each other than independent rows,
         they would make equal distributions look different.
     dtype : {numpy.float64, numpy.float32}
-        Of the distances. For thousands of rows float32 takes about half the time and errs by some
-        10⁻⁶, by more where outliers lie hundreds of bandwidths away.
+        float32 takes half the time for thousands of rows, and errs by some 10⁻⁶.
 
     Returns
     -------
     float
-        Dimensionless, at most 200. Its expectation at equal distributions is 0 at every n, so it
-        *can be negative*: that means "no difference seen at this n", never "better than real".
+        At most 200. Its expectation at equal distributions is 0 at every n, so it *can be negative*:
+        that means "no difference seen at this n", never "better than real".
 
     Examples
     --------
@@ -181,7 +175,8 @@ def kernel_distance(x, y, bandwidth=None, groups_x=None, groups_y=None, dtype=np
     if np.dtype(dtype) == np.float32 and max(np.abs(x).max(), np.abs(y).max()) > 1e15:
         raise ValueError("values beyond 1e15 cannot be squared in float32; take float64")
     codes_x, codes_y = _codes(len(x), groups_x, "reference"), _codes(len(y), groups_y, "candidate")
-    x, y = (np.asarray(rows - _centre(x), dtype) for rows in (x, y))
+    centre = _centre(x)
+    x, y = (np.asarray(rows - centre, dtype) for rows in (x, y))
     squares = _pairs(x)
     if bandwidth is None:
         bandwidth, squares = _median_distance(x)
@@ -279,10 +274,9 @@ def precision_recall_density_coverage(x, y, k=5):
     >>> precision_recall_density_coverage(x, x + 100.0)["precision"]
     0.0
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
     x, y = _pair(x, y, least=k + 1)
-    x, y = (rows - _centre(x) for rows in (x, y))
+    centre = _centre(x)
+    x, y = x - centre, y - centre
     # the nearest of all is the row itself
     x_radii, y_radii = (
         np.concatenate([np.partition(block, k, axis=1)[:, k] for block in _blocks(rows, rows)])
@@ -303,26 +297,13 @@ def precision_recall_density_coverage(x, y, k=5):
 
 
 def memorisation(train, test, generated, share=0.05):
-    """Do generated clips lie nearer to the training clips than unseen real clips do?
+    """Do generated clips lie nearer to the training clips than unseen real clips (`test`) do?
 
-    The rank test of Meehan, Chaudhuri and Dasgupta, AISTATS 2020, over the whole space. A generator
-    of low diversity that sits where training clips are dense is seen as near too, without a copy.
-
-    Parameters
-    ----------
-    train, test, generated : array_like, shape (n_i, d)
-        What the generator was trained on, real clips of other recordings, and its output.
-    share : float, default 0.05
-        A generated clip is flagged where it is nearer to its training clip than this share of the
-        test clips are to theirs.
-
-    Returns
-    -------
-    dict
-        ``nearer``, probability that a generated clip is nearer than a test clip (½: no copying
-        seen; 1: every one is); ``p_value`` of that, one-sided; ``flagged``, share of generated
-        clips below ``threshold``; ``n_train``, ``n_test``, ``n_generated``; ``clips``, a table of
-        ``row``, ``nearest`` (row of `train`), ``distance`` and ``flagged``, the nearest first.
+    A dict: ``nearer``, probability that a generated clip is nearer than a test clip (½: no copying
+    seen), with its one-sided ``p_value``; ``flagged``, share of generated clips that are nearer than
+    `share` of the test clips are (the ``threshold``); the three n; ``clips``, a table with each one's
+    ``nearest`` row of `train`, the nearest first. The rank test of Meehan, Chaudhuri and Dasgupta,
+    AISTATS 2020. Low diversity where training clips are dense is seen as near too, without a copy.
     """
     import pandas as pd
     from scipy.stats import mannwhitneyu
@@ -370,16 +351,13 @@ def noise_floor(x, n=None, repeats=30, seed=0, *, metric=frechet_distance, group
         Rows in each of the two sets; by default as many as fit.
     repeats : int, default 30
         Number of random splits, and so of distances: their mean is the floor.
-    metric : callable, default frechet_distance
-        Maps (x, y) to a number.
     groups : array_like, optional
         No group is on both sides.
 
     Examples
     --------
     >>> x = np.random.default_rng(0).normal(size=(200, 4))
-    >>> small, large = noise_floor(x, 10).mean(), noise_floor(x, 100).mean()
-    >>> bool(small > 3 * large)
+    >>> bool(noise_floor(x, 10).mean() > 3 * noise_floor(x, 100).mean())
     True
     """
     x = _matrix(x, "reference", least=4)
@@ -420,12 +398,11 @@ def _four_fifths(codes, rng):
 
 
 def _interval(value, subsampled, codes):
-    """95 % around the value from the scores of four fifths of both sets: a delete-d jackknife.
+    """95 % from the scores of four fifths of both sets: a delete-d jackknife.
 
-    Centring on the subsamples' mean takes out the bias of their smaller n, and nothing is drawn
-    twice: the bootstrap's repeated rows shrink covariances and lift a FAD far above its value. A mean
-    over k of n varies by (n − k)/k of what n rows vary by; hence the widening. Shao and Tu, "The
-    Jackknife and Bootstrap" (1995), ch. 2.
+    Centred on the subsamples' mean, as their smaller n has more bias; nothing is drawn twice, since the
+    bootstrap's repeated rows lift a FAD far above its value. A mean over k of n varies by (n − k)/k of
+    what n rows vary by: hence the widening. Shao and Tu, "The Jackknife and Bootstrap" (1995), ch. 2.
     """
     ratios = [int(_KEPT * n) / (n - int(_KEPT * n)) for n in (code.max() + 1 for code in codes)]
     spread = np.prod(ratios) ** 0.25 * (np.array(subsampled) - np.mean(subsampled))
@@ -444,10 +421,10 @@ def fad_infinity(x, y, *, seed=0, sizes=8, draws=5, repeats=50, groups_x=None, g
     Returns
     -------
     dict
-        ``value``, the intercept (noise can make it negative); ``slope``, in FAD × clips; ``r2`` of
-        the line; ``ci_low``, ``ci_high``, 95 %, from `repeats` subsamples; ``curve``, a table of
-        ``n`` and mean ``fad``; ``trusted``, whether the smallest subset has at least d rows: with
-        fewer, FAD is *not* linear in 1/n and much of the bias stays, however good r2 looks.
+        ``value``, the intercept (noise can make it negative), ``slope`` and ``r2``; ``ci_low`` and
+        ``ci_high``, 95 %, from `repeats` subsamples; ``curve``, a table of ``n`` and mean ``fad``;
+        ``trusted``, whether the smallest subset has at least d rows: with fewer, FAD is *not* linear
+        in 1/n and much of the bias stays, however good r2 looks.
 
     Examples
     --------
@@ -528,8 +505,6 @@ def score_table(
 
     Parameters
     ----------
-    reference : array_like, shape (n, d)
-        Embeddings of held-out real clips.
     candidates : dict of str to array_like, shape (n_i, d)
         Embeddings to score, by name.
     embedding : str
@@ -630,14 +605,7 @@ def _floor(fixed, real, size):
 
 
 def score_lines(scores):
-    """Write a `score_table` as people read it: three digits, intervals in brackets.
-
-    Returns
-    -------
-    pandas.DataFrame
-        ``embedding, metric, reference, candidate, n`` (of reference / candidate), ``score, floor``
-        (with their intervals) and ``floor_n``.
-    """
+    """Write a `score_table` as people read it: n, score and floor with intervals, three digits."""
 
     def texts(*columns):
         return [_with_interval(*row) for row in scores[list(columns)].to_numpy(dtype=float)]
@@ -661,13 +629,7 @@ def _with_interval(*numbers):
 
 
 def stack_windows(windows):
-    """Lay the windows of all clips below each other: rows, and which clip each belongs to.
-
-    Parameters
-    ----------
-    windows : sequence of array_like, shape (windows, d)
-        One array per clip, from `Embedding.embed_windows` or `datasets.load_dcase2024_task7`.
-    """
+    """Lay the windows [windows, d] of all clips below each other: rows, and the clip of each."""
     windows = [np.asarray(rows) for rows in windows]
     widths = {rows.shape[1:] for rows in windows}
     if len(widths) != 1 or any(rows.ndim != 2 or not len(rows) for rows in windows):
@@ -681,18 +643,9 @@ def stack_windows(windows):
 def challenge_scores(published, candidates, networks, *, repeats=200, seed=0):
     """Score clips in the form of DCASE 2024 Task 7: FAD and KAD against its published embeddings.
 
-    Every window is a row, as in the challenge, so n counts windows; intervals and floors draw whole
-    clips. Its evaluation set is not public: these are not the scores of its table. Lagrange et al.,
-    "Sound Scene Synthesis at the DCASE 2024 Challenge", arXiv 2501.08587.
-
-    Parameters
-    ----------
-    published : dict of str to np.ndarray, shape (clips, windows, d)
-        From `datasets.load_dcase2024_task7`: what each network made of the reference recordings.
-    candidates : dict of str to sequence of path or np.ndarray
-        Clips of 4 s, one for each caption, by model.
-    networks : dict of str to embeddings.Embedding
-        By the names in `published` (`embeddings.CHALLENGE`).
+    `published` [clips, windows, d] and `networks` by network, `candidates` (clips of 4 s) by model.
+    Every window is a row, as there; intervals and floors draw whole clips. The challenge's evaluation
+    set is not public: these are not the scores of its table (Lagrange et al., arXiv 2501.08587).
     """
     import pandas as pd
 
@@ -718,32 +671,16 @@ def sensitivity(
 ):
     """How far a distance moves when the sounds are changed in a known way.
 
-    Each split deals the recordings into two halves. The clean first half is the reference; the
-    second half is scored as it is (the floor) and with every change, at the same n. What a good
-    distance should follow: Kilgour et al., Interspeech 2019; Gui et al., ICASSP 2024.
+    Each split deals the recordings (`groups`) into two halves. The clean first half is the reference;
+    the second is scored as it is (the floor) and with every change: `changed` holds the same clips, row
+    by row, by change. With `labels` halves hold all classes alike, and a further change, "wrong class",
+    scores every class against the next one; its floor, at the same smaller n, is every class against
+    itself. (No distance of whole sets can show that classes swap.)
 
-    Parameters
-    ----------
-    clean : array_like, shape (n, d)
-        Embeddings of real clips.
-    changed : dict of str to array_like, shape (n, d)
-        Embeddings of the same clips, row by row, after each change (`embeddings.CHANGES`).
-    embedding : str
-        Name of the embedding, for the table.
-    labels : array_like, shape (n,), optional
-        Class of every clip. Halves then hold all classes alike, and a further change, "wrong class",
-        scores clips of every class against the next class's: its floor, at the same smaller n, is
-        that of every class against itself. (No distance of whole sets can show that classes swap.)
-    groups : array_like, shape (n,), optional
-        Recording of every row: no recording is in both halves.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per metric and change: ``n`` (clips on each side); ``floor`` and ``value``, means over
-        the splits, with ``floor_sd`` and ``value_sd``; ``detection_rate``, share of splits in which
-        the change scores worse than every floor; ``z_score``, how many ``floor_sd`` the value lies
-        above the floor. The splits deal the same clips again: their spread is a lower bound.
+    A table, one row per metric and change: n, ``floor`` and ``value`` (means over the splits, with their
+    standard deviations), ``detection_rate`` (share of splits in which the change scores worse than every
+    floor) and ``z_score`` (floor's deviations above it; the splits deal the same clips again, so these
+    are a lower bound). Kilgour et al., Interspeech 2019; Gui et al., ICASSP 2024.
     """
     import pandas as pd
 
@@ -765,16 +702,13 @@ def sensitivity(
         floor = metric(clean[a], clean[b])
         rows += [(name, key, len(a), floor, metric(clean[a], y[b])) for key, y in sets.items()]
         if classes.any():
-            trios = [
-                [clean[part] for part in trio] for trio in _class_trios(first, second, classes)
-            ]
-            floor = np.mean([metric(x, same) for x, same, _ in trios])
-            value = np.mean([metric(x, other) for x, _, other in trios])
-            n = np.mean([len(x) for x, _, _ in trios])
+            trios = _class_trios(first, second, classes)
+            floor = np.mean([metric(clean[a], clean[same]) for a, same, _ in trios])
+            value = np.mean([metric(clean[a], clean[other]) for a, _, other in trios])
+            n = np.mean([len(a) for a, _, _ in trios])
             rows.append((name, "wrong class", n, floor, value))
-    return _over_splits(
-        pd.DataFrame(rows, columns=["metric", "change", "n", "floor", "value"])
-    ).assign(embedding=embedding)
+    rows = pd.DataFrame(rows, columns=["metric", "change", "n", "floor", "value"])
+    return _over_splits(rows).assign(embedding=embedding)
 
 
 def _balanced_halves(codes, classes, rng):
@@ -810,13 +744,8 @@ def _class_trios(first, second, classes):
 def _over_splits(rows):
     by_change = rows.groupby(["metric", "change"], sort=False)
     rows["detected"] = rows["value"] > by_change["floor"].transform("max")
-    table = by_change.agg(
-        n=("n", "mean"),
-        floor=("floor", "mean"),
-        floor_sd=("floor", "std"),
-        value=("value", "mean"),
-        value_sd=("value", "std"),
-        detection_rate=("detected", "mean"),
-    ).reset_index()
+    columns = {"n": "mean", "floor": "mean", "floor_sd": "std", "value": "mean", "value_sd": "std"}
+    parts = {name: (name.removesuffix("_sd"), how) for name, how in columns.items()}
+    table = by_change.agg(**parts, detection_rate=("detected", "mean")).reset_index()
     spread = table["floor_sd"].where(table["floor_sd"] > 0)
     return table.assign(z_score=(table["value"] - table["floor"]) / spread)
