@@ -34,19 +34,12 @@ examples
   accelerate launch -m soundscapes_utils finetune config.yaml      likewise
 """
 
+# an option that may be given several times, each with a name and a value
+_PAIRS = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+
 
 def main(argv=None):
-    """Run the command line.
-
-    Parameters
-    ----------
-    argv : list of str, optional
-        Without the program's name; those of the process by default.
-
-    Returns
-    -------
-    int
-        Exit code: 0, 1 after a failed notebook, 2 for a wrong call, 130 after an interruption.
+    """Run the command line; return 0, 1 after a failed notebook, 2 for a wrong call, 130 if stopped.
 
     Examples
     --------
@@ -93,7 +86,7 @@ def _parser():
 
 def _run_options(add):
     add("profile", nargs="?", default="quick")
-    add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    add("-p", **_PAIRS, help="parameter of every notebook that has one of that name")
     add("--name", help="folder under runs/; the profile's name by default")
     add("--only", metavar="NN", help="run this one notebook, changed or not")
     add("--fresh", action="store_true", help="skip nothing")
@@ -200,14 +193,7 @@ def _generate_options(add):
     add("out_dir", help="gets the clips, and generated.csv once all are there")
     add("--backend", default="audioldm", help="a back-end or preset by name")
     add("--checkpoint", help="folder or hub name; the back-end's by default")
-    add(
-        "-o",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="further options of the back-end, such as -o steps 100 -o dtype float16",
-    )
+    add("-o", **_PAIRS, help="option of the back-end, such as -o steps 100 -o dtype float16")
     add("--batch-size", type=int, metavar="N", help="clips per call; 16 or eight passes by default")
     add("--max-attempts", type=int, default=3, metavar="N", help="seeds tried")
     add("--loudness", help="peak, none, or a level in LUFS such as -23")
@@ -227,10 +213,8 @@ def _generate(options):
     if "duration_s" not in plan:
         plan["duration_s"] = preset["duration_s"]
     if (plan["duration_s"] != preset["duration_s"]).any() and options.backend in generation.PRESETS:
-        print(
-            f"note: {options.plan} asks for other durations than the {preset['duration_s']} s of "
-            f"{options.backend}"
-        )
+        usual = f"the {preset['duration_s']} s of {options.backend}"
+        print(f"note: {options.plan} asks for other durations than {usual}")
     candidates = selection.plan_candidates(plan, options.best_of or preset["candidates"])
     chosen = {name: yaml.safe_load(value) for name, value in options.o}
     backend = generation.get_backend(options.backend, checkpoint=options.checkpoint, **chosen)
@@ -256,14 +240,7 @@ def _generate(options):
 
 def _finetune_options(add):
     add("config", help="YAML file of the names of finetuning.FinetuneConfig and their values")
-    add(
-        "-p",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="in place of the file's",
-    )
+    add("-p", **_PAIRS, help="in place of the file's")
 
 
 def _finetune(options):
@@ -289,10 +266,8 @@ def _train_mini(options):
 
     given = {"unet_steps": options.steps, "clap_steps": options.clap_steps, "seed": options.seed}
     config = minimodel.MiniConfig(**{k: v for k, v in given.items() if v is not None})
-    folder = minimodel.train_builtin(
-        options.out, options.data_dir, options.clips_per_class, options.scenes_per_class, config
-    )
-    print(f"Checkpoint: {folder}")
+    pool = (options.data_dir, options.clips_per_class, options.scenes_per_class)
+    print(f"Checkpoint: {minimodel.train_builtin(options.out, *pool, config)}")
 
 
 if __name__ == "__main__":

@@ -43,10 +43,7 @@ class UsageError(store.DataError):
 class RunFailed(RuntimeError):
     """A notebook failed or was interrupted; the message ends with the command to resume.
 
-    Attributes
-    ----------
-    exit_code : int
-        1, or 130 after an interruption.
+    ``exit_code`` is 1, or 130 after an interruption.
     """
 
     def __init__(self, message, exit_code=1):
@@ -104,7 +101,7 @@ def run(profile="quick", parameters=None, *, name=None, only=None, fresh=False, 
     folder = root / "runs" / name
     try:
         record = _begin_record(folder, profile, parameters, values)
-        with _environment(offline=read_profile(profile, root)["offline"]):
+        with _environment(offline=_read_profile(profile, root)["offline"]):
             for number, stem in enumerate(values, 1):
                 label = f"[{number}/{len(values)}] {stem}"
                 again = fresh or only is not None
@@ -415,31 +412,11 @@ def profiles(root=None):
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def read_profile(name, root=None):
+def _read_profile(name, root=None):
     """Read a profile, on top of the one that it extends.
 
-    Parameters
-    ----------
-    name : str
-        Of a file in ``notebooks/profiles``, without extension.
-    root : path-like, optional
-        The project; found by ``store.project_root`` by default.
-
-    Returns
-    -------
-    dict
-        ``description, time, memory, disk, needs`` (texts), ``offline`` (bool), and ``sections``:
-        for ``"common"`` and for each notebook the parameters that differ from its defaults.
-
-    Raises
-    ------
-    UsageError
-        If there is no such profile, or the file has keys that mean nothing.
-
-    Examples
-    --------
-    >>> read_profile("quick")["offline"]
-    True
+    The texts of ``ABOUT``, ``offline`` (bool), and ``sections``: for "common" and for each notebook
+    the parameters that differ from its defaults.
     """
     known = profiles(root)
     if name not in known:
@@ -450,7 +427,7 @@ def read_profile(name, root=None):
         raise UsageError(f"{known[name]} is not valid YAML: {error}") from error
     base = {"offline": True, "sections": {}} | dict.fromkeys(ABOUT, "")
     if "extends" in content:
-        base = read_profile(content.pop("extends"), root)
+        base = _read_profile(content.pop("extends"), root)
     profile = base | {key: content.pop(key) for key in (*ABOUT, "offline") if key in content}
     profile["sections"] = dict(base["sections"])
     sections = ["common", *notebooks(root)]
@@ -481,11 +458,6 @@ def resolve_parameters(profile, parameters=None, root=None, only=None):
     dict of str to dict
         For each notebook that will run, all its parameters but ``run_dir``.
 
-    Raises
-    ------
-    UsageError
-        Unknown profile, notebook or parameter (the nearest are named), wrong type, missing path.
-
     Examples
     --------
     >>> resolve_parameters("quick", {"seed": "7"})["01_dataset_mixing"]["seed"]
@@ -493,7 +465,7 @@ def resolve_parameters(profile, parameters=None, root=None, only=None):
     """
     root = Path(root or store.project_root())
     defaults = {stem: _notebook_parameters(path) for stem, path in notebooks(root).items()}
-    sections = read_profile(profile, root)["sections"]
+    sections = _read_profile(profile, root)["sections"]
     selected = _select(only, defaults)
     resolved = {stem: dict(defaults[stem]) for stem in selected}
     for section, values in sections.items():
@@ -616,11 +588,7 @@ def _check_paths(stem, values, root):
 def run_parameters(run):
     """Tabulate the parameters of a ``store.RunFolder``: of its batch run, or the notebooks' defaults.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per parameter, one column per notebook (its number), values as text; empty where a
-        notebook has no such parameter.
+    One row per parameter, one column per notebook (its number), values as text.
     """
     planned = read_record(run.path).get("parameters")
     planned = planned or {stem: _notebook_parameters(path) for stem, path in notebooks().items()}
@@ -637,7 +605,7 @@ def profile_table():
     >>> profile_table().columns.tolist()
     ['description', 'time', 'memory', 'disk', 'needs']
     """
-    rows = {name: read_profile(name) for name in profiles()}
+    rows = {name: _read_profile(name) for name in profiles()}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(ABOUT))
     return table.rename_axis("profile")
 
@@ -655,24 +623,9 @@ def check_environment(
 ):
     """Look for what the larger profiles need, and say how to get what is missing.
 
-    Nothing is downloaded, and no data set is read: loaders check their folder when they open it.
-
-    Parameters
-    ----------
-    data_dir : path-like, optional
-        Where data sets lie whose own folder is not given.
-    esc50_root, urbansound8k_root, tau_root, yamnet_path : path-like, optional
-        As the notebooks' parameters of these names.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns ``item, found`` (bool), ``detail, needed_for, remedy``.
-
-    Examples
-    --------
-    >>> check_environment().columns.tolist()
-    ['item', 'found', 'detail', 'needed_for', 'remedy']
+    Nothing is downloaded, and no data set is read. The folders are the notebooks' parameters of these
+    names; `data_dir` is where data sets lie whose own folder is not given. Columns ``item, found``
+    (bool), ``detail, needed_for, remedy``.
     """
     from huggingface_hub import try_to_load_from_cache
 

@@ -33,14 +33,9 @@ def _panels(n, columns=None, size=(4.2, 3.2), title="", **options):
     """A figure with `n` panels in rows of `columns`, and the list of its panels."""
     columns = columns or n
     rows = -(-n // columns)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(size[0] * columns, size[1] * rows + 0.4),
-        squeeze=False,
-        layout="constrained",
-        **options,
-    )
+    size = (size[0] * columns, size[1] * rows + 0.4)
+    options |= {"squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(rows, columns, figsize=size, **options)
     for panel in axes.flat[n:]:
         panel.set_axis_off()
     figure.suptitle(title, fontsize="medium")
@@ -127,17 +122,9 @@ def aligned_spectrograms(signals, sample_rate, title=""):
 
 
 def mel_panels(mels, n_columns=4, title="", frame_s=0.01, limits=MEL_LIMITS):
-    """Log-mel spectrograms that are at hand as arrays, side by side on one scale.
+    """Log-mel spectrograms at hand as arrays [frames, bands] (a dict), side by side on one scale.
 
-    Parameters
-    ----------
-    mels : dict of str to array_like, shape (frames, bands)
-    n_columns : int, optional
-    title : str, optional
-    frame_s : float, optional
-        Seconds from one frame to the next.
-    limits : (float, float), optional
-        Values of the darkest and of the brightest colour.
+    `frame_s` is seconds from one frame to the next, `limits` the darkest and the brightest value.
     """
     return _mel_grid(list(mels.items()), n_columns, (2.4, 1.5), title, frame_s, limits)
 
@@ -183,20 +170,15 @@ def mix_levels(mixes):
 def model_parts(parts, steps=None):
     """Draw a text-to-audio model as the chain that a prompt passes through.
 
-    Parameters
-    ----------
-    parts : pandas.DataFrame
-        ``part, does, millions`` (of parameters), in the order of their work.
-    steps : int, optional
-        Passes through the network that removes noise, written at its loop.
+    `parts` is from ``generation.model_parts``: ``part, does, millions`` in the order of their work;
+    `steps`, the passes through the network that removes noise, are written at its loop.
     """
     figure, (axes,) = _panels(1, size=(1.9 * len(parts) + 2.6, 2.5))
     heights = 0.45 + 0.5 * np.log1p(parts["millions"]) / np.log1p(parts["millions"].max())
     small = {"ha": "center", "fontsize": "small"}
     arrow = {"arrowstyle": "->", "color": "0.3"}
-    for x, (part, height, colour) in enumerate(
-        zip(parts.itertuples(), heights, _colours(range(len(parts))).values(), strict=True), 1
-    ):
+    looks = zip(parts.itertuples(), heights, _colours(range(len(parts))).values(), strict=True)
+    for x, (part, height, colour) in enumerate(looks, 1):
         box = {"width": 0.72, "height": height, "facecolor": (*colour, 0.3), "edgecolor": colour}
         axes.add_patch(plt.Rectangle((x - 0.36, -height / 2), **box))
         axes.text(x, 0.06, part.part, va="center", weight="bold", **small)
@@ -219,16 +201,7 @@ def model_parts(parts, steps=None):
 
 
 def sets_compared(table, by, title=""):
-    """Compare sets of generated clips, a row each: class accuracy with its interval, CLAP score, spread.
-
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        The column `by`, and those of ``selection.summarise``.
-    by : str
-        What tells the sets apart.
-    title : str, optional
-    """
+    """Compare sets of generated clips, a row of ``selection.summarise`` each, named by column `by`."""
     names = {
         "judge_agrees": "judge agrees (95 % interval)",
         "clap_score": "CLAP score, cosine",
@@ -249,15 +222,7 @@ def sets_compared(table, by, title=""):
 
 
 def filters_beside_random(table, title=""):
-    """Accuracy of a classifier with each filter, in front of the random choices of as many clips.
-
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        From ``selection.choose_filter``: ``filter, n_kept, accuracy, control, control_low,
-        control_high, n_validation``.
-    title : str, optional
-    """
+    """Accuracy with each filter (``selection.choose_filter``), before random choices of equal size."""
     figure, (axes,) = _panels(1, size=(8, 0.4 * len(table) + 1.2))
     place, (blue, orange) = np.arange(len(table)), sns.color_palette("colorblind", 2)
     widths = table["control_high"] - table["control_low"]
@@ -276,13 +241,7 @@ def filters_beside_random(table, title=""):
 
 
 def noise_schedule(alphas_cumprod):
-    """Draw how much of a latent is signal and how much is noise at every step of diffusion.
-
-    Parameters
-    ----------
-    alphas_cumprod : array_like, shape (steps,)
-        Share of the variance that is still signal.
-    """
+    """Draw signal and noise in a latent at every step, from a scheduler's `alphas_cumprod`."""
     signal = np.asarray(alphas_cumprod, dtype=np.float64)
     figure, (left, right) = _panels(2, size=(4.5, 2.7), title="From a sound (t = 0) to noise")
     left.plot(np.sqrt(signal), label="of the sound")
@@ -317,17 +276,9 @@ _WATCHED = {  # panels, and the columns of the log in them
 
 
 def training_curves(log, best_step, scores=None):
-    """Draw what is watched in a training run, a panel each.
+    """Draw what is watched in a training run: ``log, best_step, scores`` of its ``FinetuneResult``.
 
-    Parameters
-    ----------
-    log : pandas.DataFrame
-        ``FinetuneResult.log``.
-    best_step : int
-        Marked by a line.
-    scores : pandas.DataFrame, optional
-        ``FinetuneResult.scores``, of the samples made on the way: a panel per metric and embedding,
-        its floor dashed.
+    One panel per quantity, and one per metric and embedding of the samples' scores, floor dashed.
     """
     drawn = [] if scores is None or scores.empty else list(scores.groupby(["metric", "embedding"]))
     figure, axes = _panels(len(_WATCHED) + len(drawn), 3, (3.2, 2.4))
@@ -354,11 +305,8 @@ def training_curves(log, best_step, scores=None):
 def loss_by_time(losses):
     """Draw what a wrong condition, or none, costs in denoising, against the strength of the noise.
 
-    Parameters
-    ----------
-    losses : pandas.DataFrame
-        ``condition``, ``t`` in [0, 1) and ``error``, from ``finetuning.fixed_losses``: the same
-        segments in the same order under each condition, of which one is "matched".
+    `losses` are from ``finetuning.fixed_losses``: ``condition`` (one is "matched"), ``t`` in [0, 1)
+    and ``error`` of the same segments in the same order under each condition.
     """
     segment = losses.groupby("condition", sort=False).cumcount()
     table = losses.assign(segment=segment).pivot_table(["t", "error"], "segment", "condition")
@@ -393,12 +341,9 @@ def gaussian_pair(x, y, labels=("reference", "candidate")):
 
 
 def floor_by_size(floors):
-    """Draw what real against real scores: mean and standard deviation over the number of clips.
+    """Draw what real against real scores (mean, standard deviation) over the number of clips.
 
-    Parameters
-    ----------
-    floors : pandas.DataFrame
-        One row per random split: ``embedding``, ``metric``, ``n`` clips in each half, ``value``.
+    `floors` has a row per random split: ``embedding, metric, n`` (clips in each half), ``value``.
     """
     look = {"kind": "line", "errorbar": "sd", "marker": "o", "height": 2.6, "aspect": 1.3}
     look["facet_kws"] = {"sharey": False, "margin_titles": True}
@@ -413,13 +358,8 @@ def floor_by_size(floors):
 def scores_beside_floor(scores, by="candidate", title=""):
     """Draw scores with their intervals, each in front of its floor (grey): real against real.
 
-    Parameters
-    ----------
-    scores : pandas.DataFrame
-        From ``fad.score_table``: a panel per metric (rows) and embedding (columns).
-    by : {"candidate", "reference"}
-        What the lines of a panel are: candidates, or the classes that are the reference.
-    title : str, optional
+    `scores` are from ``fad.score_table``: a panel per metric (rows) and embedding (columns), a line per
+    candidate; or, `by` "reference", per class that is the reference, candidates side by side.
     """
     colours, lines = _colours(scores["candidate"].unique()), list(scores[by].unique())
     # candidates of one class stand side by side
@@ -444,12 +384,9 @@ def scores_beside_floor(scores, by="candidate", title=""):
 
 
 def fad_against_size(curves):
-    """Draw FAD over 1/n, and the line that leads to infinitely many clips, at the left edge.
+    """Draw FAD over 1/n and the line to infinitely many clips, at the left edge.
 
-    Parameters
-    ----------
-    curves : pandas.DataFrame
-        ``embedding, candidate, n, fad``, from ``fad.fad_infinity``: a panel per embedding.
+    `curves` has ``embedding, candidate, n, fad``, from ``fad.fad_infinity``.
     """
     networks, colours = curves["embedding"].unique(), _colours(curves["candidate"].unique())
     title = "FAD falls with the number of clips: the left edge is FAD-inf"
@@ -469,16 +406,10 @@ def fad_against_size(curves):
 def sensitivity_map(changed):
     """Draw how far known changes of the sounds move a distance; pale: not noticed.
 
-    Parameters
-    ----------
-    changed : pandas.DataFrame
-        From ``fad.sensitivity``, of one or more embeddings: a row per change, a column per metric and
-        embedding, ``z_score`` (standard deviations of the floor above the floor) in the cells.
+    `changed` is from ``fad.sensitivity``; ``z_score`` counts standard deviations above the floor.
     """
-    columns = changed["metric"] + "\n" + changed["embedding"]
-    cells = changed.assign(column=columns).pivot_table(
-        index="change", columns="column", values="z_score", sort=False
-    )
+    changed = changed.assign(column=changed["metric"] + "\n" + changed["embedding"])
+    cells = changed.pivot_table("z_score", "change", "column", sort=False)
     size = (1.5 * cells.shape[1] + 2.5, 0.45 * len(cells) + 1.0)
     figure, (panel,) = _panels(1, size=size)
     look = {"norm": SymLogNorm(2.0, vmin=0.0, vmax=max(10.0, cells.max(axis=None)))}
@@ -507,14 +438,7 @@ def arm_counts(plan):
 
 
 def learning_curves(curves, title=""):
-    """Mean training and validation losses over the epochs, a panel per model, a colour per arm.
-
-    Parameters
-    ----------
-    curves : pandas.DataFrame
-        ``arm, ratio, model, epoch, train_loss, validation_loss`` of a study.
-    title : str, optional
-    """
+    """Mean losses over the epochs of a study's `curves`, a panel per model, a colour per arm."""
     names = {"validation_loss": "validation", "train_loss": "training"}
     long = curves.assign(arm=_arm_names(curves)).rename(columns=names)
     long = long.melt(["epoch", "arm", "model"], list(names.values()), "clips", "loss")
@@ -527,19 +451,9 @@ def learning_curves(curves, title=""):
 
 
 def accuracy_curve(summary, results, arm, xlabel, title=""):
-    """Accuracy on real test clips against how much synthetic sound an arm holds.
+    """Accuracy on real test clips against the ratio of synthetic sound in `arm`; "real" stands at 0.
 
-    Parameters
-    ----------
-    summary : pandas.DataFrame
-        ``arm, ratio, model, accuracy, half_width`` from ``stats.summarise``: lines and bars.
-    results : pandas.DataFrame
-        ``arm, ratio, model, accuracy``, a small point per trained classifier.
-    arm : str
-        Such as "both"; the arm "real" stands at 0.
-    xlabel : str
-        What the arm's ratio means.
-    title : str, optional
+    `summary`, from ``stats.summarise``, gives lines and bars; `results` a point per classifier.
     """
     means = summary[summary["arm"].isin(["real", arm])].sort_values("ratio")
     trained = results[results["arm"].isin(["real", arm])]
@@ -559,14 +473,7 @@ def accuracy_curve(summary, results, arm, xlabel, title=""):
 
 
 def few_real_clips(lines, title=""):
-    """Accuracy over the number of real training clips per class, a panel per model.
-
-    Parameters
-    ----------
-    lines : pandas.DataFrame
-        ``model, label, per_class, accuracy, ci_low, ci_high`` from ``esc.few_real_lines``.
-    title : str, optional
-    """
+    """Accuracy over real training clips per class, from ``esc.few_real_lines``, a panel per model."""
     models = list(lines["model"].unique())
     figure, axes = _panels(len(models), size=(4.6, 3.4), title=title, sharey=True)
     ticks = sorted(lines["per_class"].unique())
@@ -593,13 +500,8 @@ _ARM_RATIOS = {
 def beside_published(lines, title=""):
     """The three figures of Ronchini et al. (arXiv 2403.17864), their numbers and ours in the same axes.
 
-    Parameters
-    ----------
-    lines : pandas.DataFrame
-        ``network, kind, label, published, ratio, accuracy, half_width`` from
-        ``esc.published_lines``: a row of panels per network, a column per kind of arm. Published
-        lines are dashed. They compare only where the recordings are the same.
-    title : str, optional
+    `lines` are from ``esc.published_lines``: a row of panels per network, a column per kind of arm,
+    published lines dashed. They compare only where the recordings are the same.
     """
     places = [(network, kind) for network in lines["network"].unique() for kind in _ARM_RATIOS]
     figure, axes = _panels(len(places), 3, (4.3, 2.9), title, sharey=True, sharex="col")
@@ -609,10 +511,8 @@ def beside_published(lines, title=""):
         for label, line in part.groupby("label", sort=False):
             bars = None if line["published"].all() else line["half_width"]
             panel.errorbar(line["ratio"], line["accuracy"], bars, label=label, **looks[label])
-        margins = part[part["published"]].dropna(subset="half_width")
-        margins = margins.drop_duplicates(["ratio", "accuracy"])[
-            ["ratio", "accuracy", "half_width"]
-        ]
+        margins = part.loc[part["published"], ["ratio", "accuracy", "half_width"]]
+        margins = margins.dropna().drop_duplicates()
         if len(margins):
             look = {"fmt": "none", "ecolor": "0.3", "capsize": 4, "label": "paper: 95 % margin"}
             panel.errorbar(*margins.to_numpy().T, **look)
@@ -627,9 +527,8 @@ def beside_published(lines, title=""):
 
 
 def _published_looks(lines):
-    theirs, ours = (
-        lines.loc[lines["published"] == is_theirs, "label"].unique() for is_theirs in (True, False)
-    )
+    theirs = lines.loc[lines["published"], "label"].unique()
+    ours = lines.loc[~lines["published"], "label"].unique()
     looks = {k: {"color": c, "fmt": "--o", "markersize": 3} for k, c in _colours(theirs).items()}
     dark = ["black", *sns.color_palette("dark")[1:]]
     for place, label in enumerate(ours):
@@ -640,12 +539,8 @@ def _published_looks(lines):
 def confusion_matrices(tables, title=""):
     """Confusion matrices side by side, each row as shares of its true class.
 
-    Parameters
-    ----------
-    tables : dict of str to pandas.DataFrame
-        Heading and counts (rows: true class, columns: predicted), from ``stats.confusion`` or
-        ``pandas.crosstab``. Up to 12 classes the shares are written in.
-    title : str, optional
+    `tables` maps headings to counts (rows: true class, columns: predicted), from ``stats.confusion`` or
+    ``pandas.crosstab``; up to 12 classes the shares are written in.
     """
     side = 0.5 * max(len(table) for table in tables.values()) + 1.4
     figure, axes = _panels(len(tables), size=(side + 0.6, side), title=title, sharey=True)
@@ -653,22 +548,16 @@ def confusion_matrices(tables, title=""):
         shares = table.div(table.sum(axis=1).clip(lower=1), axis=0)
         # empty cells stay empty: the eye should find the confusions
         written = np.where(shares > 0, shares.map("{:.2f}".format), "")
-        look = {
-            "annot": written if len(table) <= 12 else False,
-            "annot_kws": {"fontsize": "x-small"},
-        }
-        look |= {"vmin": 0, "vmax": 1, "cmap": "viridis", "cbar": panel is axes[-1]}
-        _heat(panel, shares, fmt="", **look)
+        look = {"annot": written if len(table) <= 12 else False, "fmt": ""}
+        look |= {"annot_kws": {"fontsize": "x-small"}, "vmin": 0, "vmax": 1}
+        _heat(panel, shares, cmap="viridis", cbar=panel is axes[-1], **look)
         panel.set(title=name, xlabel="predicted", ylabel="")
     axes[0].set_ylabel("true class")
     return figure
 
 
 def confusion_change(table, title=""):
-    """Draw what one arm takes each class for more (red) or less (blue) often than another.
-
-    `table` is from ``stats.confusion_difference``: shares of the true class.
-    """
+    """Draw what one arm takes each class for more (red) or less (blue) often, as shares of it."""
     side = 0.4 * len(table) + 1.6
     figure, (axes,) = _panels(1, size=(side + 1.2, side))
     largest = max(table.abs().max(axis=None), 0.01)
@@ -678,13 +567,8 @@ def confusion_change(table, title=""):
 
 
 def class_gains(deltas, title=""):
-    """What each class gains or loses, with its interval; filled: p below 0.05 after Holm.
-
-    `deltas` is from ``stats.class_deltas``: ``label, difference, ci_low, ci_high, p_holm``.
-    """
-    table = deltas.sort_values("difference", ascending=False).rename(
-        columns={"difference": "value"}
-    )
+    """What each class gains or loses (``stats.class_deltas``); filled: p below 0.05 after Holm."""
+    table = deltas.rename(columns={"difference": "value"}).sort_values("value", ascending=False)
     colour, place = sns.color_palette("colorblind")[0], np.arange(len(table))
     figure, (axes,) = _panels(1, size=(7, 0.34 * len(table) + 0.8))
     _intervals(axes, table, place, colour)

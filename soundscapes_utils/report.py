@@ -26,20 +26,7 @@ LISTENING = "listen/index.html"  # what notebook 02 leaves beside them
 def write_report(run_dir):
     """Make ``index.html`` of a run, and the executed notebooks as pages in ``html/``.
 
-    Parameters
-    ----------
-    run_dir : path-like
-        Folder of the run; relative paths are taken from the project's root.
-
-    Returns
-    -------
-    Path
-        The page. It refers to files of the run folder only: copy the folder and it still works.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds no run.
+    The page refers to files of the run folder only: copy the folder and it still works.
     """
     folder = store.project_path(run_dir)
     record = pipeline.read_record(folder)
@@ -63,10 +50,7 @@ def write_report(run_dir):
 def headlines(run_dir):
     """Collect the main numbers that the notebooks of a run left in ``NN_summary.csv``.
 
-    Returns
-    -------
-    pandas.DataFrame
-        Columns ``stage`` (two digits), ``quantity``, ``value`` (text), ``note``.
+    Columns ``stage`` (two digits), ``quantity``, ``value`` (text), ``note``.
 
     Examples
     --------
@@ -236,7 +220,7 @@ def listening_page(out_dir, generated, real=None, *, title="Listen", per_class=2
         Clip table of real recordings, of the same classes; its further columns likewise.
     title : str, optional
     per_class : int, optional
-        Clips of a class shown on either side at most; of more clips a random choice is shown.
+        Clips per class on either side at most; of more clips a random choice is shown.
     seed : int, optional
         Of that choice.
 
@@ -244,22 +228,6 @@ def listening_page(out_dir, generated, real=None, *, title="Listen", per_class=2
     -------
     Path
         ``index.html``; written last and in one piece.
-
-    Raises
-    ------
-    store.DataError
-        The table is empty or lacks ``clip_id``, ``label`` or ``path``.
-    audio.AudioError
-        A clip that cannot be read, by name.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> path = audio.save_audio(folder / "a.wav", np.sin(np.arange(16_000) * 0.1), 16_000)
-    >>> made = pd.DataFrame({"clip_id": ["a"], "label": "dog", "path": str(path), "score": [0.3]})
-    >>> listening_page(folder / "listen", made).name
-    'index.html'
     """
     out_dir = Path(out_dir)
     tables = {"real": real, "synthetic": generated}
@@ -297,21 +265,8 @@ def listening_page(out_dir, generated, real=None, *, title="Listen", per_class=2
 def page_of_table(run_dir, table="generated", per_class=24):
     """Make the listening page of a table that a run has left, with its scores and real clips.
 
-    Parameters
-    ----------
-    run_dir : path-like
-    table : str or path-like, optional
-        Name of a table in the run's ``tables/``, or a CSV file of the same columns. The page goes
-        to ``listen/``, or ``listen-<name>/`` for another table than ``generated``.
-    per_class : int, optional
-        As for :func:`listening_page`.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> page_of_table(tempfile.mkdtemp())
-    Traceback (most recent call last):
-    soundscapes_utils.store.MissingStage: ...generated.csv: no such table...
+    `table` is a name in the run's ``tables/`` or a CSV file; the page goes to ``listen/``, or to
+    ``listen-<name>/`` for another table than ``generated``.
     """
     folder = store.project_path(run_dir)
     tables = folder / "tables"
@@ -408,25 +363,10 @@ def _player(path, page_folder, folder):
 
 
 def publish(run_dir="runs/quick"):
-    """Take the outputs of a finished run over into the notebooks themselves.
+    """Take the outputs of a finished run over into the notebooks themselves; return their paths.
 
-    Only outputs move; the cells and their parameters stay as they are in ``notebooks/``.
-
-    Parameters
-    ----------
-    run_dir : path-like, optional
-        Run of profile ``quick``, without other parameters.
-
-    Returns
-    -------
-    list of Path
-        The notebooks that were written.
-
-    Raises
-    ------
-    pipeline.UsageError
-        If the run had other parameters than the notebooks, is not finished, or a notebook was
-        edited since.
+    Only outputs move. The run must be one of profile ``quick`` without other parameters, finished, and
+    its notebooks unchanged since: else a ``pipeline.UsageError`` says which.
     """
     import nbformat
 

@@ -160,7 +160,7 @@ def test_profile_with_an_unknown_section_or_parameter(project):
     path = project / "notebooks/profiles/mine.yaml"
     path.write_text("01_us: {gain: 2}\n")
     with pytest.raises(pipeline.UsageError, match="no notebook '01_us'; nearest: 01_use"):
-        pipeline.read_profile("mine", project)
+        pipeline.resolve_parameters("mine", {}, project)
     path.write_text("01_use: {gian: 2}\n")
     with pytest.raises(pipeline.UsageError, match="no parameter 'gian'; nearest: gain"):
         pipeline.resolve_parameters("mine", {}, project)

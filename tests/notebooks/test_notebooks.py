@@ -14,20 +14,22 @@ import nbformat
 import pandas as pd
 import pytest
 
-from soundscapes_utils import pipeline, store
+from soundscapes_utils import pipeline, report, store
 
 ROOT = store.project_root(Path(__file__).parent)
 NOTEBOOKS = pipeline.notebooks(ROOT)
+DEFAULTS = pipeline.resolve_parameters("quick", root=ROOT)  # this profile changes none
 # The tables that stages hand to each other, with the columns that the others rely on.
 TABLES = {
     "clips": "clip_id path label fold source_id dataset duration_s sample_rate",
-    "mixes": "clip_id split foreground label source_id background scene "
+    "mixes": "clip_id path label fold source_id dataset duration_s sample_rate split foreground "
+    "background scene "
     "background_source onset_s foreground_gain_db background_gain_db snr_db peak_scale seed "
-    "caption caption_2 caption_3 path",
-    "generated": "clip_id label prompt prompt_family negative_prompt backend checkpoint seed "
-    "guidance_scale steps duration_s sample_rate path lufs score",
+    "caption caption_2 caption_3",
+    "generated": "clip_id path label fold source_id dataset duration_s sample_rate prompt "
+    "prompt_family negative_prompt backend checkpoint seed guidance_scale steps lufs score heard",
     "scores": "metric embedding reference candidate value ci_low ci_high n_reference "
-    "n_candidate note",
+    "n_candidate floor floor_low floor_high floor_n note",
     "results": "arm model backend prompt_family ratio fold run seed n_real n_synthetic accuracy "
     "macro_f1 epochs seconds",
 }
@@ -47,7 +49,7 @@ def clone(tmp_path):
 def test_all_notebooks_run_in_small_and_are_skipped_afterwards(clone, capsys):
     with capsys.disabled():
         print()
-        page = pipeline.run("test", root=clone)
+        page = report.write_report(pipeline.run("test", root=clone))
     for name, columns in TABLES.items():
         table = pd.read_csv(clone / "runs/test/tables" / f"{name}.csv")
         assert len(table) and set(columns.split()) <= set(table.columns), name
@@ -79,8 +81,7 @@ every = pytest.mark.parametrize("path", NOTEBOOKS.values(), ids=NOTEBOOKS.keys()
 
 @every
 def test_parameters_are_plain_commented_and_injectable(path):
-    parameters = pipeline.notebook_parameters(path)
-    assert pipeline.INJECTED in parameters
+    parameters = DEFAULTS[path.stem]
     tagged = [
         cell
         for cell in nbformat.read(path, as_version=4).cells
@@ -88,7 +89,8 @@ def test_parameters_are_plain_commented_and_injectable(path):
     ]
     assert len(tagged) == 1
     lines = tagged[0].source.splitlines()
-    assert len(lines) == len(parameters)
+    assert len(lines) == len(parameters) + 1
+    assert sum(line.startswith("run_dir = ") for line in lines) == 1
     assert all(re.search(r"  # \S", line) for line in lines), "every parameter says what it is"
 
 
@@ -120,7 +122,7 @@ def test_outputs_are_small_and_clean(path):
 
 def test_a_name_means_the_same_in_all_notebooks():
     seen = {}
-    for stem, path in NOTEBOOKS.items():
-        for name, default in pipeline.notebook_parameters(path).items():
+    for stem in NOTEBOOKS:
+        for name, default in DEFAULTS[stem].items():
             first, value = seen.setdefault(name, (stem, default))
             assert (type(default), default) == (type(value), value), f"{name}: {first} and {stem}"
