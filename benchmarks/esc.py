@@ -327,7 +327,9 @@ def class_story(predictions, clips, distances):
         gains = stats.class_deltas(predictions, arm, "sbcnn", clips=clips)
         print(f"\nclasses, {arm} against real, and distances of the class against its gain")
         print(gains.round(3).to_string(index=False))
-        print(stats.class_correlation(distances, gains).round(3).to_string(index=False))
+        both = distances.merge(gains, left_on="reference", right_on="label")
+        for metric, part in both.groupby("metric"):
+            print(metric, stats.correlation(part["value"], part["difference"]))
 
 
 def truth(wanted):

@@ -66,27 +66,10 @@ def _mel_basis():
 
 
 def features(y, sample_rate=SAMPLE_RATE):
-    """Log-mel spectrogram of a clip, repeated or cut to 4 s, as the paper takes it.
+    """Log-mel spectrogram [126 frames, 64 bands] of a clip, repeated or cut to 4 s, as in the paper.
 
-    16 kHz, window and FFT 1024, hop 512, 64 mel bands over 0–8 kHz of the power spectrum (HTK scale,
-    no area normalisation: torchaudio's defaults), ``log(mel + 0.001)``.
-
-    Parameters
-    ----------
-    y : array_like, shape (samples,)
-        Signal, ±1 is full scale; an :class:`audio.AudioError` if empty, silent or not finite.
-    sample_rate : int, default 16000
-        Rate of `y` in Hz.
-
-    Returns
-    -------
-    np.ndarray of float32, shape (126, 64)
-        Frames by bands; from log(0.001) = −6.9 to about 9.
-
-    Examples
-    --------
-    >>> features(np.sin(np.arange(16000) * 0.3)).shape
-    (126, 64)
+    16 kHz, window and FFT 1024, hop 512, 0–8 kHz of the power spectrum (HTK scale, no area
+    normalisation: torchaudio's defaults), ``log(mel + 0.001)``.
     """
     y = audio.resample(audio.check_audio(y, "signal"), sample_rate, SAMPLE_RATE)
     y = torch.from_numpy(audio.fix_length(y, int(CLIP_SECONDS * SAMPLE_RATE)).copy())
@@ -125,38 +108,10 @@ _FRONT_ENDS = {
 def load_features(paths, cache_dir, workers=None, kind="logmel"):
     """Features of many clips, each computed once and kept by the content of its file.
 
-    Parameters
-    ----------
-    paths : sequence of path-like
-        Sound files.
-    cache_dir : path-like
-        Gets one .npy per clip; a changed file has another name there.
-    workers : int, optional
-        Threads; by default one per CPU core.
-    kind : {"logmel", "mfcc"}
-        :func:`features`, or Piczak's 26 statistics per clip for his baselines ("ESC: Dataset for
-        Environmental Sound Classification", ACM Multimedia 2015): mean, then standard deviation of
-        MFCC 1 to 12, then of the zero-crossing rate.
-
-    Returns
-    -------
-    x : np.ndarray of float32, shape (clips, 126, 64) or (clips, 26)
-        In the order of `paths`.
-    keys : list of str
-        What identifies each clip's content.
-
-    Raises
-    ------
-    audio.AudioError
-        Files are missing, unreadable or silent: all of them are named.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "a.wav"
-    >>> _ = audio.save_audio(path, np.sin(np.arange(16000) * 0.3), 16000)
-    >>> load_features([path], path.parent)[0].shape
-    (1, 126, 64)
+    `kind` is "logmel" (:func:`features`, [clips, 126, 64]) or "mfcc" (Piczak's 26 statistics for his
+    baselines, ACM Multimedia 2015: mean, then SD of MFCC 1 to 12, then of the zero-crossing rate).
+    Gives the array and what identifies each clip's content; an :class:`audio.AudioError` names all
+    files that cannot be used.
     """
     compute, settings = _FRONT_ENDS[kind]
 
@@ -184,22 +139,7 @@ def load_features(paths, cache_dir, workers=None, kind="logmel"):
 
 
 def standardise(x):
-    """Bring each clip to mean 0 and standard deviation 1 over all its frames and bands.
-
-    Parameters
-    ----------
-    x : np.ndarray of float, shape (clips, frames, bands)
-        Log-mel spectrograms; a constant one becomes zeros.
-
-    Returns
-    -------
-    np.ndarray of float32, same shape
-
-    Examples
-    --------
-    >>> standardise(np.array([[[1.0, 3.0]]])).tolist()
-    [[[-1.0, 1.0]]]
-    """
+    """Bring each clip [frames, bands] to mean 0 and SD 1 over all its frames and bands, as float32."""
     # in double precision: the mean of thousands of equal singles is not quite their value
     mean = x.mean(axis=(1, 2), keepdims=True, dtype=np.float64)
     spread = x.std(axis=(1, 2), keepdims=True, dtype=np.float64)
@@ -207,14 +147,7 @@ def standardise(x):
 
 
 def divide_by_variance(x):
-    """Normalise as the released code: by the variance (n − 1), and the first 63 of 126 frames kept.
-
-    Examples
-    --------
-    >>> x = np.random.default_rng(0).normal(0, 2, size=(1, 126, 64))
-    >>> divide_by_variance(x).shape, bool(abs(divide_by_variance(x).std() - 0.5) < 0.02)
-    ((1, 63, 64), True)
-    """
+    """Normalise as the released code: by the variance (n − 1), and the first 63 of 126 frames kept."""
     mean = x.mean(axis=(1, 2), keepdims=True, dtype=np.float64)
     variance = x.var(axis=(1, 2), ddof=1, keepdims=True, dtype=np.float64)
     return ((x - mean) / np.maximum(variance, 1e-6))[:, :RELEASED_FRAMES].astype(np.float32)
@@ -223,33 +156,10 @@ def divide_by_variance(x):
 def transform_clips(clips, effect, out_dir, workers=None):
     """Shift the pitch or the speed of recordings: the augmentation that needs no generator.
 
-    Parameters
-    ----------
-    clips : pandas.DataFrame
-        Real recordings (table *clips*).
-    effect : {"ps1", "ps2", "ts"}
-        A key of :data:`TRANSFORMS`; one copy is made for each of its four values.
-    out_dir : path-like
-        Gets the copies (16 kHz WAV); those that exist are kept.
-    workers : int, optional
-        Threads; by default one per CPU core.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Table *generated* with the column `made_from`, the recording's `clip_id`: a study uses a copy
-        only where its recording is among the real training clips, so that no test clip comes back
-        in disguise. Give it to :func:`esc.run_study` as ``{"ps1": table}`` for ``"both@ps1:4"``.
-
-    Notes
-    -----
-    Values: Salamon and Bello (2017), as in the paper; phase vocoder of librosa.
-
-    Examples
-    --------
-    >>> transform_clips(pd.DataFrame(), "echo", "runs/try")
-    Traceback (most recent call last):
-    ValueError: unknown effect 'echo'; choose one of ps1, ps2, ts
+    One copy (16 kHz WAV in `out_dir`) is made for each value of a key of :data:`TRANSFORMS`, after
+    Salamon and Bello (2017). The table has the column `made_from`: a study uses a copy only where its
+    recording is among the real training clips, so that no test clip comes back in disguise. Give it to
+    :func:`esc.run_study` as ``{"ps1": table}`` for ``"both@ps1:4"``.
     """
     if effect not in TRANSFORMS:
         raise ValueError(f"unknown effect {effect!r}; choose one of {', '.join(TRANSFORMS)}")
@@ -280,21 +190,9 @@ def _transformed(clip, value, effect, out_dir):
 
 
 class SBCNN(nn.Module):
-    """Salamon and Bello's convolutional network, as the paper sizes it.
+    """Salamon and Bello's convolutional network (IEEE SPL 24(3), 2017), as the paper sizes it.
 
-    Input: float32 (patches, 1, frames, 64); output: logits (patches, classes).
-
-    Parameters
-    ----------
-    n_classes : int
-        Classes to tell apart.
-    n_frames : int, default 94
-        Frames of a patch (3 s at hop 512), at least 16.
-
-    References
-    ----------
-    Salamon and Bello, "Deep Convolutional Neural Networks and Data Augmentation for Environmental
-    Sound Classification", IEEE Signal Processing Letters 24(3), 2017.
+    Patches [n, 1, frames, 64] (`n_frames` 94: 3 s at hop 512; at least 16) to logits [n, n_classes].
 
     Examples
     --------
@@ -330,14 +228,8 @@ class SBCNN(nn.Module):
 class GLU(nn.Module):
     """Gated linear unit over channels, ``(Wx + b) · σ(x)``: the input decides what gets through.
 
-    As in the DCASE Task 4 baselines from which the paper's CRNN descends (Dauphin et al., "Language
-    Modeling with Gated Convolutional Networks", ICML 2017). The paper's code joins x with itself
-    instead, which leaves x·σ(x).
-
-    Examples
-    --------
-    >>> GLU(16)(torch.zeros(2, 16, 5, 4)).shape
-    torch.Size([2, 16, 5, 4])
+    As in the DCASE Task 4 baselines from which the paper's CRNN descends (Dauphin et al., ICML 2017).
+    The paper's code joins x with itself instead, which leaves x·σ(x).
     """
 
     def __init__(self, channels):
@@ -353,22 +245,10 @@ class CRNN(nn.Module):
     """Castorena and Cobos' convolutional recurrent network, as the paper sizes it.
 
     Seven gated convolutions pool 64 bands down to one; a bidirectional GRU runs over time; one linear
-    layer reads all its outputs. Input: float32 (patches, 1, frames, 64); output: logits.
-
-    Parameters
-    ----------
-    n_classes : int
-        Classes to tell apart.
-    n_frames : int, default 94
-        Frames of a patch (3 s at hop 512), at least 4.
-    as_released : bool, default False
-        As the released code computes: x·σ(x) in place of the GLU, and a GRU that takes the clips of
-        a batch for its time steps, so that a clip's output depends on its neighbours.
-
-    References
-    ----------
-    Castorena, Cobos, Lopez-Ballester and Ferri, "A safety-oriented framework for sound event
-    detection in driving scenarios", Applied Acoustics 215, 109719, 2023.
+    layer reads all its outputs. Patches [n, 1, frames, 64] (`n_frames` at least 4) to logits. With
+    `as_released` the gates are x·σ(x), and the GRU takes the clips of a batch for its time steps, so
+    that a clip's output depends on its neighbours. After Castorena, Cobos, Lopez-Ballester and Ferri,
+    Applied Acoustics 215, 109719, 2023.
 
     Examples
     --------
@@ -423,29 +303,7 @@ BASELINES = ("knn", "forest", "svm")
 
 
 def fit_baseline(model, x, y, seed=0):
-    """Fit a classifier that needs no validation clips: Piczak's baselines, or a linear probe.
-
-    Parameters
-    ----------
-    model : {"knn", "forest", "svm", "probe"}
-        5 nearest neighbours, 500 trees, linear support vector machine, logistic regression.
-    x : np.ndarray of float, shape (clips, dims)
-        MFCC statistics of :func:`load_features`, or an embedding.
-    y : array_like, shape (clips,)
-        Classes.
-    seed : int, default 0
-        Of the forest; the others do not draw.
-
-    Returns
-    -------
-    scikit-learn classifier
-        Fitted; ``predict`` gives classes.
-
-    Examples
-    --------
-    >>> fit_baseline("svm", np.array([[0.0], [1.0]]), ["a", "b"]).predict([[0.9]]).tolist()
-    ['b']
-    """
+    """Fit "knn", "forest", "svm" or "probe" on rows `x` (MFCC statistics, or an embedding)."""
     return dict(_baselines(seed))[model].fit(x, y)
 
 
@@ -476,11 +334,6 @@ class Training:
         Where torch trains; a study's classifiers take turns on several.
     workers : int, optional
         Processes that train side by side; by default one per CPU core.
-
-    Examples
-    --------
-    >>> Training(epochs=8, batch_size=16).patience
-    15
     """
 
     epochs: int = 100
@@ -508,9 +361,7 @@ def train_classifier(model, train, validation, n_classes, training, seed=0, augm
         Spectrograms and class numbers: 126 × 64 of :func:`standardise`; for a network as released
         63 × 64 of :func:`divide_by_variance`.
     n_classes : int
-        Classes to tell apart.
     training : Training
-        Epochs, patience, batches, device.
     seed : int, default 0
         Initial weights, order, patches and dropout follow from it, and are the same for a network
         as released and its corrected form; torch's own random state stays as it was.
@@ -525,13 +376,6 @@ def train_classifier(model, train, validation, n_classes, training, seed=0, augm
         In evaluation mode, with the best weights.
     log : pandas.DataFrame
         `epoch, train_loss, validation_loss, validation_accuracy`, one row per epoch.
-
-    Examples
-    --------
-    >>> x, y = np.random.default_rng(0).normal(size=(8, 126, 64)).astype("f4"), np.arange(8) % 2
-    >>> network, log = train_classifier("sbcnn", (x, y), (x, y), 2, Training(epochs=1))
-    >>> list(log)
-    ['epoch', 'train_loss', 'validation_loss', 'validation_accuracy']
     """
     device = torch.device(training.device)
     x, y = (torch.from_numpy(part).to(device) for part in train)
@@ -613,34 +457,10 @@ def _loss(network, batch, y, augment):
 
 
 def predict(model, network, x, seed=0, batch_size=1):
-    """Class probabilities of whole clips, in the way that fits the model.
+    """Class probabilities [clips, classes] of whole clips, in the way that fits the model.
 
     Corrected networks: the mean over two patches that together cover the clip. As released: one
-    random patch per clip.
-
-    Parameters
-    ----------
-    model : str
-        A key of :data:`MODELS`.
-    network : nn.Module
-        Trained as `model`; put into evaluation mode.
-    x : np.ndarray of float32, shape (clips, frames, bands)
-        What the network was trained on.
-    seed : int, default 0
-        Of the random patches.
-    batch_size : int, default 1
-        Clips at a time, for a network as released: its GRU recurs over them, which changes its
-        output.
-
-    Returns
-    -------
-    np.ndarray of float32, shape (clips, classes)
-        Rows sum to 1.
-
-    Examples
-    --------
-    >>> predict("sbcnn", SBCNN(3), np.zeros((2, 126, 64), "f4")).shape
-    (2, 3)
+    random patch per clip, `batch_size` clips at a time (its GRU recurs over them).
     """
     device = next(network.eval().parameters()).device
     x = torch.from_numpy(x)

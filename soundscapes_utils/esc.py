@@ -11,6 +11,7 @@ sees, :func:`run_study` trains those that are not kept yet, side by side. A tria
 is done, under a key of all that went into it.
 """
 
+import csv
 import hashlib
 import io
 import re
@@ -40,6 +41,7 @@ RESULT_COLUMNS = [
     *("arm", "model", "backend", "prompt_family", "ratio", "fold", "run", "seed", "n_real"),
     *("n_synthetic", "accuracy", "macro_f1", "epochs", "seconds", "steps", "note"),
 ]
+_NORMALISE = {"logmel": classifiers.standardise, "as_released": classifiers.divide_by_variance}
 _PLACE = ["arm", "ratio", "model", "fold", "run"]
 _HEARD_VALIDATION = "the generator was trained on the fold that early stopping looks at"
 # ESC-10 is a part of ESC-50, with its folds
@@ -64,16 +66,11 @@ class Arm(NamedTuple):
     ----------
     kind : str
         ``real``. ``both``, ``synthetic``: R synthetic clips for each real training clip. ``mixed``: R
-        of the training folds replaced by as many synthetic clips.
-
-        Controls, of real clips only: ``repeat``, each clip R times more (equal n and steps as both);
-        ``steps``, 1 + R times the epochs and the patience (equal steps); ``dropped``, R training
-        folds left out and nothing in their place. ``thinned`` is both, thinned at random to as many
-        clips of each class as there are real ones (equal n as real).
-
-        Other augmentation of the real clips: ``specaugment``, ``mixup``, see
-        :func:`classifiers.train_classifier`; pitch and speed are a source, see
-        :func:`classifiers.transform_clips`.
+        of the training folds replaced by as many synthetic clips. Controls, of real clips only:
+        ``repeat``, each clip R times more (equal n and steps as both); ``steps``, 1 + R times the
+        epochs and the patience (equal steps); ``dropped``, R training folds left out. ``thinned`` is
+        both, thinned at random to as many clips of each class as there are real ones (equal n as
+        real). ``specaugment`` and ``mixup`` augment real clips while training.
     ratio : float, default 0
         The R above.
     source : str, optional
@@ -167,21 +164,17 @@ class Study:
         baselines = [model for model in self.models if _is_baseline(model)]
         networks = [model for model in self.models if model in MODELS]
         if len(baselines) + len(networks) < len(self.models) or not (self.models and arms):
+            known = f"{list(MODELS)}, {list(BASELINES)} and 'probe:<embedding>'"
             raise ValueError(
-                f"models {list(self.models)}, arms {list(map(str, arms))}: models are "
-                f"{list(MODELS)}, {list(BASELINES)} and 'probe:<embedding>'"
+                f"models {list(self.models)}, arms {[*map(str, arms)]}: models are {known}"
             )
         if self.validation not in ("real", "as_released", "none"):
-            raise ValueError(
-                f"validation must be 'real', 'as_released' or 'none', got {self.validation!r}"
-            )
+            raise ValueError("validation must be 'real', 'as_released' or 'none'")
         if self.validation == "none" and networks:
             raise ValueError(f"{networks[0]} stops early and needs validation clips: use 'real'")
-        for_networks = [arm.kind for arm in arms if arm.kind in (*_ON_THE_FLY, "steps")]
-        if for_networks and baselines:
-            raise ValueError(
-                f"the arm {for_networks[0]} is a way to train networks; leave it or {baselines[0]} out"
-            )
+        if baselines and {arm.kind for arm in arms} & {*_ON_THE_FLY, "steps"}:
+            kinds = f"{', '.join(_ON_THE_FLY)} and steps"
+            raise ValueError(f"{kinds} are ways to train networks; leave it or {baselines[0]} out")
 
 
 def _is_baseline(model):
@@ -192,7 +185,7 @@ def _is_baseline(model):
 
 
 def plan_study(clips, generated, study):
-    """Say, before anything is trained, which clips each classifier will see.
+    """Say, before anything is trained, which clips each classifier will see: one row per trial.
 
     All arms of one fold and run draw from the same shuffled lists, so that a larger ratio adds clips
     to a smaller one, and share their seed: their differences are those of the training clips.
@@ -203,37 +196,16 @@ def plan_study(clips, generated, study):
         Real recordings (table *clips*).
     generated : pandas.DataFrame, dict of str to pandas.DataFrame, or None
         Synthetic clips (table *generated*), several tables by the names that arms call for with
-        ``@``; None where no arm needs any. Two optional columns bind a row: it is used only for the
-        test fold `held_out_fold` (of a generator trained without that fold), or only where the
-        recording `made_from` is among the real training clips.
+        ``@``. Two optional columns bind a row: it is used only for the test fold `held_out_fold` (of
+        a generator trained without that fold), or only where the recording `made_from` is among the
+        real training clips.
     study : Study
-        What is compared.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per trial: `arm, ratio, model, fold, run, seed, n_real, n_synthetic, n_validation,
-        n_test`, the row numbers (arrays) `real_rows, synthetic_rows, validation_rows,
-        validation_synthetic_rows, test_rows`, and `note`, which says where early stopping looks at
-        recordings that the generator was trained on. Synthetic rows count through all tables, one
-        after the other.
 
     Raises
     ------
     LeakError
         The column `heard` says that a generator was trained on the fold that its clips are tested on
-        (ESC-10 is a part of ESC-50).
-    ValueError
-        Unknown fold; a source recording that spans splits; too few real or synthetic clips of a
-        class; more folds to replace than there are.
-
-    Examples
-    --------
-    >>> clips = pd.DataFrame({"label": ["dog", "rain"] * 3, "fold": [1, 1, 2, 2, 3, 3]})
-    >>> clips["source_id"] = clips["clip_id"] = clips.index.astype(str)
-    >>> plan_study(clips, None, Study(["real"], ["sbcnn"], [3]))[["n_real", "n_test"]]
-       n_real  n_test
-    0       2       2
+        (ESC-10 is a part of ESC-50). Where it was trained on the validation fold, `note` says so.
     """
     tables = _tables(generated, study.arms)
     synthetic = pd.concat(tables.values(), ignore_index=True) if tables else None
@@ -251,8 +223,6 @@ def plan_study(clips, generated, study):
                 n["validation"] += n.pop("validation_synthetic")
                 drawn |= {f"n_{name}": count for name, count in n.items()}
                 drawn["note"] = _check_leak(clips, synthetic, drawn)
-                drawn |= {name: _values(synthetic, name, drawn["synthetic_rows"])
-                          for name in ("backend", "prompt_family")}  # fmt: skip
                 for model in study.models:
                     text = f"{study.seed}/{model.partition(':')[0]}/{fold}/{run}"
                     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
@@ -260,13 +230,6 @@ def plan_study(clips, generated, study):
                     names = [*_PLACE, "seed", "kind"]
                     trials.append(dict(zip(names, place, strict=True)) | drawn)
     return pd.DataFrame(trials)
-
-
-def _values(synthetic, column, rows):
-    """What the rows of an arm hold in a column, each value once."""
-    if not len(rows) or column not in synthetic:
-        return ""
-    return "+".join(sorted(set(synthetic[column].iloc[rows].fillna("").astype(str))))
 
 
 def _tables(generated, arms):
@@ -298,9 +261,8 @@ def _check_leak(clips, synthetic, drawn):
     if leaked:
         raise LeakError(
             f"the generator of these clips ({', '.join(used['checkpoint'].unique())}) was trained on "
-            f"fold {leaked}, which is also a test fold: the test would reward copies of its own "
-            "recordings. Test on a fold that the generator never saw, or generate with a checkpoint "
-            "trained without it"
+            f"fold {leaked}, which is also a test fold: test on a fold that it never saw, or generate "
+            "with a checkpoint trained without it"
         )
     return _HEARD_VALIDATION if heard & set(clips["fold"].iloc[drawn["validation_rows"]]) else ""
 
@@ -439,24 +401,18 @@ def run_study(clips, generated, study, training, out_dir, embeddings=None):
     training : Training
         Epochs, patience, batches, devices, processes.
     out_dir : path-like
-        Gets ``features/`` (cache), a record of each trial, ``results.csv``; ``predictions.csv``:
-        `clip_id, label, predicted, arm, ratio, model, fold, run`; ``curves.csv``: `epoch, train_loss,
-        validation_loss, validation_accuracy` and the same.
+        Gets a record of each trial, ``results.csv``, ``predictions.csv`` and ``curves.csv``.
     embeddings : dict of str to Embedding, optional
         What ``"probe:<name>"`` reads, where :func:`embeddings.get_embedding` needs more than a name.
 
     Returns
     -------
     pandas.DataFrame
-        Table *results*: `arm, model, backend, prompt_family, ratio, fold, run, seed, n_real,
-        n_synthetic, accuracy, macro_f1, epochs, seconds, steps, note`; accuracy and macro F1 from 0 to
-        1 on the real clips of the test fold; `epochs` and `steps` of the optimiser as they were taken,
-        which early stopping makes fewer than allowed; `note` of :func:`plan_study`.
+        Table *results*; accuracy and macro F1 from 0 to 1 on the real clips of the test fold; `epochs`
+        and `steps` of the optimiser as they were taken.
 
     Raises
     ------
-    LeakError, ValueError
-        See :func:`plan_study`.
     TrialsFailed
         Some trials failed; the message names them, all others are done and kept.
 
@@ -501,32 +457,28 @@ class _Data:
         self.classes = np.array(sorted(set(clips["label"])))
         number = {label: i for i, label in enumerate(self.classes)}
         self.y = np.array([number.get(label, -1) for label in labels])
-        self.clip_ids = clips["clip_id"].astype(str).to_numpy()
+        self.clip_ids, self.synthetic = clips["clip_id"].astype(str).to_numpy(), synthetic
 
     def trial(self, row, training):
         """A planned trial with its rows, its source, and the key of all that it depends on."""
-        n, kind = len(self.clip_ids), _input_kind(row["model"])
-        rows = {
-            "train": np.concatenate([row["real_rows"], n + row["synthetic_rows"]]),
-            "validation": np.concatenate(
-                [row["validation_rows"], n + row["validation_synthetic_rows"]]
-            ),
-            "test": row["test_rows"],
-        }
+        n, keys = len(self.clip_ids), self.keys[_input_kind(row["model"])]
+        held = np.concatenate([row["validation_rows"], n + row["validation_synthetic_rows"]])
+        train = np.concatenate([row["real_rows"], n + row["synthetic_rows"]])
+        rows = {"train": train, "validation": held, "test": row["test_rows"]}
         if row["kind"] == "steps":
             longer = [round(m * (1 + row["ratio"])) for m in (training.epochs, training.patience)]
             training = replace(training, epochs=longer[0], patience=longer[1])
-        info = {name: row[name] for name in (*_PLACE, "seed", "backend", "prompt_family")}
+        info, used = {name: row[name] for name in (*_PLACE, "seed")}, row["synthetic_rows"]
+        for name in ("backend", "prompt_family"):
+            values = self.synthetic[name].iloc[used] if name in self.synthetic else pd.Series()
+            info[name] = "+".join(sorted(set(values.fillna("").astype(str))))
         settings = vars(replace(training, device="", workers=None))
         tested = self.clip_ids[rows["test"]].tolist()
-        content = [
-            self.keys[kind][part].tobytes() + self.y[part].tobytes() for part in rows.values()
-        ]
-        key = store.content_key([_RECIPE, info, settings, self.classes.tolist(), tested], *content)
+        content = [keys[part].tobytes() + self.y[part].tobytes() for part in rows.values()]
+        key = store.content_key(_RECIPE, info, settings, list(self.classes), tested, *content)
         info |= {name: row[name] for name in ("kind", "n_real", "n_synthetic", "note")}
-        patches = training.patches_per_epoch or len(rows["train"])
-        parts = {"info": info, "rows": rows, "training": training, "patches": patches}
-        return {"key": key} | parts
+        trial = {"key": key, "info": info, "rows": rows, "training": training}
+        return trial | {"patches": training.patches_per_epoch or len(train)}
 
 
 def _input_kind(model):
@@ -544,11 +496,10 @@ def _inputs(kind, paths, cache_dir, embeddings):
         reader = (embeddings or {}).get(name) or get_embedding(name)
         x = reader.embed(paths, silence="allow", cache_dir=cache_dir)
         return x, [store.content_key(row.tobytes()) for row in x]
-    x, keys = classifiers.load_features(
-        paths, cache_dir, kind="mfcc" if kind == "mfcc" else "logmel"
-    )
-    normalise = {"logmel": classifiers.standardise, "as_released": classifiers.divide_by_variance}
-    return normalise.get(kind, np.asarray)(x), keys
+    if kind == "mfcc":
+        return classifiers.load_features(paths, cache_dir, kind=kind)
+    x, keys = classifiers.load_features(paths, cache_dir)
+    return _NORMALISE[kind](x), keys
 
 
 def _print_plan(plan, missing):
@@ -672,29 +623,27 @@ def _train_and_test(trial, x, y, n_classes):
 
 
 def _write_tables(trials, data, entries, out_dir):
-    """Write and give back the results of all trials that are done, their predictions and curves."""
-    columns = {"predictions": ["clip_id", "label", "predicted"], "curves": classifiers.LOG_COLUMNS}
-    # as text, a fifth of what the tables of a large study would take in memory
-    texts, results = {name: io.StringIO() for name in columns}, []
-    for name, text in texts.items():
-        text.write(",".join([*columns[name], *_PLACE]) + "\n")
-    for trial in trials:
-        if trial["key"] not in entries:
-            continue
-        entry, test = dict(entries[trial["key"]]), trial["rows"]["test"]
-        classes = data.classes[[data.y[test], entry.pop("predicted")]]
-        rows = {"predictions": zip(data.clip_ids[test], *classes, strict=True)}
-        rows["curves"] = entry.pop("curve")
-        for name, text in texts.items():
-            part = pd.DataFrame(list(rows[name]), columns=columns[name])
-            part = part.assign(**{place: trial["info"][place] for place in _PLACE})
-            part.to_csv(text, index=False, header=False)
-        epochs, steps = len(rows["curves"]), -(-trial["patches"] // trial["training"].batch_size)
-        results.append(trial["info"] | entry | {"epochs": epochs, "steps": epochs * steps})
-    for name, text in texts.items():
-        store.write_atomic(out_dir / f"{name}.csv", text.getvalue())
+    """Write the results of all trials that are done, their predictions and curves."""
+    done = [(trial, entries[trial["key"]]) for trial in trials if trial["key"] in entries]
+    results = []
+    for trial, entry in done:
+        epochs, batch_size = len(entry["curve"]), trial["training"].batch_size
+        counts = {"epochs": epochs, "steps": epochs * -(-trial["patches"] // batch_size)}
+        results.append(trial["info"] | entry | counts)
     results = pd.DataFrame(results, columns=RESULT_COLUMNS)
     store.write_table(results, out_dir / "results.csv")
+    # as text, a fifth of what the tables of a large study would take in memory
+    predictions, curves = io.StringIO(), io.StringIO()
+    csv.writer(predictions).writerow(["clip_id", "label", "predicted", *_PLACE])
+    csv.writer(curves).writerow([*classifiers.LOG_COLUMNS, *_PLACE])
+    for trial, entry in done:
+        test, place = trial["rows"]["test"], [trial["info"][name] for name in _PLACE]
+        labels = data.classes[data.y[test]], data.classes[entry["predicted"]]
+        rows = zip(data.clip_ids[test], *labels, strict=True)
+        csv.writer(predictions).writerows([*row, *place] for row in rows)
+        csv.writer(curves).writerows([*row, *place] for row in entry["curve"])
+    store.write_atomic(out_dir / "predictions.csv", predictions.getvalue())
+    store.write_atomic(out_dir / "curves.csv", curves.getvalue())
     return results
 
 
@@ -708,20 +657,10 @@ def _with_parts(table):
 
 
 def published_lines(results):
-    """The paper's accuracies and one's own as lines of one figure.
+    """The paper's accuracies and one's own (of a table *results*) as lines of one figure.
 
-    Parameters
-    ----------
-    results : pandas.DataFrame
-        Table *results*; arms on few real clips per class, and models that the paper does not have,
-        are left out.
-
-    Returns
-    -------
-    pandas.DataFrame
-        `network, kind` ("both", "mixed", "synthetic"), `label`, `published` (bool), `ratio, accuracy,
-        half_width` (NaN where there is none). Lines of both and mixed begin with real clips only, at
-        ratio 0.
+    Lines of both and mixed begin with real clips only, at ratio 0. Arms on few real clips, and models
+    that the paper does not have, are left out.
     """
     theirs, own = stats.published(), _with_parts(stats.summarise(results))
     lines = "paper: " + theirs["backend"] + ", " + theirs["prompt_family"] + " prompt"
@@ -743,18 +682,7 @@ def published_lines(results):
 
 
 def few_real_lines(intervals):
-    """Accuracy over the number of real training clips per class, as lines of one figure.
-
-    Parameters
-    ----------
-    intervals : pandas.DataFrame
-        Of :func:`stats.intervals`; arms such as "real/4" and "both/4" are taken.
-
-    Returns
-    -------
-    pandas.DataFrame
-        `model, label, per_class, accuracy, ci_low, ci_high`.
-    """
+    """Accuracy over the number of real training clips per class, of a table of `stats.intervals`."""
     table = (
         _with_parts(intervals).dropna(subset="per_class").sort_values("per_class", kind="stable")
     )

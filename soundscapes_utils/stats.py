@@ -40,13 +40,12 @@ def _pair(a, b, name, least):
 
 
 def bootstrap_ci(values, statistic=np.mean, n=2000, confidence=0.95, seed=0):
-    """Bootstrap interval of a statistic, bias-corrected and accelerated (BCa).
+    """Bootstrap interval of a statistic, bias-corrected and accelerated (BCa; Efron, JASA 82, 1987).
 
     Parameters
     ----------
     values : array_like, shape (samples,)
-        At least two independent observations; where several come from one source, average them
-        first.
+        At least two independent observations; where several come from one source, average them first.
     statistic : callable, default np.mean
         Maps an array to a number; with an ``axis`` argument it is evaluated in one go.
     n : int, default 2000
@@ -59,12 +58,7 @@ def bootstrap_ci(values, statistic=np.mean, n=2000, confidence=0.95, seed=0):
     Returns
     -------
     tuple of float
-        Lower and upper end. Both equal the statistic where it does not vary over resamples.
-
-    Notes
-    -----
-    Efron, "Better bootstrap confidence intervals", JASA 82 (1987). Where BCa is undefined (few tied
-    values) the percentile interval is returned.
+        Lower and upper end; the percentile interval where BCa is undefined (few tied values).
 
     Examples
     --------
@@ -105,35 +99,10 @@ def _bias_corrected(samples, statistic, n, confidence, seed):
 def nested_bootstrap_ci(values, folds, sources, n=2000, confidence=0.95, seed=0):
     """Bootstrap interval of a mean over clips that hang together: in folds, and in sources.
 
-    Folds are drawn with replacement, then, within each drawn fold, sources with all their clips.
-
-    Parameters
-    ----------
-    values : array_like, shape (clips,)
-        One number per clip, such as how often it was recognised.
-    folds : array_like, shape (clips,)
-        The fold of each clip. With one fold only sources are drawn: the interval then says nothing
-        about other folds.
-    sources : array_like, shape (clips,)
-        The recording that each clip was cut from; at least two.
-    n, confidence, seed
-        See :func:`bootstrap_ci`.
-
-    Returns
-    -------
-    tuple of float
-        Lower and upper end (percentiles of the resampled means).
-
-    Notes
-    -----
-    Davison and Hinkley, "Bootstrap Methods and their Application" (1997), section 3.8. Clips of one
-    recording resemble each other; drawn one by one they would make the interval too narrow.
-
-    Examples
-    --------
-    >>> low, high = nested_bootstrap_ci([1, 1, 0, 1], [1, 1, 2, 2], list("abcd"))
-    >>> low <= 0.75 <= high
-    True
+    Folds are drawn with replacement, then, within each drawn fold, sources with all their clips
+    (Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8): drawn one by
+    one, clips of one recording would make the interval too narrow. `values`, `folds` and `sources`
+    have one entry per clip. With one fold the interval says nothing about other folds.
     """
     values = _vector(values, "nested_bootstrap_ci", 2)
     if not len(values) == len(folds) == len(sources):
@@ -230,31 +199,9 @@ def _sign_flip_p(differences, n, seed):
 def mcnemar(a, b):
     """McNemar's exact test: do two classifiers err equally often on the same clips?
 
-    Only clips that one recognises and the other does not tell them apart; under the null hypothesis
-    each of these is a fair coin.
-
-    Parameters
-    ----------
-    a, b : array_like of bool, shape (clips,)
-        Whether each classifier recognised each clip, in the same order.
-
-    Returns
-    -------
-    dict
-        ``n`` clips; ``only_a`` and ``only_b``, recognised by that one alone; ``difference`` of the
-        accuracies, a − b; ``odds_ratio``, only_a over only_b (1 where they agree everywhere), with
-        its exact 95 % interval ``odds_low, odds_high``; ``p_value``, two-sided.
-
-    Notes
-    -----
-    McNemar, Psychometrika 12 (1947); the binomial test in place of χ², which needs about 25 such
-    clips. Interval: Clopper and Pearson's, of the share of ``only_a``.
-
-    Examples
-    --------
-    >>> result = mcnemar([1, 1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0])
-    >>> result["only_a"], result["p_value"]
-    (6, 0.03125)
+    `a` and `b` say whether each classifier recognised each clip. Only clips that one of them alone
+    recognised tell them apart (``only_a, only_b``); under the null hypothesis each is a fair coin.
+    ``odds_ratio`` is only_a over only_b, with Clopper and Pearson's 95 % interval.
     """
     from scipy.stats import binomtest
 
@@ -277,26 +224,8 @@ def mcnemar(a, b):
 def holm(p_values):
     """Correct the p-values of several tests so that all of them together err rarely.
 
-    Parameters
-    ----------
-    p_values : array_like, shape (tests,)
-        From 0 to 1.
-
-    Returns
-    -------
-    np.ndarray of float, shape (tests,)
-        Adjusted p-values, at most 1, in the same order: those below 0.05 hold together with at most
-        5 % risk that any of them is false, however the tests depend on each other.
-
-    Notes
-    -----
-    Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of
-    Statistics 6 (1979); never less powerful than Bonferroni's.
-
-    Examples
-    --------
-    >>> holm([0.01, 0.04, 0.03]).tolist()
-    [0.03, 0.06, 0.06]
+    Those below 0.05 hold together with at most 5 % risk that any of them is false, however the tests
+    depend on each other (Holm, Scandinavian Journal of Statistics 6, 1979).
     """
     p = _vector(p_values, "holm", 1)
     if (p < 0).any() or (p > 1).any():
@@ -309,31 +238,10 @@ def holm(p_values):
 
 
 def correlation(x, y, method="spearman", n=10_000, seed=0):
-    """Correlation of two columns with its interval and a permutation test.
+    """Correlation ("spearman" or "pearson") of two columns of at least four items.
 
-    Parameters
-    ----------
-    x, y : array_like, shape (items,)
-        Two numbers per item, such as a class's distance and its gain in accuracy; at least four
-        items, and no constant column.
-    method : {"spearman", "pearson"}
-        Of the ranks, or of the values.
-    n : int, default 10000
-        Random pairings of the test, and resamples of the interval.
-    seed : int, default 0
-        Of both.
-
-    Returns
-    -------
-    dict
-        ``n`` items; ``r``; ``ci_low`` and ``ci_high``, its 95 % bootstrap interval over items
-        (BCa); ``p_value``, two-sided, of no association. With ten classes an interval is wide:
-        |r| below 0.6 does not exclude 0.
-
-    Examples
-    --------
-    >>> correlation([1, 2, 3, 4, 5], [1, 3, 2, 5, 9])["r"]
-    0.9
+    Gives ``n, r``, its 95 % bootstrap interval over items ``ci_low, ci_high`` (BCa), and ``p_value`` of
+    `n` random pairings, two-sided. With ten classes |r| below 0.6 does not exclude 0.
     """
     x, y = _pair(x, y, "correlation", 4)
     if method not in ("spearman", "pearson"):
@@ -371,40 +279,17 @@ def _row_correlation(a, b, ranked):
 
 
 def arm_name(arm, ratio):
-    """Text of an arm from the columns `arm` and `ratio` of a table.
-
-    Examples
-    --------
-    >>> arm_name("both@ps1", 4.0), arm_name("real", 0.0)
-    ('both@ps1:4', 'real')
-    """
+    """Text of an arm from the columns `arm` and `ratio` of a table, such as ``both@ps1:4``."""
     return f"{arm}:{ratio:g}" if ratio else arm
 
 
 def summarise(results):
-    """Mean accuracy of each arm and model with two intervals.
+    """Mean accuracy of each arm and model of a table *results*, with two intervals.
 
-    Parameters
-    ----------
-    results : pandas.DataFrame
-        Table *results* of :func:`esc.run_study`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        `arm, ratio, model, backend, prompt_family, n, n_runs, accuracy, half_width, ci_low, ci_high,
-        macro_f1, n_real, n_synthetic, steps`. `n` counts trained classifiers (folds × runs);
-        `half_width`, 1.96·SD/√runs of the runs' means over the folds, as the paper draws its error
-        bars: how training scatters (NaN of one run); `ci_low` and `ci_high` are a 95 % bootstrap
-        interval of the mean over all classifiers (NaN of one); clips and optimiser steps are means.
-        Neither says anything about other recordings, see :func:`intervals`.
-
-    Examples
-    --------
-    >>> one = {"arm": "real", "ratio": 0.0, "model": "svm", "backend": "", "prompt_family": ""}
-    >>> one |= dict.fromkeys(["accuracy", "macro_f1", "n_real", "n_synthetic", "steps"], 0.5)
-    >>> summarise(pd.DataFrame([one | {"run": 0}, one | {"run": 1}]))["half_width"].tolist()
-    [0.0]
+    `n` counts trained classifiers (folds × runs). `half_width`, 1.96·SD/√runs of the runs' means over
+    the folds, is how the paper draws its error bars (NaN of one run); `ci_low, ci_high` are a 95 %
+    bootstrap interval over all classifiers (NaN of one). Both tell how training scatters; what other
+    recordings could give say :func:`intervals`. Clips and optimiser steps are means.
     """
     rows = []
     keys = ["arm", "ratio", "model", "backend", "prompt_family"]
@@ -428,29 +313,11 @@ def _half_width(runs):
 
 
 def intervals(predictions, clips=None):
-    """Accuracy of each arm and model with the paper's interval and with one for other recordings.
+    """Accuracy of each arm and model, with the paper's interval and with one for other recordings.
 
-    Parameters
-    ----------
-    predictions : pandas.DataFrame
-        ``predictions.csv`` of :func:`esc.run_study`.
-    clips : pandas.DataFrame, optional
-        Table *clips*: clips of one `source_id` are then drawn together. Without it each clip counts
-        as a recording of its own.
-
-    Returns
-    -------
-    pandas.DataFrame
-        `arm, ratio, model, n_folds, n_runs, n_clips, n_sources, accuracy` (mean over folds, then
-        runs); `half_width` as in :func:`summarise`; `ci_low, ci_high`, 95 % bootstrap over folds
-        and, within them, sources: what other recordings could give.
-
-    Examples
-    --------
-    >>> one = pd.DataFrame({"clip_id": list("abcd"), "fold": [4, 4, 5, 5], "label": "dog"})
-    >>> one = one.assign(predicted=["dog", "rain", "dog", "dog"], arm="real", ratio=0.0, model="svm")
-    >>> intervals(one.assign(run=0))[["n_folds", "n_runs", "accuracy"]].values.tolist()
-    [[2.0, 1.0, 0.75]]
+    Of ``predictions.csv``; with `clips`, clips of one `source_id` are drawn together. `accuracy` is the
+    mean over folds, then runs; `half_width` as in :func:`summarise`; `ci_low, ci_high`, 95 % bootstrap
+    over folds and, within them, sources.
     """
     table = _recognised(predictions, clips)
     rows = []
@@ -506,8 +373,9 @@ def compare(predictions, pairs=None, *, of="arm", by="clip", clips=None):
     of : {"arm", "model"}
         Whether `pairs` names arms, tested model by model, or models, tested arm by arm.
     by : {"clip", "source", "fold", "run"}
-        What makes a pair of scores: a test clip; a recording with all clips cut from it (needs
-        `clips`); a fold; each training of a fold.
+        What makes a pair of scores. Clips, and recordings with all clips cut from them (which needs
+        `clips`), answer for other recordings; folds also for other trainings, but five of them reach
+        no p-value below 0.06; runs for other seeds on these recordings.
     clips : pandas.DataFrame, optional
         Table *clips*, for its `source_id`.
 
@@ -517,17 +385,6 @@ def compare(predictions, pairs=None, *, of="arm", by="clip", clips=None):
         `arm, ratio, model, against`, what :func:`paired_test` says (`difference` of the accuracies
         is the first minus the second), `p_holm` over all rows, and `verdict`: "better", "worse" or
         "no difference shown" at 5 %.
-
-    Raises
-    ------
-    ValueError
-        Two share no test clip; there is nothing to compare; `source` without `clips`.
-
-    Notes
-    -----
-    Clips and sources answer for other recordings and these trained classifiers; folds answer for
-    other recordings and trainings, but five of them reach no p-value below 0.06; runs answer for
-    other seeds on these recordings.
 
     Examples
     --------
@@ -574,33 +431,11 @@ def _paired(table, column, one, other, keys):
 
 
 def class_deltas(predictions, arm, model, against="real", clips=None):
-    """How much each class gains or loses from one arm to another.
+    """How much each class gains or loses from one arm, such as ``"both:1"``, to another.
 
-    Parameters
-    ----------
-    predictions, clips
-        See :func:`compare`; without `clips` each clip is a source of its own.
-    arm, against : str
-        Such as ``"both:1"``.
-    model : str
-        Which classifiers.
-
-    Returns
-    -------
-    pandas.DataFrame
-        `label, n` clips, `n_sources`; `accuracy` in `arm` and `accuracy_against`, means over sources,
-        so that each recording counts once; their `difference` with a 95 % bootstrap interval `ci_low,
-        ci_high` over folds and sources, and `p_value` over sources (NaN of a single one); `p_holm`
-        over the classes.
-
-    Examples
-    --------
-    >>> one = pd.DataFrame({"clip_id": list("abcd"), "fold": 5, "run": 0, "model": "sbcnn"})
-    >>> one = one.assign(label="dog", predicted=["dog", "dog", "rain", "rain"])
-    >>> real, both = one.assign(arm="real", ratio=0.0), one.assign(arm="both", ratio=1.0)
-    >>> both = both.assign(predicted="dog")
-    >>> class_deltas(pd.concat([real, both]), "both:1", "sbcnn")["difference"].tolist()
-    [0.5]
+    `accuracy, accuracy_against` and their `difference` are means over sources, so that each recording
+    counts once; `ci_low, ci_high`, a 95 % bootstrap interval over folds and sources; `p_value` over
+    sources (NaN of a single one); `p_holm` over the classes.
     """
     table = _recognised(predictions[predictions["model"] == model], clips)
     keys = ["label", "fold", "source_id", "clip_id"]
@@ -626,66 +461,8 @@ def class_deltas(predictions, arm, model, against="real", clips=None):
     return table
 
 
-def class_correlation(scores, deltas, method="spearman", n=10_000, seed=0):
-    """Does a distance of the synthetic clips, class by class, foretell what they are worth?
-
-    Parameters
-    ----------
-    scores : pandas.DataFrame
-        Table *scores* with one row per class: `reference` is the class; `metric, embedding,
-        candidate, value`, as :func:`esc.class_distances` gives them.
-    deltas : pandas.DataFrame
-        Of :func:`class_deltas`: `label, difference`; at least four classes in common.
-    method, n, seed
-        See :func:`correlation`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        `metric, embedding, candidate`, number of classes `n`, `r` with its 95 % interval `ci_low,
-        ci_high`, `p_value` and `p_holm` over the rows. A useful distance has r below 0.
-
-    Examples
-    --------
-    >>> scores = pd.DataFrame({"reference": list("abcd"), "value": [4.0, 3.0, 2.0, 1.0]})
-    >>> scores = scores.assign(metric="FAD", embedding="yamnet", candidate="mini")
-    >>> deltas = pd.DataFrame({"label": list("abcd"), "difference": [0.0, 0.1, 0.2, 0.3]})
-    >>> class_correlation(scores, deltas)["r"].tolist()
-    [-1.0]
-    """
-    both = scores.merge(deltas, left_on="reference", right_on="label", suffixes=("_score", ""))
-    keys = ["metric", "embedding", "candidate"]
-    if both.empty:
-        raise ValueError("scores and deltas have no class in common; scores need one row per class")
-    rows = [
-        dict(zip(keys, group, strict=True))
-        | correlation(part["value"], part["difference"], method, n, seed)
-        for group, part in both.groupby(keys, sort=False)
-    ]
-    return pd.DataFrame(rows).assign(p_holm=holm([row["p_value"] for row in rows]))
-
-
 def confusion(predictions, arm, model):
-    """Count what each class was taken for, over all folds and runs of one arm and model.
-
-    Parameters
-    ----------
-    predictions : pandas.DataFrame
-        ``predictions.csv`` of :func:`esc.run_study`.
-    arm, model : str
-        Which classifiers, such as ``"both:1"`` and ``"sbcnn"``.
-
-    Returns
-    -------
-    pandas.DataFrame of int
-        Rows: true class; columns: predicted class; same order.
-
-    Examples
-    --------
-    >>> one = {"clip_id": ["1", "2"], "label": ["a", "b"], "predicted": ["a", "a"], "arm": "real"}
-    >>> confusion(pd.DataFrame(one | {"ratio": 0.0, "model": "svm"}), "real", "svm").values.tolist()
-    [[1, 0], [1, 0]]
-    """
+    """Count what each class (rows) was taken for (columns), over all folds and runs of one arm."""
     table = _recognised(predictions, None)
     part = table[(table["name"] == str(arm)) & (table["model"] == model)]
     if part.empty:
@@ -696,26 +473,7 @@ def confusion(predictions, arm, model):
 
 
 def confusion_difference(predictions, arm, model, against="real"):
-    """What one arm takes each class for more often than another: difference of the shares.
-
-    Parameters
-    ----------
-    predictions, arm, model, against
-        See :func:`class_deltas`.
-
-    Returns
-    -------
-    pandas.DataFrame of float
-        Rows: true class; columns: predicted class; −1 to 1. Rows sum to 0; a gain stands on the
-        diagonal.
-
-    Examples
-    --------
-    >>> one = {"clip_id": ["1", "2"], "label": ["a", "b"], "predicted": ["a", "a"], "model": "svm"}
-    >>> table = pd.DataFrame(one | {"arm": ["real", "both"], "ratio": [0.0, 1.0]})
-    >>> confusion_difference(table, "both:1", "svm").loc["b"].tolist()
-    [1.0, 0.0]
-    """
+    """What one arm takes each class for more often than another: difference of the shares, −1 to 1."""
     counts = [confusion(predictions, name, model) for name in (arm, against)]
     shares = [table.div(table.sum(axis=1).clip(lower=1), axis=0) for table in counts]
     return shares[0] - shares[1]
@@ -724,38 +482,10 @@ def confusion_difference(predictions, arm, model, against="real"):
 def choice_on_test(predictions, clips=None, n=2000, seed=0):
     """What it adds to an accuracy to have chosen the best classifier on the same test clips.
 
-    The recordings are halved at random, again and again. The classifier that is best on one half is
-    scored there, as somebody does who chooses on the test clips, and on the other half, as is right.
-
-    Parameters
-    ----------
-    predictions : pandas.DataFrame
-        ``predictions.csv`` of :func:`esc.run_study`. Candidates are all that it holds: every arm,
-        ratio, model and run that was tested on all clips.
-    clips : pandas.DataFrame, optional
-        Table *clips*: clips of one `source_id` then stay in one half.
-    n : int, default 2000
-        Halvings.
-    seed : int, default 0
-        Of the halvings.
-
-    Returns
-    -------
-    pandas.Series
-        `candidates`, `clips`, `sources`; mean accuracies `chosen_here` (on the half of the choice),
-        `elsewhere` (on the other) and their difference `bias`.
-
-    Notes
-    -----
-    Cawley and Talbot, "On over-fitting in model selection and subsequent selection bias in
-    performance evaluation", Journal of Machine Learning Research 11 (2010).
-
-    Examples
-    --------
-    >>> one = pd.DataFrame({"clip_id": list("abcd"), "fold": 5, "run": 0, "model": "sbcnn"})
-    >>> one = one.assign(label="dog", predicted="dog", ratio=0.0)
-    >>> choice_on_test(pd.concat([one.assign(arm="real"), one.assign(arm="both")]))["bias"]
-    np.float64(0.0)
+    The recordings are halved at random, `n` times. The classifier that is best on one half is scored
+    there (`chosen_here`), as somebody does who chooses on the test clips, and on the other half
+    (`elsewhere`), as is right; `bias` is the difference. Candidates are all arms, models and runs that
+    were tested on all clips. After Cawley and Talbot, JMLR 11 (2010).
     """
     table = _recognised(predictions, clips)
     each = ["fold", "source_id", "clip_id"]
@@ -782,18 +512,7 @@ def choice_on_test(predictions, clips=None, n=2000, seed=0):
 
 
 def linear_probe(seed=0):
-    """Logistic regression on standardised features: the reference classifier on an embedding.
-
-    Returns
-    -------
-    sklearn.pipeline.Pipeline
-        Not yet fitted.
-
-    Examples
-    --------
-    >>> linear_probe().fit([[0.0], [1.0]], ["a", "b"]).predict([[0.9]]).tolist()
-    ['b']
-    """
+    """Logistic regression on standardised features, not yet fitted: the classifier on an embedding."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -804,28 +523,9 @@ def linear_probe(seed=0):
 def class_consistency(train, generated, held_out, seed=0):
     """Ask a classifier trained on real clips which class the generated clips belong to.
 
-    Its accuracy on held-out real clips is the ceiling against which its agreement with the generated
-    clips' labels is read.
-
-    Parameters
-    ----------
-    train, generated, held_out : tuple of (np.ndarray (clips, dims), sequence of str (clips,))
-        Features (any embedding) and labels: real training clips, generated clips, real clips of a
-        fold that neither classifier nor generator saw.
-    seed : int, default 0
-        Of :func:`linear_probe`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns `label, held_out, generated, n_held_out, n_generated`: accuracy from 0 to 1 of each
-        class, then of all clips (label ``"all"``).
-
-    Examples
-    --------
-    >>> x, y = np.eye(4), ["a", "a", "b", "b"]
-    >>> class_consistency((x, y), (x, y), (x, y))["generated"].tolist()
-    [1.0, 1.0, 1.0]
+    Each set is (features [clips, dims], labels). The accuracy on `held_out` real clips, of a fold that
+    neither classifier nor generator saw, is the ceiling against which the agreement with the generated
+    clips' labels is read: columns `label, held_out, generated, n_held_out, n_generated`, last row "all".
     """
     widths = {np.shape(part[0])[1:] for part in (train, generated, held_out)}
     if len(widths) > 1 or min(len(part[1]) for part in (train, generated, held_out)) == 0:
@@ -847,23 +547,9 @@ def class_consistency(train, generated, held_out, seed=0):
 
 
 def published():
-    """Accuracies that the paper prints for UrbanSound8K (10 folds, mean of 5 runs).
+    """Accuracies that Ronchini et al. (arXiv 2403.17864) print for UrbanSound8K, as in `summarise`.
 
-    Returns
-    -------
-    pandas.DataFrame
-        `arm, ratio, model, backend, prompt_family, accuracy` (0 to 1), as in the table of
-        :func:`summarise`, and `half_width`, the margin (95 %), which the tables used here give for
-        real clips only.
-
-    Notes
-    -----
-    Source: Ronchini, Comanducci and Antonacci, arXiv 2403.17864. They were measured with the
-    released code, see :mod:`soundscapes_utils.classifiers`.
-
-    Examples
-    --------
-    >>> published().query("arm == 'real'").accuracy.tolist()
-    [0.6468, 0.627]
+    Ten folds, mean of five runs, measured with the released code; `half_width` is their 95 % margin
+    (here for real clips only).
     """
     return store.read_table(Path(__file__).with_name("published.csv"))

@@ -461,17 +461,6 @@ def test_clips_of_one_recording_are_one_observation():
     assert alone["n_sources"] == 16 and alone["p_value"] < 0.01
 
 
-def test_distances_are_held_against_gains():
-    names = list("abcdefgh")
-    deltas = pd.DataFrame({"label": names, "difference": np.linspace(0.1, -0.1, 8)})
-    scores = pd.DataFrame({"reference": names, "value": np.arange(8.0) ** 2, "metric": "FAD"})
-    scores = pd.concat([scores.assign(embedding=e, candidate="mini") for e in ("x", "y")])
-    table = stats.class_correlation(scores, deltas, n=500)
-    assert table["r"].tolist() == [-1.0, -1.0] and (table["p_holm"] < 0.05).all()
-    with pytest.raises(ValueError, match="no class in common"):
-        stats.class_correlation(scores, deltas.assign(label="z"))
-
-
 def test_choosing_among_equals_adds_what_the_largest_of_them_has_by_luck():
     rng = np.random.default_rng(0)
     clips = pd.DataFrame({"clip_id": [f"c{i}" for i in range(200)], "fold": 5, "label": "a"})
