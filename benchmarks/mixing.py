@@ -1,8 +1,8 @@
 """Mixing: mixes per second and memory against pydub loops, scaper and the floor, in one run.
 
 All make 10 s at 44.1 kHz, 16-bit WAV, from the same clips: 16-bit WAV too, a foreground for every
-25.5 mixes as in Gaurav et al., made by rule in the folder that `--dir` names. Rates are of the wall clock
-and include planning where a row says so. Processes that serve several calls are started before.
+25.5 mixes as in Gaurav et al., made by rule in the folder that `--dir` names. Rates are of the wall
+clock and include planning where a row says so. Processes that serve several calls are started before.
 
     python benchmarks/mixing.py --n 5100
     python benchmarks/mixing.py --n 255 --dir /dev/shm        # short, and without a disk
