@@ -1,9 +1,9 @@
 """Text-to-audio models behind one protocol, and batches of clips that can be interrupted.
 
 A clip depends on nothing but its row in the plan. Its noise is drawn from its own seed, in a pass
-through the model whose shape does not depend on what else is waiting. So it has the same bytes alone,
-in a batch, in another order, in a shard or after an interruption: on one machine, with one number
-of threads and one set of options.
+through the model whose shape does not depend on what else is waiting. So it has the same bytes
+alone, in a batch, in another order, in a shard or after an interruption: on one machine, with one
+number of threads and one set of options.
 
 :func:`plan_clips` writes the rows, :func:`get_backend` opens a model, :func:`generate_clips` makes
 what is missing.
@@ -43,7 +43,8 @@ CLIPPED_RUN, CLIPPED_SHARE = 3, 0.001  # flat tops: their shortest run, their sh
 # --- what there is: options of each back-end, settings of the studies, public checkpoints ---------
 
 _ANY = {"guidance_scale": None, "device": None, "clips_per_pass": 1}
-_DIFFUSERS = {**_ANY, "steps": None, "eta": None, "dtype": "float32", "compile": False}
+_DIFFUSERS = {**_ANY, "steps": None, "eta": None, "dtype": "float32"}
+_DIFFUSERS |= {"offload": None, "compile": False}
 _AUDIOGEN = {**_ANY, "guidance_scale": 3.0, "top_k": 250, "temperature": 1.0}
 BACKENDS = {  # None: as the checkpoint's note says (audioldm), else the pipeline's own default
     "audioldm": {"checkpoint": "builtin", **_DIFFUSERS},
@@ -67,11 +68,7 @@ CHECKPOINTS = store.read_table(Path(__file__).with_name("checkpoints.csv")).set_
 _SECONDS = ["audio_length_in_s", "audio_end_in_s", "audio_duration_s", "audio_duration", "duration"]
 _SETTINGS = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale", "eta": "eta"}
 # tokenizers that do not pad all prompts to one length; of other pipelines it may be any of them
-_UNPADDED = {
-    "AudioLDMPipeline": [],
-    "StableAudioPipeline": [],
-    "AudioLDM2Pipeline": ["tokenizer_2"],
-}
+_RAGGED = {"AudioLDMPipeline": [], "StableAudioPipeline": [], "AudioLDM2Pipeline": ["tokenizer_2"]}
 
 
 class GenerationError(store.DataError):
@@ -165,7 +162,7 @@ class DiffusersBackend(_InPasses):
         """Clips of equal keys can share a pass: one tuple of token lengths per clip."""
         parts = self.pipe.components
         names = [name for name in parts if name.startswith("tokenizer")]
-        names = _UNPADDED.get(type(self.pipe).__name__, names)
+        names = _RAGGED.get(type(self.pipe).__name__, names)
         texts = list(zip(prompts, negative_prompts, strict=True))
         lengths = {
             pair: tuple(len(parts[name](text).input_ids) for name in names for text in pair)
@@ -195,10 +192,8 @@ class DiffusersBackend(_InPasses):
         try:
             sounds = self.pipe(prompts, generator=generators, **arguments).audios
         except ValueError as error:
-            duration_s = n_samples / self.sample_rate
-            raise GenerationError(
-                f"{self.checkpoint}: its pipeline refuses {duration_s} s ({error})"
-            ) from error
+            refused = f"its pipeline refuses {n_samples / self.sample_rate} s ({error})"
+            raise GenerationError(f"{self.checkpoint}: {refused}") from error
         sounds = torch.as_tensor(sounds).float().cpu().numpy()
         return sounds.mean(axis=1) if sounds.ndim == 3 else sounds
 
@@ -258,8 +253,8 @@ def _sample_by_row(seeds):
 def preset(name):
     """Everything that a back-end or preset stands for, as a dictionary to override.
 
-    ``backend`` and its options, and how clips are made: ``duration_s``; ``candidates`` for each clip
-    that is kept; ``loudness``, as for `generate_clips`.
+    ``backend`` and its options, and how clips are made: ``duration_s``; ``candidates`` for each
+    clip that is kept; ``loudness``, as for `generate_clips`.
     """
     row = PRESETS.get(name, {"backend": name})
     clips = {"duration_s": 2.56, "candidates": 1, "loudness": "peak"}
@@ -277,7 +272,8 @@ def get_backend(name, **options):
         ``checkpoint``: a folder or hub name, or ``"builtin"``. ``device``: a torch device, else a
         GPU if there is one. ``guidance_scale``: weight of the prompt. ``clips_per_pass``: more is
         faster, on a GPU by far, and less exact. Pipelines of diffusers: ``steps``, ``eta``,
-        ``dtype`` ("float32", "float16", "bfloat16"), ``compile``. AudioGen: ``top_k``,
+        ``dtype`` ("float32", "float16", "bfloat16"), ``offload`` ("model" or "sequential": parts
+        wait in main memory until the GPU needs them), ``compile``. AudioGen: ``top_k``,
         ``temperature``. None stands for what was left out.
 
     Raises
@@ -358,7 +354,13 @@ def _open_diffusers(name, options):
         denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
         denoiser.to(memory_format=torch.channels_last).compile()
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(_device(options["device"]))
+    device, offload = _device(options["device"]), options["offload"]
+    if offload:
+        possible = offload in ("model", "sequential") and device != "cpu"
+        _require(possible, "offload is 'model' or 'sequential', and needs a GPU")
+        getattr(pipe, f"enable_{offload}_cpu_offload")(device=device)
+    else:
+        pipe.to(device)
     settings = {key: options[key] for key in (*_SETTINGS, "clips_per_pass", "dtype")}
     for key, argument in _SETTINGS.items():
         if settings[key] is None and argument in takes:
@@ -547,10 +549,11 @@ def plan_clips(
     negative_prompt="",
     seed=0,
 ):
-    """Plan clips of every class: label × prompt family (one, or a list; see `captions.prompts`) × index.
+    """Plan clips of every class: label × prompt family × index.
 
-    `n_per_class` is as for `class_counts`; `dataset` and `seed` are part of each clip's identity, see
-    `clip_seed`. Returns `PLAN_COLUMNS`. A clip is the same in a longer plan and in a shorter one.
+    `family` is one or a list, see `captions.prompts`; `n_per_class` is as for `class_counts`;
+    `dataset` and `seed` are part of each clip's identity, see `clip_seed`. Returns `PLAN_COLUMNS`.
+    A clip is the same in a longer plan and in a shorter one.
 
     Examples
     --------
@@ -563,18 +566,19 @@ def plan_clips(
         for label in labels:
             texts = captions.prompts([label], name, n=counts[label], seed=seed)
             for i, (_, prompt, kind) in enumerate(texts.itertuples(index=False)):
-                row = {"clip_id": f"{label}-{kind}-{i:04d}", "label": label, "prompt": prompt}
-                row |= {"prompt_family": kind, "seed": clip_seed(dataset, label, prompt, i, seed)}
-                rows.append(row | {"negative_prompt": negative_prompt})
-    return pd.DataFrame(rows).assign(duration_s=float(duration_s))[PLAN_COLUMNS]
+                chance = clip_seed(dataset, label, prompt, i, seed)
+                row = (f"{label}-{kind}-{i:04d}", label, prompt, kind, negative_prompt, chance)
+                rows.append((*row, float(duration_s)))
+    return pd.DataFrame(rows, columns=PLAN_COLUMNS)
 
 
 def class_counts(counts, labels):
     """Count the clips that each class of a synthetic set should have: class to number.
 
     `labels` are those of the real clips. `counts` is a number for all; a dictionary; ``"200%"`` of
-    the real clips; ``"ronchini2024"``, UrbanSound8K's numbers that Ronchini et al. generate at 100 %,
-    or a share of them, ``"ronchini2024 400%"``. Shares are rounded, to at least one clip per class.
+    the real clips; ``"ronchini2024"``, UrbanSound8K's numbers that Ronchini et al. generate at 100
+    %, or a share of them, ``"ronchini2024 400%"``. Shares are rounded, to at least one clip per
+    class.
 
     Examples
     --------
@@ -599,13 +603,9 @@ def class_counts(counts, labels):
 def plan_captions(mixes, *, duration_s, seed=0):
     """Plan one clip for the caption of each mix, under its ``clip_id``; see `plan_clips`."""
     rows = zip(mixes["label"], mixes["caption"], mixes["clip_id"], strict=True)
-    plan = mixes[["clip_id", "label"]].assign(
-        prompt=mixes["caption"],
-        prompt_family="caption",
-        negative_prompt="",
-        seed=[clip_seed("mixes", *row, seed) for row in rows],
-        duration_s=float(duration_s),
-    )
+    plan = mixes[["clip_id", "label"]].assign(prompt=mixes["caption"], prompt_family="caption")
+    plan["seed"] = [clip_seed("mixes", *row, seed) for row in rows]
+    plan = plan.assign(negative_prompt="", duration_s=float(duration_s))
     return plan[PLAN_COLUMNS].reset_index(drop=True)
 
 
@@ -672,6 +672,8 @@ def generate_clips(
     rare = {} if sys.stderr.isatty() else dict.fromkeys(["delay", "mininterval", "maxinterval"], 60)
     pending, made = plan.to_dict("records"), {}
     for attempt in range(max_attempts):
+        if not pending:
+            break
         requests = [_request(row, attempt, backend, loudness) for row in pending]
         missing = [row for row in requests if not _is_known(row, records)]
         batches = _batches(missing, backend, batch_size)
@@ -721,9 +723,8 @@ def _request(row, attempt, backend, loudness):
     # your own back-end may have no weights in its settings: its checkpoint stands for them
     weights = None if backend.settings.get("weights") else backend.checkpoint
     model = [backend.name, backend.settings, backend.sample_rate, weights]
-    return row | {
-        "key": f"{row['clip_id']}-{store.content_key(wanted, model, loudness, length=10)}"
-    }
+    recipe = store.content_key(wanted, model, loudness, length=10)
+    return row | {"key": f"{row['clip_id']}-{recipe}"}
 
 
 def _is_known(row, records):

@@ -252,7 +252,7 @@ def choose_filter(real, folds, generated, filters, *, test_fold, sources=None, d
         if (key := str(counts)) not in controls:
             n_draws = 0 if all(mask.all() for mask in masks) else draws
             drawn = [[keep_random(clips_y, n, seed + i) for n in counts] for i in range(n_draws)]
-            controls[key] = np.array([recognised(masks).mean() for masks in drawn])
+            controls[key] = np.array([recognised(chosen).mean() for chosen in drawn])
         row = {"filter": name, "n_kept": float(np.mean([mask.sum() for mask in masks]))}
         rows.append(row | _against(recognised(masks), controls[key], seed))
     table = pd.DataFrame(rows)

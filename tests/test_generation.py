@@ -228,17 +228,25 @@ def test_half_precision_is_as_independent_of_the_batch(checkpoints, name, dtype)
     assert table.max_difference.iloc[-1] < HALF_TOLERANCE
 
 
-def test_each_process_of_accelerate_has_a_gpu_of_its_own(checkpoints, monkeypatch):
+def test_offload_is_left_to_diffusers_and_is_for_gpus(checkpoints, monkeypatch):
     import torch
 
-    devices = []
+    options = {"checkpoint": checkpoints["audioldm"], "steps": 1}
+    for offload, device in [("model", "cpu"), ("moon", "cuda:1")]:
+        with pytest.raises(GenerationError, match="'model' or 'sequential', and needs a GPU"):
+            generation.get_backend("audioldm", device=device, offload=offload, **options)
+    asked = []
+    for way in ("model", "sequential"):
+        monkeypatch.setattr(
+            f"diffusers.AudioLDMPipeline.enable_{way}_cpu_offload",
+            lambda pipe, device, way=way: asked.append((way, device)),
+        )
+        generation.get_backend("audioldm", device="cuda:1", offload=way, **options)
+    assert asked == [("model", "cuda:1"), ("sequential", "cuda:1")]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        "diffusers.AudioLDMPipeline.to", lambda pipe, *a, **k: devices.append(a) or pipe
-    )
     monkeypatch.setenv("LOCAL_RANK", "3")
-    generation.get_backend("audioldm", checkpoint=checkpoints["audioldm"])
-    assert devices[-1] == ("cuda:3",)
+    generation.get_backend("audioldm", offload="model", **options)
+    assert asked[-1] == ("model", "cuda:3"), "each process of accelerate has its own"
 
 
 def test_compiled_models_are_other_recipes(checkpoints, monkeypatch):
