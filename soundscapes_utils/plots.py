@@ -378,7 +378,8 @@ def scores_beside_floor(scores, by="candidate", title=""):
         panel.set_title(f"{metric}, {embedding}")
     _name_rows(axes[0], [captions.tidy(line) for line in lines])
     if by == "reference":
-        axes[-1].legend(loc="best")
+        legend = axes[0].get_legend_handles_labels()
+        figure.legend(*legend, loc="outside lower center", ncols=len(colours))
     figure.suptitle(title or "Distance to held-out recordings; grey: real against real")
     return figure
 
