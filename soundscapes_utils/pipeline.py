@@ -273,7 +273,8 @@ def _state_key(path, values, stages, root):
 
 def _sources(code):
     """Sources of the modules that `code` leads to, so that a fix in one stage spares the others."""
-    sources = {path.name: path.read_text(encoding="utf-8") for path in PACKAGE.glob("*.csv")}
+    tables = [*PACKAGE.glob("*.csv"), *PACKAGE.glob("*.json")]
+    sources = {path.name: path.read_text(encoding="utf-8") for path in tables}
     waiting = _imported(code)
     while waiting:
         name = waiting.pop()

@@ -200,6 +200,15 @@ def test_tests_use_public_names_only():
                 assert not (private and node.value.id in names), f"{path.name}: {node.attr}"
 
 
+def test_an_installed_package_brings_its_tables_and_templates():
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["soundscapes_utils"]
+    package = ROOT / "soundscapes_utils"
+    brought = {path for pattern in patterns for path in package.glob(pattern)}
+    assert {
+        path for path in package.glob("[!.]*.*") if path.suffix not in (".py", ".pyc")
+    } == brought
+
+
 # --- the package ---------------------------------------------------------------------------------
 
 
