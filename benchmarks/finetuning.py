@@ -16,18 +16,20 @@ over the steps, and both against held-out test mixes, beside their floors.
 
 import argparse
 import contextlib
+import json
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 
-from soundscapes_utils import audio, finetuning, ldm, metadata, procedural, store
+from soundscapes_utils import audio, finetuning, latents, ldm, metadata, procedural, store
 
 GIB = 2**30
 CARDS_GIB = (16, 24, 48)
@@ -134,7 +136,7 @@ def make_set(folder, n):
     return metadata.write_audiocaps(table, Path(folder) / "metadata", "speed")
 
 
-def uncached_batch(pipe, tower, clips, config, step):
+def uncached_batch(pipe, clap, clips, config, step):
     """Compute a batch as the baseline trainer does: all of it, in every step."""
     rng = np.random.default_rng([config.seed, step])
     frames = round(config.segment_s * 100 / 32) * 32
@@ -145,7 +147,7 @@ def uncached_batch(pipe, tower, clips, config, step):
         segment = audio.loudest_segment(y, frames * ldm.HOP, 1, rng)
         mel = ldm.waveform_to_mel(segment, frames)
         latents.append(ldm.encode_mel(pipe, mel[None])[0])
-        sounds.append(ldm.embed_with(tower, segment, ldm.SAMPLE_RATE))
+        sounds.append(ldm.embed_audio(clap, [segment], ldm.SAMPLE_RATE)[0])
     texts = ldm.embed_text(pipe, chosen["caption"].tolist())
     as_text = torch.from_numpy(rng.random(len(chosen)) < config.text_condition_probability)
     latents = torch.stack(latents)
@@ -163,22 +165,22 @@ def cpu_table(folder, n_clips, repeats):
     config = finetuning.FinetuneConfig(
         "builtin", str(root), str(Path(folder) / "out"), text_condition_probability=0.5
     )
-    pipe, tower = ldm.load_pipeline("builtin", "cpu"), ldm.load_audio_tower("builtin")
+    pipe, clap = ldm.load_pipeline("builtin", "cpu"), ldm.load_clap("builtin")
     clips = metadata.read_audiocaps(root)
     started = time.perf_counter()
-    data = finetuning.load_data(pipe, config)["train"]
+    data = latents.load_data(pipe, config)["train"]
     first = time.perf_counter() - started
     started = time.perf_counter()
-    finetuning.load_data(pipe, config)
+    latents.load_data(pipe, config)
     again = time.perf_counter() - started
     step = stepper(pipe.unet.train(), pipe.scheduler)
     n = config.batch_size
-    batch = finetuning.draw(data, config, 0)
-    drawing = seconds(lambda i: finetuning.draw(data, config, i), 20)
+    batch = finetuning.training_batch(data, config, 0)
+    drawing = seconds(lambda i: finetuning.training_batch(data, config, i), 20)
     bare = seconds(lambda _: step(batch), repeats)
-    cached = seconds(lambda i: step(finetuning.draw(data, config, i)), repeats)
-    computing = seconds(lambda i: uncached_batch(pipe, tower, clips, config, i), repeats)
-    whole = seconds(lambda i: step(uncached_batch(pipe, tower, clips, config, i)), repeats)
+    cached = seconds(lambda i: step(finetuning.training_batch(data, config, i)), repeats)
+    computing = seconds(lambda i: uncached_batch(pipe, clap, clips, config, i), repeats)
+    whole = seconds(lambda i: step(uncached_batch(pipe, clap, clips, config, i)), repeats)
     print(
         f"mini model, {n_clips} clips, batches of {n} segments of {config.segment_s} s, one thread"
     )
@@ -301,7 +303,7 @@ def our_run(device, small, n, **options):
     if options.get("gradient_checkpointing"):
         unet.enable_gradient_checkpointing()
     config = finetuning.FinetuneConfig("", "", "", train=options.get("train", "full"))
-    finetuning.choose_weights(unet, config)
+    finetuning._set_trainable(unet, config)
     step = stepper(unet, parts["scheduler"], options.get("precision", "bf16"))
     batch = latent_batch(n, frames, device)
     return lambda _: step(batch)
@@ -354,28 +356,30 @@ def largest_batches(table):
 def killed_run(file, states):
     """Train from the command line, kill -9 after the second saved state, and call it again."""
     command = [sys.executable, "-m", "soundscapes_utils", "finetune", str(file)]
+    seen = set()
     with subprocess.Popen(command) as process:
-        while process.poll() is None and len(list(states.rglob("step-*.safetensors"))) < 2:
+        while process.poll() is None and len(seen) < 2:
+            seen |= {path.stat().st_mtime_ns for path in states.glob("*.safetensors")}
             time.sleep(0.01)
         process.kill()
-    left = sorted(path.name for path in states.rglob("step-*.safetensors"))
     subprocess.run(command, check=True)
-    return f"killed with {', '.join(left)} saved (exit {process.returncode})"
+    return f"killed after {len(seen)} saved states (exit {process.returncode})"
 
 
 def checks(folder):
     """Print how far a killed run, and one in two processes, end from one that was let alone."""
     root = make_set(folder, 16)
     config = finetuning.FinetuneConfig(
-        "builtin", str(root), str(folder / "alone"), steps=12, batch_size=8, val_every=3,
-        warmup_steps=4, learning_rate=1e-3, keep_best=False, text_condition_probability=0.5,
+        "builtin", str(root), str(folder / "alone"), steps=12, batch_size=8, validation_steps=3,
+        lr_warmup_steps=4, learning_rate=1e-3, keep_best=False, text_condition_probability=0.5,
     )  # fmt: skip
     alone = finetuning.finetune(config)
     weights = ldm.load_pipeline(alone.checkpoint, "cpu").unet.state_dict()
     for name in ("killed", "shared"):
         ours = replace(config, out_dir=str(folder / name))
         if name == "killed":
-            file = finetuning.write_config(ours, folder / f"{name}.yaml")
+            settings = json.loads(json.dumps(asdict(ours)))
+            file = store.write_atomic(folder / f"{name}.yaml", yaml.safe_dump(settings))
             told = killed_run(file, folder / f"{name}.states")
         else:
             told = "two processes, half of each batch each"
@@ -404,7 +408,7 @@ def study_set(esc50_root, folder, n_mixes, seed):
     plan = mixing.plan_mixes(events, scenes, n_mixes, seed, test_fold=5, duration_s=5.0)
     mixes = mixing.render_mixes(plan, folder / "mixes", ldm.SAMPLE_RATE)
     folds = clips["fold"][datasets.assign_splits(clips, 5) == "train"]
-    info = {"training_dataset": "mixes of ESC-10", "training_folds": sorted(set(folds.tolist()))}
+    info = {"training_dataset": "mixes of ESC-10", "heard": {"esc10": sorted(set(folds.tolist()))}}
     return mixes, metadata.write_audiocaps(mixes, folder / "metadata", "esc10-scenes"), info
 
 
@@ -422,24 +426,24 @@ def held_out(mixes, checkpoint, name, folder, rulers, n):
             ruler.embed(audio.excerpts(paths, 2.56), ldm.SAMPLE_RATE, silence="allow")
             for paths in (test["path"], train["path"], made["path"])
         )
-        options = {"embedding": ruler.name, "reference_name": "test mixes", "floor": floor}
-        rows.append(fad.score_table(real, {name: ours}, **options))
+        scores = fad.score_table(real, {name: ours}, embedding=ruler.name, floor=floor)
+        rows.append(scores.assign(reference="test mixes"))
     return pd.concat(rows)
 
 
 def study(wanted):
-    """Fine-tune from several seeds; write tables and figures, print the scores."""
-    from soundscapes_utils import embeddings, fad, plots
+    """Fine-tune from several seeds; write tables, print the scores."""
+    from soundscapes_utils import embeddings, fad
 
     out = Path(wanted.out)
     mixes, root, info = study_set(wanted.study, out, wanted.mixes, seed=0)
     names = {"logmel-stats": ""} | ({"yamnet": wanted.yamnet} if wanted.yamnet else {})
     rulers = [embeddings.get_embedding(name, path) for name, path in names.items()]
     base = finetuning.FinetuneConfig(
-        wanted.checkpoint, str(root), "", steps=wanted.steps, learning_rate=1e-3, warmup_steps=20,
-        text_condition_probability=0.5, ema_decay=0.97, val_every=wanted.steps // 8,
+        wanted.checkpoint, str(root), "", steps=wanted.steps, learning_rate=1e-3, lr_warmup_steps=20,
+        text_condition_probability=0.5, ema_decay=0.97, validation_steps=wanted.steps // 8,
         sample_epochs=2.0, n_samples=24,
-        sample_embeddings=tuple(f"{name}={path}".rstrip("=") for name, path in names.items()),
+        sample_embeddings=tuple(names.items()),
         info=info, data_licence="CC BY 3.0 (ESC-10)",
     )  # fmt: skip
     logs, scores = [], []
@@ -456,17 +460,11 @@ def study(wanted):
     tables = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
     for name, table in tables.items():
         store.write_atomic(out / f"{name}.csv", table.to_csv(index=False).encode())
-    plots.use_style()
-    figure = plots.scores_over_steps(tables["scores"], fad.FLOOR_NAME)
-    figure.savefig(out / "scores.png", dpi=110)
-    figure = plots.losses_over_steps(tables["log"])
-    figure.savefig(out / "losses.png", dpi=110)
     shown = ["seed", "step", "train_loss", "val_loss_ema", "test_loss_ema", "samples_per_s"]
     print(tables["log"][shown].round(4).to_string(index=False))
-    kept = tables["scores"]["candidate"] != fad.FLOOR_NAME
     index = ["metric", "embedding", "step"]
-    print(tables["scores"][kept].pivot_table("value", index, "seed", aggfunc="first").to_string())
-    print(fad.beside_floor(tables["held_out"].drop_duplicates()).to_string(index=False))
+    print(tables["scores"].pivot_table("value", index, "seed", aggfunc="first").to_string())
+    print(fad.score_lines(tables["held_out"]).to_string(index=False))
 
 
 def main():

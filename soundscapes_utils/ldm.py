@@ -63,23 +63,7 @@ class CheckpointError(store.DataError):
 
 
 def resolve(checkpoint):
-    """Turn the name of a checkpoint into what diffusers opens: a folder or a hub name.
-
-    Parameters
-    ----------
-    checkpoint : str or Path
-        ``"builtin"``, a folder, or a hub name such as ``cvssp/audioldm-s-full-v2``.
-
-    Raises
-    ------
-    CheckpointError
-        If a folder is meant and it is not a diffusers checkpoint.
-
-    Examples
-    --------
-    >>> resolve("cvssp/audioldm-s-full-v2")
-    'cvssp/audioldm-s-full-v2'
-    """
+    """Turn ``"builtin"``, a folder or a hub name into what diffusers opens: a folder or a hub name."""
     path = BUILTIN_CHECKPOINT if checkpoint == "builtin" else Path(checkpoint)
     if (path / "model_index.json").is_file():
         return str(path)
@@ -93,19 +77,10 @@ def resolve(checkpoint):
 
 
 def checkpoint_info(checkpoint):
-    """Read what is known about a checkpoint: what it was trained on, how to sample from it.
+    """Read what is known about a checkpoint, or published where it has no note.
 
-    Returns
-    -------
-    dict
-        ``training_dataset`` in words; ``heard``, the folds that it was trained on by data set, as in
-        ``{"esc10": [2, 3, 4]}``; ``sample_rate, clip_s, steps, guidance_scale, eta, audio_encoder``.
-        The published values where the checkpoint has no note.
-
-    Examples
-    --------
-    >>> checkpoint_info("cvssp/audioldm-s-full-v2")["guidance_scale"]
-    3.5
+    ``training_dataset`` in words; ``heard``, the folds that it was trained on by data set, as in
+    ``{"esc10": [2, 3, 4]}``; ``sample_rate, clip_s, steps, guidance_scale, eta, audio_encoder``.
     """
     note = Path(resolve(checkpoint)) / INFO_FILE
     info = json.loads(note.read_text()) if note.is_file() else {}
@@ -247,16 +222,8 @@ def quiet():
 class Clap:
     """A pair of towers that give texts and sounds of one meaning the same direction.
 
-    Made by `load_clap`; each tower is read when it is first asked for.
-
-    Attributes
-    ----------
-    tokenizer, text_encoder
-        Of transformers, as in a pipeline: `embed_text` takes either.
-    audio_encoder : torch.nn.Module
-        `AudioTower`, or transformers' ``ClapAudioModelWithProjection``.
-    sample_rate : int
-        Hz, of the waveforms that the audio tower takes.
+    Made by `load_clap`; ``tokenizer``, ``text_encoder`` and ``audio_encoder`` are read
+    when they are first asked for. ``sample_rate`` (Hz) is that of the audio tower's waveforms.
     """
 
     def __init__(self, text, audio_part):
@@ -264,7 +231,6 @@ class Clap:
 
     @functools.cached_property
     def tokenizer(self):
-        """What turns texts into the text tower's input; cuts at the tower's length."""
         from transformers import AutoTokenizer
 
         source, part = self._text
@@ -277,7 +243,6 @@ class Clap:
 
     @functools.cached_property
     def text_encoder(self):
-        """The text tower, on the CPU."""
         from transformers import ClapTextModelWithProjection
 
         with _opening(self._text[0], "a CLAP text tower"):
@@ -285,7 +250,6 @@ class Clap:
 
     @functools.cached_property
     def audio_encoder(self):
-        """The audio tower, on the CPU."""
         from transformers import ClapAudioModelWithProjection
 
         source, part = self._audio
@@ -303,29 +267,18 @@ class Clap:
 
     @property
     def sample_rate(self):
-        """Hz, of the waveforms that the audio tower takes."""
         return SAMPLE_RATE if isinstance(self.audio_encoder, AudioTower) else 48_000
 
     @property
     def device(self):
-        """Where the text tower is."""
         return next(self.text_encoder.parameters()).device
 
 
 @functools.lru_cache(maxsize=2)
 def load_clap(name="builtin"):
-    """Open a CLAP pair.
+    """Open the pair that conditions a checkpoint of AudioLDM, or a CLAP of transformers, as a `Clap`.
 
-    Parameters
-    ----------
-    name : str
-        A checkpoint of AudioLDM (``"builtin"``, folder or hub name), for the pair that conditions it;
-        or a CLAP of transformers, folder or hub name such as ``laion/clap-htsat-unfused``.
-
-    Returns
-    -------
-    Clap
-        Its towers raise `CheckpointError` where they cannot be opened or their weights do not fit.
+    Names are of folders or of the hub; a tower raises `CheckpointError` where it does not open.
 
     Examples
     --------
@@ -355,26 +308,9 @@ def _is_pipeline(source):
 
 
 def waveform_to_mel(y, n_frames):
-    """Condition a 16 kHz waveform as AudioLDM's trainer does, and take its log-mel.
+    """Condition a 16 kHz waveform as AudioLDM's trainer does; give its log-mel [n_frames, 64].
 
-    Cut to the length of ``n_frames``, mean removed, peak to 0.5, zero-padded.
-
-    Parameters
-    ----------
-    y : np.ndarray, float32 [samples]
-        Waveform at 16 kHz.
-    n_frames : int
-        Frames wanted, of 10 ms.
-
-    Returns
-    -------
-    torch.Tensor, float32 [n_frames, 64]
-        Natural-log mel spectrogram.
-
-    Examples
-    --------
-    >>> waveform_to_mel(np.zeros(16_000, np.float32), 128).shape
-    torch.Size([128, 64])
+    Cut to the length of ``n_frames`` (10 ms each), mean removed, peak to 0.5, zero-padded.
     """
     y = np.asarray(y, np.float64)[: n_frames * HOP]
     y = y - y.mean()
@@ -384,12 +320,9 @@ def waveform_to_mel(y, n_frames):
 
 @torch.no_grad()
 def encode_mel(pipe, mel):
-    """Encode log-mels [batch, frames, 64] into the latent in which the diffusion runs.
+    """Encode log-mels [batch, frames, 64] into scaled latents [batch, channels, time, mel], on the CPU.
 
-    Returns
-    -------
-    torch.Tensor [batch, channels, frames / factor, 64 / factor]
-        Scaled latents (the mode of the VAE's posterior), on the CPU.
+    They are the mode of the VAE's posterior.
     """
     dist = pipe.vae.encode(mel[:, None].to(pipe.device)).latent_dist
     return (dist.mode() * pipe.vae.config.scaling_factor).cpu()
@@ -408,24 +341,9 @@ def vocode(pipe, mel):
 
 
 def embed_text(clap, texts):
-    """Embed texts by the CLAP text tower, as a pipeline does at sampling.
+    """Embed texts by the text tower of a `Clap` or pipeline: unit rows, float32, on the CPU.
 
-    Parameters
-    ----------
-    clap : Clap or AudioLDMPipeline
-        Gives tokenizer and text tower.
-    texts : list of str
-        Captions; ``""`` is the unconditional one of classifier-free guidance.
-
-    Returns
-    -------
-    torch.Tensor, float32 [len(texts), dim]
-        Unit-length embeddings, on the CPU.
-
-    Examples
-    --------
-    >>> embed_text(load_pipeline("builtin", device="cpu"), ["a dog", ""]).shape
-    torch.Size([2, 128])
+    ``""`` is the unconditional text of classifier-free guidance.
     """
     texts, length = list(texts), clap.tokenizer.model_max_length
     size = max(1, _TOKENS_PER_PASS // length)
@@ -442,24 +360,10 @@ def embed_text(clap, texts):
 
 @torch.no_grad()
 def embed_audio(clap, waveforms, sample_rate):
-    """Embed waveforms by a CLAP audio tower.
+    """Embed mono waveforms by the audio tower of a `Clap`: unit rows, float32, on the CPU.
 
-    Parameters
-    ----------
-    clap : Clap
-        From `load_clap`.
-    waveforms : list of np.ndarray, float32 [samples]
-        Mono; each is embedded whole, or its first 10 s by a published CLAP.
-    sample_rate : int
-        Theirs, Hz.
-
-    Returns
-    -------
-    torch.Tensor, float32 [len(waveforms), dim]
-        Unit-length embeddings, on the CPU, comparable with `embed_text` of the same pair.
+    Each is embedded whole, or its first 10 s by a published CLAP.
     """
-    if isinstance(clap, list):  # the order of before
-        return embed_audio(load_clap(str(sample_rate)), clap, waveforms).numpy()
     tower, rows = clap.audio_encoder, []
     device = next(tower.parameters()).device
     for y in waveforms:
@@ -471,11 +375,6 @@ def embed_audio(clap, waveforms, sample_rate):
             row = F.normalize(row.float(), dim=-1)
         rows.append(row[0].cpu())
     return torch.stack(rows)
-
-
-def load_audio_tower(checkpoint):
-    clap = load_clap(str(checkpoint))
-    return clap.audio_encoder, clap.sample_rate
 
 
 def clap_features(waveforms):
@@ -507,22 +406,11 @@ class PatchVAE(ModelMixin, ConfigMixin):
 
     It has the encoder and decoder interface of diffusers' ``AutoencoderKL``, so that
     ``AudioLDMPipeline`` and the trainer treat it alike. Being linear, it is fitted in closed form.
-
-    Parameters
-    ----------
-    patch : int
-        Side of a patch in frames and in mel bands.
-    latent_channels : int
-        Principal components kept for each patch.
-    block_out_channels : sequence of int
-        Its length gives the pipeline the down-sampling factor, ``2 ** (len - 1) == patch``.
-    scaling_factor : float
-        1, because the latent is whitened.
+    The length of ``block_out_channels`` tells the pipeline how far it reduces time and mel.
 
     Examples
     --------
-    >>> vae = PatchVAE()
-    >>> vae.decode(torch.zeros(1, 32, 4, 8)).sample.shape
+    >>> PatchVAE().decode(torch.zeros(1, 32, 4, 8)).sample.shape
     torch.Size([1, 1, 32, 64])
     """
 
@@ -574,18 +462,8 @@ class NoiseVocoder(ModelMixin, ConfigMixin):
     """Vocoder without training: white noise, its bins scaled until the mel spectrogram fits.
 
     Environmental sound is mostly texture, so the phase of noise serves it better than the phase that
-    Griffin-Lim finds. The noise is the same for each clip and each call: same mel, same bytes.
-
-    Parameters
-    ----------
-    model_in_dim : int
-        Mel bands.
-    sampling_rate : int
-        Hz.
-    upsample_rates : sequence of int
-        Their product is the hop in samples, where ``AudioLDMPipeline`` looks for it.
-    iterations : int
-        Rounds of analysis, scaling and synthesis.
+    Griffin-Lim finds. The noise is the same for every clip and every call: same mel, same bytes.
+    The product of ``upsample_rates`` is the hop, where ``AudioLDMPipeline`` looks for it.
 
     Examples
     --------
@@ -642,20 +520,7 @@ class NoiseVocoder(ModelMixin, ConfigMixin):
 
 
 class AudioTower(ModelMixin, ConfigMixin):
-    """Audio half of the small CLAP: a convolutional network over the log-mel.
-
-    Parameters
-    ----------
-    projection_dim : int
-        Width of the embedding that text and audio share.
-    channels : sequence of int
-        Width of each of the convolution stages, each of which halves time and frequency.
-
-    Examples
-    --------
-    >>> AudioTower()(torch.zeros(2, 256, 64)).shape
-    torch.Size([2, 128])
-    """
+    """Audio half of the small CLAP: convolutions over the log-mel, each of which halves its sides."""
 
     @register_to_config
     def __init__(self, projection_dim: int = 128, channels: tuple = (24, 48, 96, 128)):
@@ -682,63 +547,21 @@ class AudioTower(ModelMixin, ConfigMixin):
 # --- build and save -------------------------------------------------------------------------------
 
 
-_SMALL_TEXT = {
-    "hidden_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 192,
-}
-_SMALL_UNET = {
-    "sample_size": 32,
-    "in_channels": 32,
-    "out_channels": 32,
-    "layers_per_block": 1,
-    "norm_num_groups": 16,
-    "attention_head_dim": 8,
-    "class_embed_type": "simple_projection",
-    "class_embeddings_concat": True,
-}
-_SMALL_SCHEDULER = {
-    "beta_start": 0.0015,
-    "beta_end": 0.0195,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "sample",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "timestep_spacing": "trailing",
-}
-
-
 def build_small(texts, seed=0, projection_dim=128, channels=(64, 128, 192)):
-    """Build the small AudioLDM, untrained: every piece by the class that diffusers would load.
+    """Build the small AudioLDM, untrained: every part by the class that diffusers would load.
 
-    Parameters
-    ----------
-    texts : list of str
-        Captions from which the tokenizer learns its vocabulary.
-    seed : int
-        For the random weights.
-    projection_dim : int
-        Width of the CLAP embedding.
-    channels : sequence of int
-        U-Net widths, one per level.
-
-    Returns
-    -------
-    pipe : AudioLDMPipeline
-        With `PatchVAE`, ``ClapTextModelWithProjection``, ``UNet2DConditionModel`` conditioned by
-        concatenation with the time embedding (as AudioLDM's), ``DDIMScheduler``, `NoiseVocoder`.
-    tower : AudioTower
-        The audio half of the CLAP pair.
+    The tokenizer learns its vocabulary from `texts`; `channels` are the U-Net's widths, one per level,
+    `projection_dim` the width of the CLAP embedding. Returns the pipeline (`PatchVAE`, a U-Net
+    conditioned as AudioLDM's, `NoiseVocoder`), and the `AudioTower` of its CLAP pair.
     """
     from diffusers import AudioLDMPipeline, DDIMScheduler, UNet2DConditionModel
     from transformers import ClapTextConfig, ClapTextModelWithProjection
 
+    sizes = json.loads(Path(__file__).with_name("small_audioldm.json").read_text())
     torch.manual_seed(seed)
     tokenizer = _train_tokenizer(texts)
     config = ClapTextConfig(
-        **_SMALL_TEXT,
+        **sizes["text_encoder"],
         vocab_size=len(tokenizer),
         # the pipeline pads the unconditional text to the width of the embedding
         max_position_embeddings=projection_dim + 8,
@@ -749,14 +572,14 @@ def build_small(texts, seed=0, projection_dim=128, channels=(64, 128, 192)):
     )
     text, plain = ClapTextModelWithProjection(config), len(channels) - 1
     unet = UNet2DConditionModel(
-        **_SMALL_UNET,
+        **sizes["unet"],
         down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain,
         block_out_channels=tuple(channels),
         cross_attention_dim=tuple(channels),
         projection_class_embeddings_input_dim=projection_dim,
     )
-    scheduler = DDIMScheduler(**_SMALL_SCHEDULER)
+    scheduler = DDIMScheduler(**sizes["scheduler"])
     with quiet():
         pipe = AudioLDMPipeline(
             PatchVAE(), text.eval(), tokenizer, unet.eval(), scheduler, NoiseVocoder()
@@ -783,25 +606,9 @@ def _train_tokenizer(texts, vocab_size=800):
 def save_checkpoint(pipe, out_dir, info, tower=None, half=False, extra=None):
     """Save a pipeline in diffusers' layout, its note and its audio tower next to it.
 
-    The folder appears whole or not at all, and replaces one that is there.
-
-    Parameters
-    ----------
-    pipe : AudioLDMPipeline
-    out_dir : Path
-    info : dict
-        What `checkpoint_info` returns.
-    tower : torch.nn.Module, optional
-        A CLAP's audio tower; saved as ``audio_encoder/``.
-    half : bool
-        Store float16 weights.
-    extra : dict of str to str, optional
-        Texts of further files, by file name.
-
-    Returns
-    -------
-    Path
-        ``out_dir``.
+    The folder appears whole or not at all, and replaces one that is there. `info` is what
+    `checkpoint_info` returns, `tower` a CLAP's audio tower (``audio_encoder/``), `extra` the texts of
+    further files by name; `half` stores float16 weights. Returns the folder.
     """
     out_dir = Path(out_dir)
     part, old = (out_dir.with_name(out_dir.name + end) for end in (".part", ".old"))
