@@ -418,7 +418,7 @@ def _open_audiogen(name, options):
     from . import ldm
 
     checkpoint, device = str(options.pop("checkpoint")), _device(options.pop("device"))
-    model = import_audiocraft().models.AudioGen.get_pretrained(checkpoint, device=device)
+    model = _import_audiocraft().models.AudioGen.get_pretrained(checkpoint, device=device)
     # audiocraft decides: half precision on a GPU
     settings = options | {"dtype": "float32" if device == "cpu" else "float16"}
     settings["weights"] = ldm.checkpoint_digest(checkpoint)
@@ -426,10 +426,10 @@ def _open_audiogen(name, options):
     return AudioGenBackend(*about, model, takes_negative_prompts=False)
 
 
-def import_audiocraft():
+def _import_audiocraft():
     """Import audiocraft without laion_clap, which asks the network for files when imported.
 
-    audiocraft treats its absence as fine. A laion_clap that was imported before stays usable.
+    audiocraft treats its absence as fine; one that was imported before stays usable.
     """
     before = {key: sys.modules[key] for key in ["laion_clap"] if key in sys.modules}
     sys.modules["laion_clap"] = None

@@ -358,19 +358,27 @@ def test_audiogen_draws_tokens_with_their_probabilities(backends, monkeypatch):
 def test_audiocraft_is_imported_without_laion_clap(tmp_path, monkeypatch):
     # stand-ins, because the real ones are imported once a process
     (tmp_path / "laion_clap.py").write_text("")
-    code = "try:\n    import laion_clap\nexcept ImportError:\n    laion_clap = None\n"
-    (tmp_path / "audiocraft.py").write_text(code)
+    (tmp_path / "audiocraft.py").write_text(
+        "try:\n    import laion_clap\nexcept ImportError:\n    laion_clap = None\n"
+        "class models:\n    class AudioGen:\n        sample_rate = 16000\n"
+        "        get_pretrained = classmethod(lambda cls, name, device: cls)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("audiocraft", "laion_clap"):
         # set first: a name that was not there is taken out again afterwards only when it was set
         monkeypatch.setitem(sys.modules, name, None)
         del sys.modules[name]
-    assert generation.import_audiocraft().laion_clap is None
+
+    def open_audiogen():
+        generation.get_backend("audiogen", checkpoint=tmp_path, device="cpu")
+        return sys.modules["audiocraft"]
+
+    assert open_audiogen().laion_clap is None
     import laion_clap
 
     assert laion_clap.__file__ == str(tmp_path / "laion_clap.py"), "importable again afterwards"
     monkeypatch.delitem(sys.modules, "audiocraft")
-    assert generation.import_audiocraft().laion_clap is None
+    assert open_audiogen().laion_clap is None
     assert sys.modules["laion_clap"] is laion_clap, "and left alone where it was there before"
 
 

@@ -8,6 +8,7 @@ a T5 folder). `Tones` is the smallest back-end of all, for what has nothing to d
 
 import contextlib
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -475,9 +476,12 @@ def audiogen(folder, seed=0):
     import torch
     from omegaconf import OmegaConf
 
-    from soundscapes_utils.generation import import_audiocraft
+    # laion_clap asks the network for files when it is imported; audiocraft does without
+    absent = "laion_clap" not in sys.modules and sys.modules.setdefault("laion_clap", None) is None
+    from audiocraft.models import builders
 
-    builders = import_audiocraft().models.builders
+    if absent:
+        del sys.modules["laion_clap"]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
