@@ -47,7 +47,7 @@ class Linear(torch.nn.Module):
 
 
 class Killed(Linear):
-    """A classifier whose training takes its whole process with it."""
+    """A classifier whose making takes its whole process with it."""
 
-    def forward(self, x):
+    def __init__(self, n_classes):
         os.kill(os.getpid(), signal.SIGKILL)
