@@ -47,28 +47,13 @@ class DatasetError(store.DataError):
 def load_esc50(root, esc10=False):
     """Load ESC-50 (Piczak, 2015), or a folder laid out like it (``meta/esc50.csv``, ``audio/``).
 
-    Parameters
-    ----------
-    root : path-like
-        Files may be .wav, .ogg or .flac whatever ending the table gives.
-    esc10 : bool
-        Keep the ten classes of ESC-10 only.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns :data:`CLIP_COLUMNS`; ``fold`` 1 to 5, ``source_id`` the Freesound recording.
+    Files may be .wav, .ogg or .flac whatever ending the table gives; `esc10` keeps the ten classes of
+    ESC-10. ``fold`` is 1 to 5, ``source_id`` the Freesound recording.
 
     Raises
     ------
     DatasetError
         Folder, table or files missing, duplicate or contradicting rows.
-
-    Examples
-    --------
-    >>> load_esc50("no/such/folder")  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    soundscapes_utils.datasets.DatasetError: no/such/folder: no such folder; ...
     """
     return _load_esc_layout(root, "esc10" if esc10 else "esc50")
 
@@ -109,18 +94,11 @@ def load_urbansound8k(root):
 def load_tau(root, folds="city"):
     """Load TAU Urban Acoustic Scenes 2020 Mobile (``meta.csv``, ``audio/``).
 
-    As :func:`load_esc50`; ``label`` is the scene, ``source_id`` city and location (Heittola, Mesaros
-    and Virtanen, DCASE Workshop 2020). The set has no five folds. They are made here, with all
-    recordings of a location, by all its devices, in one fold.
-
-    Parameters
-    ----------
-    root : path-like
-    folds : {"city", "official"}
-        "city" deals the ten cities out to five folds in turn, so that a test city is never trained
-        on. "official" follows ``evaluation_setup``: fold 5 is ``fold1_evaluate.csv``, the locations
-        of ``fold1_train.csv`` are dealt out to folds 1 to 4, scene by scene, and the recordings
-        that the setup does not use are left out.
+    ``label`` is the scene, ``source_id`` city and location (Heittola, Mesaros and Virtanen, DCASE
+    Workshop 2020). The set has no five folds. With `folds` "city" the ten cities are dealt out to five
+    folds in turn, so that a test city is never trained on. "official" follows ``evaluation_setup``: fold
+    5 is ``fold1_evaluate.csv``, the locations of ``fold1_train.csv`` are dealt out to folds 1 to 4,
+    scene by scene, and recordings that the setup does not use are left out.
     """
     return _load_tau_layout(root, "tau", folds)
 
@@ -242,17 +220,7 @@ def _read_embeddings(paths):
 
 
 def load_builtin(data_dir="data", clips_per_class=40, seed=0):
-    """Load the built-in events, which are made by rule on first use.
-
-    Parameters
-    ----------
-    data_dir : path-like
-        They are kept in its folder ``builtin``.
-    clips_per_class : int
-        Clips of each of the ten classes of ESC-10, over five folds.
-    seed : int
-        Chooses the sounds.
-    """
+    """Load the built-in events (ten classes, five folds), made in ``data_dir/builtin`` on first use."""
     root = Path(data_dir) / "builtin" / f"events-{clips_per_class}-seed{seed}"
     return _load_esc_layout(procedural.write_events(root, clips_per_class, seed), "builtin")
 
@@ -289,12 +257,6 @@ def load_scenes(
 
     TAU scenes where `tau_root` is given; else the built-in scenes for the built-in events; else
     the ambient classes among the clips (:data:`AMBIENT_CLASSES`), which are then not foregrounds.
-
-    Examples
-    --------
-    >>> clips = pd.DataFrame({"label": ["dog", "rain"]})
-    >>> [table["label"].tolist() for table in load_scenes("esc10", clips)]
-    [['dog'], ['rain']]
     """
     if tau_root:
         return clips, load_tau(tau_root, tau_folds)
@@ -314,12 +276,8 @@ def load_scenes(
 def assign_splits(clips, test_fold):
     """Say of each clip whether it trains, validates or tests: "train", "val" or "test".
 
-    `test_fold` tests, the next fold (the first after the last) validates, the others train.
-
-    Raises
-    ------
-    DatasetError
-        Unknown or too few folds, or a ``source_id`` that would be in two splits.
+    `test_fold` tests, the next fold (the first after the last) validates, the others train. A
+    ``source_id`` that would be in two splits is an error.
 
     Examples
     --------

@@ -32,29 +32,16 @@ class SilenceWarning(UserWarning):
 class Embedding:
     """One way to turn clips into rows; `EMBEDDINGS` describes them, `get_embedding` opens one.
 
-    Attributes
-    ----------
-    sample_rate : int
-        Hz; what `network` wants.
-    dim : int
-        Width of a row.
-    window_s, hop_s : float
-        Seconds that the network sees at once, and from one window to the next; what is left after the
-        last whole window is not seen. Without `hop_s` it sees the whole clip, of at least `window_s`.
-    short : {"repeat", "repeat-pad", "pad"}
-        What fills a clip shorter than the window: itself again, the last repetition cut; itself again
-        as often as it fits, then zeros; or zeros. With "pad" a window starts every `hop_s` to the end of
-        any clip, so that nothing of it goes unseen.
-    version : str
-        Changes whenever the same sound could give another row; part of the cache's key.
-    network : callable
-        Maps mono float32 [samples] to float32 [dim]; where `batched`, [windows, samples] to
-        [windows, dim].
-    needs, url, checksum, path : str
-        The file that it wants, where it is fetched from, and where it was opened from.
+    - ``sample_rate`` (Hz) and ``dim``: of what `network` takes and gives.
+    - ``window_s, hop_s``: seconds that the network sees at once, and from one window to the next; what
+      is left after the last whole window is not seen. Without ``hop_s`` it sees the whole clip.
+    - ``short``: what fills a clip shorter than the window. "repeat": itself, the last repetition cut;
+      "repeat-pad": itself as often as it fits, then zeros; "pad": zeros, and a window starts every
+      ``hop_s`` to the end of any clip.
+    - ``version`` changes whenever the same sound could give another row; part of the cache's key.
+    - ``network`` maps mono float32 [samples], or [windows, samples] where ``batched``, to [dim].
+    - ``needs, url, checksum, path``: the file that it wants, where it is fetched and was opened from.
 
-    Examples
-    --------
     >>> tone = np.sin(np.arange(16_000) * 0.1).astype(np.float32)
     >>> get_embedding("logmel-stats").embed([tone]).shape
     (1, 64)
@@ -229,17 +216,8 @@ def get_embedding(name, path=""):
 
     Raises
     ------
-    ValueError
-        Unknown name, or a file that is not what it should be.
-    FileNotFoundError
-        The file is not there or cannot be fetched; the message says where it is to be had.
-    ImportError
-        The package that defines the network is not installed (ms-clap, laion-clap's .pt).
-
-    Examples
-    --------
-    >>> get_embedding("logmel-stats").dim
-    64
+    ValueError, FileNotFoundError, ImportError
+        Unknown name, a file that is wrong or cannot be had, a package that is not installed.
     """
     if name not in EMBEDDINGS:
         raise ValueError(f"unknown embedding {name!r}; known: {', '.join(EMBEDDINGS)}")

@@ -421,31 +421,24 @@ def plan_mixes(foregrounds, backgrounds, n, seed=0, **options):
         Everything that is drawn follows from it.
     **options
         Fields of :class:`MixOptions`, such as ``**PRESETS["gaurav2024-report"]``; None is as good as
-        not given. What is unknown, out of range or without effect is refused. Ranges are scaper's
-        idea (Salamon et al., WASPAA 2017).
+        not given. What is unknown, out of range or without effect is refused.
 
     Returns
     -------
     pandas.DataFrame
         Columns :data:`MIX_COLUMNS` and the captions, split after split. A mix is a clip: its label,
         source, fold and data set are those of its foreground. ``peak_scale`` is empty and ``path``
-        relative until :func:`render_mixes` has made the file. A mix can use ``clip_s`` of the
-        foreground, which sounds from ``active_start_s`` to ``active_end_s``.
+        relative until :func:`render_mixes` has made the file.
 
     Examples
     --------
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
     >>> names = [f"{label}-{fold}" for label in ("dog", "park") for fold in (1, 2, 3)]
-    >>> paths = [audio.save_audio(folder / f"{n}.wav", [0.1] * 800, 8000) for n in names]
-    >>> clips = pd.DataFrame({"path": paths, "source_id": names, "fold": [1, 2, 3] * 2})
+    >>> clips = pd.DataFrame({"source_id": names, "fold": [1, 2, 3] * 2})
+    >>> clips["path"] = [audio.save_audio(f"/tmp/{n}.wav", [0.1] * 800, 8000) for n in names]
     >>> clips["label"] = [name.split("-")[0] for name in names]
-    >>> options = PRESETS["gaurav2024-code"] | {"test_fold": 3, "duration_s": 0.1}
-    >>> mixes = plan_mixes(clips[:3], clips[3:], n=3, **options)
-    >>> mixes[["split", "source_id", "background_source", "repeats"]].to_numpy().tolist()
-    [['train', 'dog-2', 'park-2', 2], ['val', 'dog-1', 'park-1', 2], ['test', 'dog-3', 'park-3', 2]]
-    >>> Path(render_mixes(mixes, folder, 8000).path[2]).relative_to(folder).as_posix()
-    'test/test-00000.wav'
+    >>> mixes = plan_mixes(clips[:3], clips[3:], n=3, test_fold=3, duration_s=0.1)
+    >>> mixes[["split", "source_id", "background_source"]].to_numpy().tolist()
+    [['train', 'dog-2', 'park-2'], ['val', 'dog-1', 'park-1'], ['test', 'dog-3', 'park-3']]
     """
     if _span("events", _options(options).events)[1] > 1:
         raise store.DataError("one event per mix; plan_scenes lays several, and lists them too")
@@ -644,14 +637,13 @@ def render_mixes(
     Parameters
     ----------
     mixes, events : pandas.DataFrame
-        From :func:`plan_mixes` or :func:`plan_scenes`, or read back from CSV; the end of ``path`` (.wav
-        or .flac) says in which format.
+        From :func:`plan_mixes` or :func:`plan_scenes`, or read back; the end of ``path`` says in which
+        format.
     sample_rate : int
         Rate of the files in Hz.
     workers : int, optional
-        Processes; by default as many as there are cores, fewer for a small set. Inside
-        ``joblib.parallel_config("dask")`` all of the cluster's are used; they must see the sources
-        and `out_dir` under the same paths.
+        Processes; by default as many as pay off. In ``joblib.parallel_config("dask")`` the
+        cluster's, which must see the sources and `out_dir` under the same paths.
     engine, stems
         As of :func:`mix_signals`; stems end in ``_foreground`` and ``_background``.
     shard : str, optional
@@ -661,14 +653,8 @@ def render_mixes(
     Returns
     -------
     pandas.DataFrame
-        `mixes` (of a shard: its rows) with ``path`` (the file), ``sample_rate`` and ``peak_scale``
-        filled in: below 1 where the mix would have clipped and was scaled down.
-
-    Raises
-    ------
-    AudioError
-        A source that cannot be read, naming the mix. Mixes made before it stay; calling again goes
-        on from there.
+        `mixes` (of a shard: its rows) with ``path``, ``sample_rate`` and ``peak_scale`` filled in, which is
+        below 1 where the mix would have clipped and was scaled down.
     """
     if sample_rate < 1 or (workers is not None and workers < 1):
         raise store.DataError(f"sample_rate {sample_rate} and workers {workers} must be at least 1")

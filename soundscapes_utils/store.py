@@ -73,11 +73,6 @@ def project_root(start=None):
     """Find the project: the nearest folder upwards that holds ``notebooks/`` and ``pyproject.toml``.
 
     The search begins at `start`, by default the working directory, then at this package.
-
-    Raises
-    ------
-    FileNotFoundError
-        If neither place belongs to a copy of the project.
     """
     begin = Path(start or Path.cwd()).resolve()
     for folder in (begin, *begin.parents, Path(__file__).resolve().parents[1]):
@@ -96,13 +91,7 @@ def project_path(path):
 
 
 def walk_files(root, suffixes=None):
-    """List the files under a folder, sorted, links followed, hidden ones left out.
-
-    Parameters
-    ----------
-    suffixes : collection of str, optional
-        Lower-case endings with their dot, such as ``(".wav", ".flac")``; all files by default.
-    """
+    """List the files under a folder, sorted, links followed, without hidden ones."""
     found, seen = [], set()
     for folder, names, files in os.walk(root, followlinks=True):
         here = os.path.realpath(folder)
@@ -119,13 +108,7 @@ def walk_files(root, suffixes=None):
 
 
 def write_atomic(path, content):
-    """Write bytes, or text as UTF-8, so that the file is there complete or not at all.
-
-    Raises
-    ------
-    DataError
-        If the place cannot be written.
-    """
+    """Write bytes, or text as UTF-8: the file is there complete or not at all."""
     path = Path(path)
     # the process and the chance keep two writers of one path from sharing a half-written file
     part = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
@@ -157,24 +140,11 @@ def write_table(table, path):
 
 
 def read_table(path):
-    r"""Read a CSV or Parquet table: names stay text, only the empty cell is missing.
+    """Read a CSV or Parquet table: names stay text, only the empty cell is missing.
 
     Columns of names (``TEXT_COLUMNS``, and every ``caption…``) are text whatever they hold: a clip
     "001", a label "None". Of the other columns those that hold numbers only become numbers, and
-    ``True``/``False`` become booleans.
-
-    Raises
-    ------
-    DataError
-        If there is no such file, or it is not a table.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "clips.csv"
-    >>> _ = path.write_text("clip_id,label,fold\n001,None,2\n")
-    >>> read_table(path).to_dict("records")
-    [{'clip_id': '001', 'label': 'None', 'fold': 2}]
+    ``True``/``False`` become booleans. A file that is not a table is a :class:`DataError`.
     """
     path = Path(path)
     try:
@@ -243,21 +213,7 @@ class Records:
     """What is made already: one JSON line per thing, one file per process, torn lines ignored.
 
     ``entries`` maps each key to its entry, of all processes up to now; of one key the one written last.
-
-    Parameters
-    ----------
-    folder : path-like
-        The lines lie in its subfolder ``.records``.
-    name : str
-        Tells the records of one folder apart.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> folder = tempfile.mkdtemp()
-    >>> Records(folder, "mixes").add("m-0", {"peak_scale": 1.0})
-    >>> Records(folder, "mixes").entries
-    {'m-0': {'peak_scale': 1.0}}
+    They lie in ``folder/.records``; `name` tells the records of one folder apart.
     """
 
     def __init__(self, folder, name):
@@ -325,11 +281,8 @@ def shard(rows, text):
 class RunFolder:
     """Where one run keeps its tables, figures and sounds.
 
-    Parameters
-    ----------
-    path : path-like
-        Relative paths are taken from the project's root, so ``"runs/quick"`` is the same folder from
-        ``notebooks/``, from the root and in batch.
+    Relative paths are taken from the project's root, so ``"runs/quick"`` is the same folder from
+    ``notebooks/``, from the root and in batch.
     """
 
     path: Path
@@ -353,13 +306,7 @@ class RunFolder:
         return write_table(table, self.tables / f"{name}.csv")
 
     def load_table(self, name, made_by):
-        """Read ``tables/<name>.csv``, left by notebook `made_by`; its paths come back absolute.
-
-        Raises
-        ------
-        MissingStage
-            If the table is not there yet.
-        """
+        """Read ``tables/<name>.csv``, left by `made_by`; its paths come back absolute."""
         path = self.tables / f"{name}.csv"
         if not path.is_file():
             raise MissingStage(
@@ -374,8 +321,8 @@ class RunFolder:
     def save_figure(self, figure, name, caption=""):
         """Write a figure as ``figures/<name>.png``; begin the name with the notebook's number.
 
-        The caption, by default the figure's own title, says what it shows: for the report, and for
-        readers who cannot see it. It is kept inside the PNG.
+        The caption, by default the figure's own title, says what it shows: for the report, and for readers
+        who cannot see it. It is kept inside the PNG.
         """
         titles = [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)]
         described = {"Description": caption or next(filter(None, titles), name)}
