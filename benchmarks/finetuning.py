@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 import yaml
 
-from soundscapes_utils import audio, finetuning, latents, ldm, metadata, procedural, store
+from soundscapes_utils import audio, finetuning, ldm, metadata, procedural, store
 
 GIB = 2**30
 CARDS_GIB = (16, 24, 48)
@@ -168,10 +168,10 @@ def cpu_table(folder, n_clips, repeats):
     pipe, clap = ldm.load_pipeline("builtin", "cpu"), ldm.load_clap("builtin")
     clips = metadata.read_audiocaps(root)
     started = time.perf_counter()
-    data = latents.load_data(pipe, config)["train"]
+    data = finetuning.load_data(pipe, config)["train"]
     first = time.perf_counter() - started
     started = time.perf_counter()
-    latents.load_data(pipe, config)
+    finetuning.load_data(pipe, config)
     again = time.perf_counter() - started
     step = stepper(pipe.unet.train(), pipe.scheduler)
     n = config.batch_size
@@ -181,9 +181,7 @@ def cpu_table(folder, n_clips, repeats):
     cached = seconds(lambda i: step(finetuning.training_batch(data, config, i)), repeats)
     computing = seconds(lambda i: uncached_batch(pipe, clap, clips, config, i), repeats)
     whole = seconds(lambda i: step(uncached_batch(pipe, clap, clips, config, i)), repeats)
-    print(
-        f"mini model, {n_clips} clips, batches of {n} segments of {config.segment_s} s, one thread"
-    )
+    print(f"mini model, {n_clips} clips, batches of {n} segments of {config.segment_s} s, one thread")
     print(f"  all in the loop (baseline trainer's way): {n / whole:8.2f} samples/s")
     print(f"  latents and embeddings cached:            {n / cached:8.2f} samples/s")
     print(f"  ratio: {whole / cached:.2f}; the U-Net's steps alone: {n / bare:.2f} samples/s")
@@ -191,9 +189,7 @@ def cpu_table(folder, n_clips, repeats):
     print(f"in the loop {computing / whole:.1%}")
     print(f"  loader alone: cached {n / drawing:,.0f} samples/s, in the loop {n / computing:.1f}")
     per_clip = first / n_clips * 1e3
-    print(
-        f"  computing the caches, once: {per_clip:.0f} ms a clip; found there: {again:.2f} s in all"
-    )
+    print(f"  computing the caches, once: {per_clip:.0f} ms a clip; found there: {again:.2f} s in all")
     # the caches hold segments_per_clip segments of each clip
     saved = (whole - cached) / n * config.segments_per_clip
     print(f"  they have paid after {first / n_clips / saved:.1f} passes over the segments")
@@ -324,9 +320,7 @@ def gpu_table(device, small, repeats):
     }
     for name, options in ways.items():
         for n in sizes:
-            found = measured(
-                lambda n=n, o=options: our_run(device, small, n, **o), device, n, repeats
-            )
+            found = measured(lambda n=n, o=options: our_run(device, small, n, **o), device, n, repeats)
             rows.append((name, n, *found))
     table = pd.DataFrame(rows, columns=["way", "batch", "samples_per_s", "peak_gib"])
     table["ratio"] = table["samples_per_s"] / base
@@ -344,9 +338,7 @@ def largest_batches(table):
         slope, start = np.polyfit(part["batch"], part["peak_gib"], 1)
         # a tenth is left to the driver and to fragments
         fits = {f"{gib} GB": max(0, int((0.9 * gib - start) // slope)) for gib in CARDS_GIB}
-        rows.append(
-            {"way": way, "fixed_gib": round(start, 2), "gib_a_sample": round(slope, 3), **fits}
-        )
+        rows.append({"way": way, "fixed_gib": round(start, 2), "gib_a_sample": round(slope, 3), **fits})
     return pd.DataFrame(rows)
 
 
@@ -389,9 +381,7 @@ def checks(folder):
         again = ldm.load_pipeline(found.checkpoint, "cpu").unet.state_dict()
         far = max(float((again[k] - weights[k]).abs().max()) for k in weights)
         print(f"{told}: {config.steps} steps of {config.batch_size}; largest differences")
-        print(
-            f"  losses {apart.drop('grad_norm').max():.1e}, of {alone.log.train_loss.mean():.3f};"
-        )
+        print(f"  losses {apart.drop('grad_norm').max():.1e}, of {alone.log.train_loss.mean():.3f};")
         print(f"  gradient norm {apart.grad_norm:.1e}, of {alone.log.grad_norm.mean():.3f};")
         print(f"  weights {far:.1e}")
 
@@ -474,9 +464,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="the GPU's part in small, on the CPU")
     parser.add_argument("--checks", action="store_true", help="a killed run, and two processes")
-    parser.add_argument(
-        "--study", metavar="ESC-50", help="folder of ESC-50 or ESC-10: several seeds"
-    )
+    parser.add_argument("--study", metavar="ESC-50", help="folder of ESC-50 or ESC-10: several seeds")
     parser.add_argument("--checkpoint", default="builtin", help="where the study starts")
     parser.add_argument("--out", default="runs/finetuning-study")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -1,9 +1,9 @@
 """The trainer: AudioLDM's U-Net on the latents of captioned sounds, under the CLAP condition.
 
-`_train` is the loop, and reads as diffusers' training examples do; what a step sees is made once, in
-`latents`. What is drawn at a step (clips, noise, timesteps, dropped conditions) follows from the seed
-and the number of the step: a run that was killed continues the sequence it would have had, and several
-processes share the batch that one would have drawn.
+`_train` is the loop, and reads as diffusers' training examples do; what a step sees (latents and
+embeddings) is made once, by `load_data`. What is drawn at a step (clips, noise, timesteps, dropped
+conditions) follows from the seed and the number of the step: a run that was killed continues the
+sequence it would have had, and several processes share the batch that one would have drawn.
 
 On one device, and on several (on CPUs too)::
 
@@ -22,7 +22,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import deque
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -33,11 +32,15 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
-from . import audio, captions, embeddings, fad, generation, latents, ldm, store
+from . import audio, captions, embeddings, fad, generation, ldm, metadata, store
 
 _CARD = Path(__file__).with_name("finetuned_card.md")
+# clips whose latents share a file of the cache; a killed run loses at most these
+CLIPS_PER_FILE = 64
+# segments are the loudest of this many random positions
+_TRIES = 4
 # clips of the validation split that samples are scored against: more gain little and take long
 _REFERENCE_CLIPS = 512
 # a validation loss of this many times that of the start is not training any more
@@ -228,13 +231,13 @@ def finetune(config):
     >>> finetune(config).log.tail(1)  # doctest: +SKIP
     """
     _check(config)
-    clips = latents.read_clips(config)
+    clips = _read_clips(config)
     key = _run_key(config, clips)
     if result := _finished(config, key):
         return result
     accelerator = _accelerator(config)
     pipe = ldm.load_pipeline(config.checkpoint, str(accelerator.device))
-    data = latents.load_data(pipe, config, clips, accelerator)
+    data = load_data(pipe, config, clips, accelerator)
     run = _Run(pipe, data, clips, config, accelerator, key)
     _train(run)
     if accelerator.is_main_process:
@@ -312,7 +315,7 @@ def launch(config, processes=1):
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     ours = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
     ours |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-    pipes, lines = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, deque(maxlen=200)
+    pipes, lines = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, []
     with subprocess.Popen(command, env=ours, text=True, **pipes) as process:
         try:
             for line in process.stdout:
@@ -322,7 +325,7 @@ def launch(config, processes=1):
             process.terminate()  # an interrupted notebook leaves no training behind
             raise
     if process.returncode:
-        errors = [line for line in lines if line.startswith("error: ")] or list(lines)[-20:]
+        errors = [line for line in lines if line.startswith("error: ")] or lines[-20:]
         raise TrainingError(f"processes ended in status {process.returncode}: {' '.join(errors)}")
     return finetune(config)  # which reads what they have left
 
@@ -343,10 +346,7 @@ def _accelerator(config):
     accelerator = Accelerator(**options)
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
-        raise TrainingError(
-            f"batch_size {config.batch_size} must be a multiple of {parts}: it is shared by "
-            f"{accelerator.num_processes} processes, and {config.gradient_accumulation_steps} parts"
-        )
+        raise TrainingError(f"batch_size {config.batch_size} must be a multiple of its {parts} parts")
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise TrainingError("mixed_precision fp16 needs a GPU; bf16 works on a CPU too")
     return accelerator
@@ -387,19 +387,14 @@ def denoising(unet, scheduler, batch, snr_gamma=0.0):
     noisy = scheduler.add_noise(latents, noise, t)
     out = unet(noisy, t, encoder_hidden_states=None, class_labels=batch["condition"]).sample.float()
     kind = scheduler.config.prediction_type
-    if kind == "v_prediction":
-        target = scheduler.get_velocity(latents, noise, t)
-    else:
-        target = {"epsilon": noise, "sample": latents}[kind]
+    velocity = scheduler.get_velocity(latents, noise, t)
+    target = {"epsilon": noise, "sample": latents, "v_prediction": velocity}[kind]
     error = ((out - target) ** 2).mean(dim=(1, 2, 3))
     snr = compute_snr(scheduler, t)
+    weight = snr.clamp(0.25, 4.0) if kind == "sample" else torch.ones_like(snr)
     if snr_gamma > 0:
         weight = snr.clamp(max=snr_gamma) / {"epsilon": snr, "v_prediction": snr + 1}.get(kind, 1.0)
-    else:
-        weight = snr.clamp(0.25, 4.0) if kind == "sample" else torch.ones_like(snr)
-    return Denoising(
-        error, weight, _vlb_weights(scheduler.alphas_cumprod.cpu(), kind).to(t.device)[t]
-    )
+    return Denoising(error, weight, _vlb_weights(scheduler.alphas_cumprod.cpu(), kind).to(t.device)[t])
 
 
 def _vlb_weights(alphas_cumprod, kind):
@@ -423,7 +418,7 @@ def training_batch(data, config, step):
     """Draw the batch of a step: its content follows from the seed and the step (from 0) alone.
 
     ``latents``, ``noise`` of their shape, ``t`` in [0, 1) and ``condition`` [batch, dim], from one
-    split of what `latents.load_data` returns.
+    split of what `load_data` returns.
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     n = config.batch_size
@@ -435,15 +430,12 @@ def training_batch(data, config, step):
     as_text = (uniform() < config.text_condition_probability)[:, None]
     condition = torch.where(as_text, data["text"][clip, which], data["audio"][index])
     dropped = (uniform() < config.conditioning_dropout)[:, None]
+    condition = torch.where(dropped, data["empty"], condition)
     latents = data["latents"][index]
     # one timestep in each of n equal bins: the loss of a batch varies less
     t = (torch.arange(n) + uniform()) / n
-    return {
-        "latents": latents,
-        "noise": torch.randn(latents.shape, generator=generator),
-        "t": t,
-        "condition": torch.where(dropped, data["empty"], condition),
-    }
+    noise = torch.randn(latents.shape, generator=generator)
+    return {"latents": latents, "noise": noise, "t": t, "condition": condition}
 
 
 @torch.no_grad()
@@ -452,7 +444,7 @@ def fixed_losses(
 ):
     """Measure how well a U-Net denoises fixed segments under fixed noise: comparable numbers.
 
-    At most `n` segments, evenly spread over one split of `latents.load_data`. `condition` is
+    At most `n` segments, evenly spread over one split of `load_data`. `condition` is
     ``"matched"``, the embedding of the clip's first caption; ``"mismatched"``, of the caption least
     like it; ``"unconditional"``, of the empty text; ``"audio"``, of the sound. Returns one row per
     segment: ``t`` in [0, 1), ``error`` (mean squared), ``loss`` (weighted), ``vlb``.
@@ -486,7 +478,90 @@ def fixed_losses(
     return table.assign(t=t.tolist())
 
 
-# --- what a run is -------------------------------------------------------------------------------
+# --- data ----------------------------------------------------------------------------------------
+
+
+def load_data(pipe, config, clips=None, accelerator=None):
+    """Compute, or read from the cache, all that the loop needs: latents and embeddings.
+
+    By default of the set of a `FinetuneConfig`, else of `clips` with ``split, path, caption, …``; `pipe`
+    is the pipeline of its checkpoint. An accelerate.Accelerator shares the work among its processes.
+
+    For each split: ``latents`` [segments, channels, time, mel], ``audio`` [segments, dim], ``clip``
+    [segments], ``text`` [clips, captions, dim] (the empty text where a clip has fewer captions),
+    ``n_text`` [clips]; and ``empty`` [1, dim].
+    """
+    from tqdm.auto import tqdm
+
+    clips = _read_clips(config) if clips is None else clips
+    folder = Path(config.cache_dir or _next_to(config, "cache"))
+    made_from = [ldm.checkpoint_digest(ldm.resolve(config.checkpoint)), config.seed, _TRIES]
+    made_from += [config.segment_s, config.segments_per_clip]
+    made_from, jobs = [*made_from, ldm.checkpoint_info(config.checkpoint)["audio_encoder"]], {}
+    for split, rows in clips.groupby("split", sort=False):
+        texts = rows[captions.caption_columns(rows)].fillna("")
+        content = store.content_key(made_from, texts.to_numpy().tolist())
+        jobs[folder / f"{split}-text-{content}.safetensors"] = split, _text_tensors, (pipe, texts)
+        for start in range(0, len(rows), CLIPS_PER_FILE):
+            part = rows["path"].iloc[start : start + CLIPS_PER_FILE]
+            content = store.content_key(made_from, start, [store.file_digest(p) for p in part])
+            file = folder / f"{split}-{start:06d}-{content}.safetensors"
+            jobs[file] = split, _sound_tensors, (pipe, config, part, start)
+    if accelerator is not None and accelerator.num_processes > 1:
+        for file in list(jobs)[accelerator.process_index :: accelerator.num_processes]:
+            _cached(file, *jobs[file][1:])
+        accelerator.wait_for_everyone()
+    parts = {split: {} for split in clips["split"]}
+    for file, (split, *make) in tqdm(jobs.items(), desc="latents", disable=None, leave=False):
+        for name, value in _cached(file, *make).items():
+            parts[split].setdefault(name, []).append(value)
+    return {split: {k: torch.cat(v) for k, v in part.items()} for split, part in parts.items()}
+
+
+def _cached(file, make, arguments):
+    if not file.is_file():
+        store.write_atomic(file, save(make(*arguments)))
+    return load_file(file)
+
+
+def _sound_tensors(pipe, config, paths, start):
+    clap = ldm.load_clap(str(config.checkpoint))
+    clap.audio_encoder.to(pipe.device)
+    # each of the U-Net's levels but the last halves the latent once more
+    unit = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    frames = max(1, round(config.segment_s * ldm.SAMPLE_RATE / ldm.HOP / unit)) * unit
+    latents, sounds, owner = [], [], []
+    for i, path in enumerate(paths, start=start):
+        y, _ = audio.load_audio(path, ldm.SAMPLE_RATE)
+        rng = np.random.default_rng([config.seed, i])
+        # of a clip that is no longer than a segment there is only one
+        for _ in range(config.segments_per_clip if len(y) > frames * ldm.HOP else 1):
+            segment = audio.loudest_segment(y, frames * ldm.HOP, _TRIES, rng)
+            latents.append(ldm.encode_mel(pipe, ldm.waveform_to_mel(segment, frames)[None]))
+            sounds.append(ldm.embed_audio(clap, [segment], ldm.SAMPLE_RATE))
+            owner.append(i)
+    clap.audio_encoder.to("cpu")  # others share this tower
+    return {"latents": torch.cat(latents), "audio": torch.cat(sounds), "clip": torch.tensor(owner)}
+
+
+def _text_tensors(pipe, rows):
+    texts = [[text for text in row if text] for row in rows.to_numpy().tolist()]
+    widest = max(map(len, texts))
+    padded = [row + [""] * (widest - len(row)) for row in texts]
+    distinct = sorted({text for row in padded for text in row} | {""})
+    vectors = dict(zip(distinct, ldm.embed_text(pipe, distinct), strict=True))
+    text = torch.stack([torch.stack([vectors[text] for text in row]) for row in padded])
+    n_text = torch.tensor([len(row) for row in texts])
+    return {"text": text, "n_text": n_text, "empty": vectors[""][None].clone()}
+
+
+def _read_clips(config):
+    """Read the set: ``split, path, caption, …`` of the splits that are needed."""
+    clips = metadata.read_clips(config.dataset_root)
+    splits = ("train", "val", "test") if config.test_segments else ("train", "val")
+    if missing := sorted({"train", "val"} - set(clips["split"])):
+        raise TrainingError(f"{config.dataset_root}: no clips in its split {missing[0]!r}")
+    return clips[clips["split"].isin(splits)].reset_index(drop=True)
 
 
 def _next_to(config, what):
@@ -510,9 +585,9 @@ class _Run:
 
     def __init__(self, pipe, data, clips, config, accelerator, key):
         self.pipe, self.data, self.clips, self.config = pipe, data, clips, config
-        self.accelerator = accelerator
+        self.accelerator, self.key, self.scheduler = accelerator, key, pipe.scheduler
         self.state = _next_to(config, "states") / f"{key}.safetensors"
-        self.unet, self.scheduler, self.key = pipe.unet.train(), pipe.scheduler, key
+        self.unet, self.embeddings = pipe.unet.train(), {}
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         _set_trainable(self.unet, config)
@@ -521,7 +596,6 @@ class _Run:
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
         self.ema, self.best = self.weights(), self.weights()
         self.step, self.best_step, self.log, self.scores = 0, 0, [], []
-        self.embeddings = {}
 
     def weights(self):
         return {name: value.detach().clone() for name, value in self.trained.items()}
@@ -565,9 +639,12 @@ class _Run:
     def init_trackers(self):
         """Open TensorBoard's file, and W&B's; what a killed run wrote too late is not shown twice."""
         config, folder = self.config, str(_next_to(self.config, "logs"))
-        options = {"name": Path(config.out_dir).name, "id": self.key, "resume": "allow"}
-        options = {"wandb": options | {"dir": folder, "config": asdict(config)}}
-        options["tensorboard"] = {"purge_step": self.step + 1 if self.step else None}
+        name, curves = (
+            Path(config.out_dir).name,
+            {"purge_step": self.step + 1 if self.step else None},
+        )
+        wandb = {"name": name, "id": self.key, "resume": "allow", "dir": folder}
+        options = {"wandb": wandb | {"config": asdict(config)}, "tensorboard": curves}
         self.accelerator.init_trackers(config.wandb_project or "curves", init_kwargs=options)
 
     def validate(self, numbers, seconds):
@@ -584,7 +661,7 @@ class _Run:
             table = pd.DataFrame(self.log)
             store.write_table(table, _next_to(self.config, "logs") / "training_log.csv")
             self.accelerator.log(table.iloc[-1].drop("step").dropna().to_dict(), self.step)
-            if self._time_to_sample():
+            if self.config.sample_epochs and self._time_to_sample():
                 self.score(self.ema, self.step)
         loss, first = row["val_loss"], self.log[0]["val_loss"]
         broken = not loss <= _DIVERGED * first
@@ -604,8 +681,8 @@ class _Run:
         row |= {"val_simple_ema": val["error"].mean(), "val_vlb_ema": val["vlb"].mean()}
         quarters = val["loss"].groupby((val["t"] * 4).astype(int)).mean().reindex(range(4))
         row |= {f"val_loss_t{i}": value for i, value in enumerate(quarters, 1)}
-        row |= {"val_audio_ema": sounds, "seconds": round(seconds, 3)}
         row["learning_rate"] = _learning_rate(self.config, max(0, self.step - 1))
+        row |= {"val_audio_ema": sounds, "seconds": round(seconds, 3)}
         row["samples_per_s"] = round(done / seconds, 3) if done else 0.0
         return {"step": self.step} | {name: float(value) for name, value in row.items()}
 
@@ -633,8 +710,7 @@ class _Run:
         epoch = len(self.data["train"]["latents"]) / self.config.batch_size
         every = max(1.0, self.config.sample_epochs * epoch)
         before = self.log[-2]["step"] if len(self.log) > 1 else -every
-        due = self.step // every > before // every or self.step == self.config.steps
-        return due and self.config.sample_epochs > 0
+        return self.step // every > before // every or self.step == self.config.steps
 
     def score(self, weights, step):
         """Generate fixed prompts with fixed seeds and score them against the validation clips."""
@@ -704,13 +780,12 @@ def _set_trainable(unet, config):
     if config.train == "lora":
         from peft import LoraConfig
 
-        layers = ["to_q", "to_k", "to_v", "to_out.0"]
+        parts = ["to_q", "to_k", "to_v", "to_out.0"]
         sizes = {"r": config.lora_rank, "lora_alpha": config.lora_rank}
         unet.requires_grad_(False)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            gaussian = LoraConfig(**sizes, init_lora_weights="gaussian", target_modules=layers)
-            unet.add_adapter(gaussian)
+            unet.add_adapter(LoraConfig(**sizes, init_lora_weights="gaussian", target_modules=parts))
 
 
 def _spread(items, n):
@@ -734,7 +809,7 @@ def _finished(config, key):
     content = json.loads(note.read_text()) if note.is_file() else {}
     if content.get("key") != key:
         return None
-    log, scores = pd.DataFrame(content["log"]), pd.DataFrame(content["scores"])
+    log, scores = (pd.DataFrame(content[name]) for name in ("log", "scores"))
     return FinetuneResult(Path(config.out_dir), log, content["best_step"], scores)
 
 
@@ -766,7 +841,6 @@ def _card(run, info):
     licence = _licence(config.checkpoint)
     kept = [row for row in run.log if row["step"] == run.kept[1]]
     losses = pd.DataFrame([run.log[0], *kept]).filter(regex="step|(val|test)_loss_ema$").round(4)
-    scores = pd.DataFrame([row for row in run.scores if row["step"] == run.kept[1]])
     return _CARD.read_text(encoding="utf-8").format(
         **{"config": config, "info": info, "licence": licence, "step": run.kept[1]},
         # without a place of this machine; a hub name as a whole
@@ -778,7 +852,7 @@ def _card(run, info):
         clips=run.clips["split"].value_counts().to_dict(),
         kind=run.scheduler.config.prediction_type,
         losses=losses.to_string(index=False),
-        scores=_score_lines(scores),
+        scores=_score_lines(pd.DataFrame([r for r in run.scores if r["step"] == run.kept[1]])),
     )
 
 
@@ -817,8 +891,7 @@ def _score_lines(scores):
 def _check(config):
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
-            known = ", ".join(map(repr, choices))
-            raise TrainingError(f"{name} must be one of {known}; got {getattr(config, name)!r}")
+            raise TrainingError(f"{name} must be one of {choices}; got {getattr(config, name)!r}")
     for (low, high), names in _RANGES.items():
         for name in names.split():
             if not low <= getattr(config, name) <= high:
@@ -844,12 +917,10 @@ def read_config(file, changes=()):
         value = values.get(option.name)
         if option.type in (int, float, tuple) and value is not None:
             try:  # YAML reads 1e-4 as a text
-                number = value if option.type is tuple else float(value)
-                values[option.name] = option.type(number)
+                values[option.name] = option.type(value if option.type is tuple else float(value))
             except (TypeError, ValueError) as error:
                 raise TrainingError(f"{file}: {option.name}: {error}") from None
     try:
         return FinetuneConfig(**values)
     except TypeError as error:
-        known = ", ".join(option.name for option in fields(FinetuneConfig))
-        raise TrainingError(f"{file}: {error}. Known: {known}") from None
+        raise TrainingError(f"{file}: {error}; see finetuning.FinetuneConfig") from None

@@ -371,23 +371,15 @@ def embed_audio(clap, waveforms, sample_rate):
         if isinstance(tower, AudioTower):
             row = tower(waveform_to_mel(y, max(16, len(y) // HOP))[None].to(device))
         else:
-            row = tower(input_features=clap_features([y]).to(device)).audio_embeds
+            # un-fused checkpoints accept no other truncation, and that one would crop at random
+            y, options = y[: 10 * clap.sample_rate], {"truncation": "rand_trunc"}
+            features = _clap_extractor()(
+                y, sampling_rate=clap.sample_rate, return_tensors="pt", **options
+            )
+            row = tower(input_features=features["input_features"].to(device)).audio_embeds
             row = F.normalize(row.float(), dim=-1)
         rows.append(row[0].cpu())
     return torch.stack(rows)
-
-
-def clap_features(waveforms):
-    """Make what a published CLAP audio tower takes of waveforms at 48 kHz, of their first 10 s."""
-    extractor = _clap_extractor()
-    # un-fused checkpoints accept no other truncation, and that one would crop at random
-    features = extractor(
-        [y[: extractor.nb_max_samples] for y in waveforms],
-        sampling_rate=48_000,
-        truncation="rand_trunc",
-        return_tensors="pt",
-    )
-    return features["input_features"]
 
 
 @functools.lru_cache(maxsize=1)

@@ -149,9 +149,7 @@ def _write_audiofolder(mixes, events):
     shown = ["clip_id", "scene", "onset_s", "duration_s", "snr_db"]
     shown += captions.caption_columns(mixes)
     lines = {split: [] for split in folders.index}
-    for row, sounding in zip(
-        mixes.to_dict("records"), mixing.events_of(mixes, events), strict=True
-    ):
+    for row, sounding in zip(mixes.to_dict("records"), mixing.events_of(mixes, events), strict=True):
         file = Path(row["path"]).resolve().relative_to(folders[row["split"]]).as_posix()
         labels = [event["label"] for event in sounding]
         line = {"file_name": file, "label": row["label"], "events": labels}
@@ -224,6 +222,31 @@ def read_audiocaps(dataset_root_json):
     return pd.DataFrame(clips)
 
 
+def read_clips(path):
+    """Read sounds and captions: ``split, path, caption, …``.
+
+    From a ``dataset_root.json``, or a table (CSV or Parquet) of ``path`` (relative to it), ``caption``,
+    ``caption_2``, … and, if there are any, ``split``, ``source_id`` (what must not be in two splits) and
+    further columns. Without ``split``, eight sources of ten are for training, by a digest of their name.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        return read_audiocaps(path)
+    clips = store.read_table(path)
+    if missing := {"path", "caption"} - set(clips):
+        raise MetadataError(f"{path}: has no column {' or '.join(sorted(missing))}")
+    clips["path"] = [str(path.parent / name) for name in clips["path"]]
+    source = clips.get("source_id", clips["path"].map(lambda name: Path(name).name))
+    if "split" not in clips:  # by name: a source stays where it is when others come
+        places = source.map(lambda name: int(store.content_key(name), 16) % 10)
+        clips["split"] = places.map({0: "val", 1: "test"}).fillna("train")
+    shared = clips.groupby(source)["split"].transform("nunique") > 1
+    if shared.any():
+        names = ", ".join(source[shared].unique()[:5])
+        raise MetadataError(f"{path}: sources in more than one split: {names}")
+    return clips
+
+
 def _read_root(root_file):
     """Folder of the audio, split files, display names by id."""
     root = _read_json(root_file)
@@ -291,9 +314,7 @@ def validate(dataset_root_json, *, sample_rate=None, duration_s=None, full=True)
     times = Counter(clip["path"] for clip, _ in clips)
     for clip, faults in clips:
         split, path = clip["split"], clip["path"]
-        wrong, seconds[split, Path(path).stem] = _sound_problems(
-            path, sample_rate, duration_s, full
-        )
+        wrong, seconds[split, Path(path).stem] = _sound_problems(path, sample_rate, duration_s, full)
         texts = [text for name, text in clip.items() if "caption" in name]
         if not texts or any(pd.isna(text) or not str(text).strip() for text in texts):
             faults.append("has an empty caption")
@@ -375,9 +396,7 @@ def check_leaks(mixes, events=None, *, cities=False, contents=False):
         Two splits share a foreground source, a scene location, a recording, a mixed file, a city
         or the content of a file; the message says which splits, what, and names the first few.
     """
-    parts = {
-        split: _parts(rows, events, cities) for split, rows in mixes.groupby("split", sort=False)
-    }
+    parts = {split: _parts(rows, events, cities) for split, rows in mixes.groupby("split", sort=False)}
     digest = _digests(parts) if contents else {}
     leaks = []
     for (one, first), (other, second) in itertools.combinations(parts.items(), 2):

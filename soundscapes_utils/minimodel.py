@@ -25,22 +25,8 @@ _POOL = "procedural sounds, pretraining pool"
 
 @dataclass(frozen=True)
 class MiniConfig:
-    """Sizes and lengths of the mini model's training.
-
-    Parameters
-    ----------
-    unet_steps, clap_steps : int
-        Optimiser steps.
-    n_mixes : int
-        Mixes from which the CLAP pair learns the captions of scenes.
-    segments_per_clip : int
-        Segments of each event clip.
-    channels : tuple of int
-        U-Net widths.
-    learning_rate : float
-        Peak rate of the U-Net.
-    seed : int
-        For everything.
+    """Sizes and lengths of the training: optimiser steps of both parts; ``n_mixes`` from which the CLAP
+    pair learns the captions of scenes; ``segments_per_clip`` of events; U-Net widths; its peak rate.
     """
 
     unet_steps: int = 4000
@@ -55,27 +41,9 @@ class MiniConfig:
 def get_checkpoint(checkpoint, clips, foregrounds, backgrounds, **options):
     """Give a checkpoint for a run: the one that is named, or a mini model trained on its clips.
 
-    Parameters
-    ----------
-    checkpoint : str
-        ``"mini"`` trains one on the training folds (or finds it trained before); anything else is
-        returned as it is.
-    clips : pandas.DataFrame
-        All clips of the run; those of the test fold are left out.
-    foregrounds, backgrounds : pandas.DataFrame
-        As `datasets.load_scenes` returns them.
-    **options
-        ``cache_dir, dataset, test_fold, config`` (a `MiniConfig`).
-
-    Returns
-    -------
-    str
-        What `ldm.load_pipeline` opens.
-
-    Examples
-    --------
-    >>> get_checkpoint("builtin", None, None, None)
-    'builtin'
+    ``"mini"`` trains one on the training folds (or finds it trained before). `clips` are all of the run,
+    of which those of the test fold are left out; `foregrounds` and `backgrounds` as
+    `datasets.load_scenes` returns them. Options: ``cache_dir, dataset, test_fold, config``.
     """
     if checkpoint != "mini":
         return checkpoint
@@ -114,25 +82,9 @@ def train_builtin(out_dir, data_dir, clips_per_class=120, scenes_per_class=25, c
 def train(events, foregrounds, backgrounds, out_dir, config, *, dataset, test_fold):
     """Train a mini-AudioLDM on clips; resume where a killed run stopped.
 
-    Parameters
-    ----------
-    events : pandas.DataFrame
-        Clip table of all sounds that the generator shall make.
-    foregrounds, backgrounds : pandas.DataFrame
-        Clip tables from which mixes are made for the CLAP pair.
-    out_dir : Path
-        The checkpoint; intermediate files lie next to it in ``<name>.work``.
-    config : MiniConfig
-        Sizes and lengths.
-    dataset : str
-        Name of the data, for the checkpoint's note.
-    test_fold : int
-        Left out, wholly; the next fold validates.
-
-    Returns
-    -------
-    Path
-        ``out_dir``, a diffusers folder.
+    `events` are all sounds that the generator shall make, `foregrounds` and `backgrounds` those from
+    which mixes are made for the CLAP pair. The test fold is left out wholly, the next one validates.
+    Intermediate files lie next to the checkpoint in ``<name>.work``. Returns ``out_dir``.
     """
     out_dir = Path(out_dir)
     work = out_dir.with_name(out_dir.name + ".work")
@@ -253,15 +205,8 @@ def _train_clap(pipe, tower, mels, texts, alike, config, batch_size=64):
 
 
 class ContrastiveLoss(torch.nn.Module):
-    """Symmetric InfoNCE as in CLAP (arXiv 2211.06687), with all sounds of a kind as positives.
-
-    Its learnt parameter is the logarithm of the inverse temperature.
-
-    Examples
-    --------
-    >>> one = torch.eye(2)
-    >>> float(ContrastiveLoss(9.0)(one, one, one.bool())) < 1e-3
-    True
+    """Symmetric InfoNCE as in CLAP (arXiv 2211.06687), with all sounds of a kind as positives; its
+    learnt parameter is the logarithm of the inverse temperature.
     """
 
     def __init__(self, log_scale=2.3):

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from soundscapes_utils import audio, finetuning, latents, ldm, metadata, store
+from soundscapes_utils import audio, finetuning, ldm, metadata, store
 
 TEXTS = ["a dog is barking", "rain", "a dog is barking in the rain"] * 3
 
@@ -202,9 +202,7 @@ def test_draw_follows_from_the_step_and_keeps_clip_and_condition_together(step, 
     batch = finetuning.training_batch(data, config, step)
     again = finetuning.training_batch(data, config, step)
     assert all(torch.equal(batch[k], again[k]) for k in batch)
-    assert not torch.equal(
-        batch["noise"], finetuning.training_batch(data, config, step + 1)["noise"]
-    )
+    assert not torch.equal(batch["noise"], finetuning.training_batch(data, config, step + 1)["noise"])
     clip, condition = batch["latents"][:, 0, 0, 0], batch["condition"][:, 0]
     assert all(c in (-1, i, i + 100) for i, c in zip(clip, condition, strict=True))
     assert bool(((batch["t"] >= 0) & (batch["t"] < 1)).all())
@@ -269,9 +267,7 @@ def test_merged_adapters_sound_as_they_did_in_training(config, tmp_path):
     # nothing is trained here: the first row is the loss of what was loaded
     again = replace(config, checkpoint=str(tuned.checkpoint), out_dir=str(tmp_path / "again"))
     loaded = finetuning.finetune(replace(again, steps=1, learning_rate=0.0))
-    assert loaded.log["val_loss"].iloc[0] == pytest.approx(
-        tuned.log["val_loss_ema"].iloc[-1], rel=1e-5
-    )
+    assert loaded.log["val_loss"].iloc[0] == pytest.approx(tuned.log["val_loss_ema"].iloc[-1], rel=1e-5)
 
 
 def test_half_precision_stays_near_full_precision_and_resumes(config, plain, tmp_path, monkeypatch):
@@ -320,14 +316,12 @@ def test_simple_loss_is_the_loss_where_no_timestep_is_weighted(config, checkpoin
     log = finetuning.finetune(replace(config, checkpoint=str(folder))).log
     for split in ("train", "val"):
         end = "" if split == "train" else "_ema"
-        np.testing.assert_allclose(
-            log[f"{split}_simple{end}"], log[f"{split}_loss{end}"], rtol=1e-5
-        )
+        np.testing.assert_allclose(log[f"{split}_simple{end}"], log[f"{split}_loss{end}"], rtol=1e-5)
 
 
 def test_validation_under_the_sounds_embedding_is_told_beside_that_of_the_captions(plain, config):
     pipe = ldm.load_pipeline(config.checkpoint, device="cpu")
-    data = latents.load_data(pipe, config)["val"]
+    data = finetuning.load_data(pipe, config)["val"]
     table = finetuning.fixed_losses(pipe.unet, pipe.scheduler, data, condition="audio")
     first = plain.log.iloc[0]
     assert first["val_audio_ema"] == pytest.approx(table["loss"].mean(), rel=1e-4)
@@ -549,7 +543,7 @@ def test_splits_of_a_table_share_no_source(config, sounds, checkpoint):
         table["source_id"] = [next(names) for _ in range(6)] * 2
         config = replace(table_config(config, folder, table), segments_per_clip=1, test_segments=8)
         try:
-            sizes = {k: len(v["n_text"]) for k, v in latents.load_data(pipe, config).items()}
+            sizes = {k: len(v["n_text"]) for k, v in finetuning.load_data(pipe, config).items()}
         except store.DataError as error:
             assert "no clips in its split 'val'" in str(error)
             continue
@@ -611,10 +605,9 @@ def test_conditions_are_those_of_clip_other_clip_nothing_and_sound():
 
 def test_fixed_losses_are_the_same_however_many_at_once(checkpoint, config):
     pipe = ldm.load_pipeline(checkpoint, device="cpu")
-    data = latents.load_data(pipe, config)["train"]
+    data = finetuning.load_data(pipe, config)["train"]
     one, other = (
-        finetuning.fixed_losses(pipe.unet, pipe.scheduler, data, n=8, batch_size=size)
-        for size in (8, 3)
+        finetuning.fixed_losses(pipe.unet, pipe.scheduler, data, n=8, batch_size=size) for size in (8, 3)
     )
     pd.testing.assert_frame_equal(one, other, rtol=1e-4)
     assert sorted(one["t"]) == [(i + 0.5) / 8 for i in range(8)]
@@ -684,11 +677,11 @@ def test_run_goes_on_with_more_parts_after_memory_was_full(config, plain, tmp_pa
 @pytest.mark.parametrize(
     "wrong, told",
     [
-        ({"mixed_precision": "fp8"}, "mixed_precision must be one of 'no'"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be one of .'no'"),
         ({"mixed_precision": "fp16"}, "needs a GPU"),
         ({"train": "half"}, "train must be one of"),
         ({"steps": 0}, "steps must be at least 1"),
-        ({"gradient_accumulation_steps": 3}, "batch_size 4 must be a multiple of 3"),
+        ({"gradient_accumulation_steps": 3}, "batch_size 4 must be a multiple of its 3 parts"),
         ({"sample_epochs": 1, "n_samples": 1}, "two samples"),
         ({"learning_rate": float("nan")}, "learning_rate must be at least 0"),
         ({"conditioning_dropout": 10}, "conditioning_dropout must be from 0 to 1; got 10"),
@@ -701,7 +694,7 @@ def test_wrong_settings_are_one_clear_error(config, wrong, told):
 
 
 def test_killed_preparation_keeps_what_is_done_and_others_share_it(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(latents, "CLIPS_PER_FILE", 1)
+    monkeypatch.setattr(finetuning, "CLIPS_PER_FILE", 1)
     encode, calls = ldm.encode_mel, []
 
     def dies_at_the_fourth(*arguments):
@@ -724,7 +717,7 @@ def test_killed_preparation_keeps_what_is_done_and_others_share_it(config, tmp_p
 def test_clip_as_short_as_a_segment_is_kept_once(config, checkpoint):
     pipe = ldm.load_pipeline(checkpoint, device="cpu")
     for length, expected in [(0.64, [0, 0, 1, 1, 2, 2, 3, 3]), (1.28, [0, 1, 2, 3])]:
-        data = latents.load_data(pipe, replace(config, segment_s=length))
+        data = finetuning.load_data(pipe, replace(config, segment_s=length))
         assert data["train"]["clip"].tolist() == expected
 
 
@@ -745,7 +738,7 @@ def test_published_audio_tower_goes_with_the_fine_tuned_checkpoint(config, check
 @pytest.mark.parametrize(
     "text, told",
     [
-        ("checkpoint: builtin\nstep: 3", "unexpected keyword argument 'step'.*Known: checkpoint"),
+        ("checkpoint: builtin\nstep: 3", "unexpected keyword argument 'step'; see"),
         ("checkpoint: builtin", "missing 2 required .*'dataset_root' and 'out_dir'"),
         ("checkpoint: a\ndataset_root: b\nout_dir: c\nsteps: many", "steps: could not convert"),
         ("- a list", "not a YAML file of names"),

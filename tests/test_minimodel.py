@@ -39,9 +39,7 @@ def test_contrastive_loss_is_the_cross_entropy_to_all_positives():
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
-def test_training_leaves_the_test_fold_out_and_resumes_to_the_same_bytes(
-    pool, tmp_path, monkeypatch
-):
+def test_training_leaves_the_test_fold_out_and_resumes_to_the_same_bytes(pool, tmp_path, monkeypatch):
     events, scenes = pool
     test_paths = set(events.loc[events["fold"] == 5, "path"])
     read, load = [], minimodel.audio.load_audio
