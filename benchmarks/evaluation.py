@@ -92,9 +92,7 @@ def compare(name, function, peer, x, y, repeats):
     value, seconds = timed(function, x, y, repeats=repeats)
     expected, peer_seconds = timed(peer, x, y, repeats=repeats)
     difference = abs(value - expected) / abs(expected)
-    print(
-        f"{name:34}{seconds:9.3f}{peer_seconds:9.3f}{peer_seconds / seconds:8.1f}{difference:12.1e}"
-    )
+    print(f"{name:34}{seconds:9.3f}{peer_seconds:9.3f}{peer_seconds / seconds:8.1f}{difference:12.1e}")
 
 
 def distances(options):
@@ -299,9 +297,7 @@ def sensitivity(options):
         embed = partial(network.embed, silence="allow")
         rows = {change: embed(embeddings.changed(sounds, change)) for change in embeddings.CHANGES}
         labels, groups = clips["label"], clips["source_id"].astype(str)
-        tables.append(
-            fad.sensitivity(embed(sounds), rows, embedding=name, labels=labels, groups=groups)
-        )
+        tables.append(fad.sensitivity(embed(sounds), rows, embedding=name, labels=labels, groups=groups))
     print(pd.concat(tables).round(3).to_string(index=False))
 
 
@@ -319,16 +315,12 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "sections", nargs="*", metavar="section", default=["distances", "embedding"]
-    )
+    parser.add_argument("sections", nargs="*", metavar="section", default=["distances", "embedding"])
     parser.add_argument("--dim", type=int, default=2048, help="width of the embedding (PANNs)")
     parser.add_argument("--n", type=int, nargs="*", default=[500, 1000, 5000], help="clips, FAD")
     parser.add_argument("--kad-n", type=int, nargs="*", default=[5000], help="clips, KAD")
     parser.add_argument("--repeats", type=int, default=3, help="of each, the least is printed")
-    parser.add_argument(
-        "--network", default="panns-cnn14-16k", help="which of the PANNs to embed with"
-    )
+    parser.add_argument("--network", default="panns-cnn14-16k", help="which of the PANNs to embed with")
     parser.add_argument("--clips", type=int, default=200, help="files to embed")
     parser.add_argument("--seconds", type=float, nargs="*", default=[1, 4], help="their lengths")
     parser.add_argument("--esc10", type=Path, help="folder of ESC-10 or ESC-50")

@@ -523,9 +523,7 @@ def stages(esc10, yamnet, checkpoint, n, iterations):
         return pd.Series(answers, np.asarray(labels))
 
     sounds = audio.excerpts(test["path"], 2.56)
-    backend = generation.get_backend(
-        "audioldm", checkpoint=checkpoint, device="cpu", clips_per_pass=8
-    )
+    backend = generation.get_backend("audioldm", checkpoint=checkpoint, device="cpu", clips_per_pass=8)
     plan = generation.plan_clips(sorted(train["label"].unique()), n, duration_s=2.56)
     mels = torch.stack([ldm.waveform_to_mel(y, 256) for y in sounds])
     latents = ldm.encode_mel(backend.pipe, mels)
@@ -576,9 +574,7 @@ def main():
     parser.add_argument("--steps", type=int, help="25 for the built-in model, 200 on a GPU")
     parser.add_argument("--sizes", type=int, nargs="+", help="clips in a pass")
     parser.add_argument("--tiny", action="store_true", help="tiny models in part gpu")
-    parser.add_argument(
-        "--models", nargs="+", default=[*MODELS], choices=MODELS, help="in part gpu"
-    )
+    parser.add_argument("--models", nargs="+", default=[*MODELS], choices=MODELS, help="in part gpu")
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)  # one case of part cpu
     options = parser.parse_args()
     if options.size:

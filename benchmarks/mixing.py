@@ -201,9 +201,7 @@ def scaper_rate(python, work):
 
 def peak_megabytes(tables, planned, work):
     """Peak memory of a process that plans so many mixes and renders 500 of them."""
-    tables = [
-        store.write_atomic(work / f"{i}.csv", t.to_csv().encode()) for i, t in enumerate(tables)
-    ]
+    tables = [store.write_atomic(work / f"{i}.csv", t.to_csv().encode()) for i, t in enumerate(tables)]
     return elsewhere(sys.executable, MEMORY, [*tables, planned], work)
 
 
@@ -298,9 +296,7 @@ def compare(n, scaper_python, work):
     some = list(zip(compressed.background, compressed.foreground, strict=True))[:few]
     peer = shared_out(partial(pydub_loop, rate=16_000), some, work)
     line(f"Ogg to 16 kHz: pydub loop, {few} mixes, 1 process", peer)
-    line(
-        "Ogg to 16 kHz: ours, 1 worker", ours(compressed, 16_000, 1, work), (peer, "pydub loop", 5)
-    )
+    line("Ogg to 16 kHz: ours, 1 worker", ours(compressed, 16_000, 1, work), (peer, "pydub loop", 5))
 
     print()
     for planned in (500, 50_000):

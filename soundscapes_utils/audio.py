@@ -265,9 +265,7 @@ def mel_filters():
     """Mel filter bank of `log_mel`, shape (513, 64): Slaney bands and norm over 0–8 kHz."""
     from librosa.filters import mel
 
-    basis = mel(
-        sr=LOG_MEL_RATE, n_fft=LOG_MEL_FFT, n_mels=LOG_MEL_BANDS, fmin=0.0, fmax=LOG_MEL_FMAX
-    )
+    basis = mel(sr=LOG_MEL_RATE, n_fft=LOG_MEL_FFT, n_mels=LOG_MEL_BANDS, fmin=0.0, fmax=LOG_MEL_FMAX)
     return np.ascontiguousarray(basis.T, dtype=np.float32)
 
 

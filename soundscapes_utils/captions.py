@@ -199,9 +199,7 @@ def prompts(labels, family="simple", n=1, seed=0):
     if n < 1 or not labels or len(set(labels)) < len(labels):
         raise ValueError(f"need n of at least 1 and each label once, got n={n}, labels={labels}")
     if family in FAMILIES:
-        rows = [
-            (label, text, family) for label in labels for text in _texts(label, family, n, seed)
-        ]
+        rows = [(label, text, family) for label in labels for text in _texts(label, family, n, seed)]
         return pd.DataFrame(rows, columns=["label", "prompt", "prompt_family"])
     if Path(family).suffix not in (".csv", ".parquet"):
         raise ValueError(
@@ -222,9 +220,7 @@ def _written_prompts(path, labels, n):
     for label in labels:
         if (count := (table["label"] == label).sum()) < n:
             raise store.DataError(f"{path}: {count} prompts for {label}, {n} are wanted")
-    return pd.concat(
-        [table[table["label"] == label].head(n) for label in labels], ignore_index=True
-    )
+    return pd.concat([table[table["label"] == label].head(n) for label in labels], ignore_index=True)
 
 
 def _texts(label, family, n, seed):
@@ -254,9 +250,7 @@ def _texts(label, family, n, seed):
     start = {"setting": " ", "microphone": ", recorded with "}
     slots = {kind: ["", *(start.get(kind, ", ") + t for t in slots[kind])] for kind in slots}
     slots |= {"clause": words["clause"] + several, "noun": words["noun"]}
-    more = _sentences(
-        PHRASES["form", "varied"], slots, np.random.default_rng([seed, key, 2]), first
-    )
+    more = _sentences(PHRASES["form", "varied"], slots, np.random.default_rng([seed, key, 2]), first)
     return _take(itertools.chain(first, more), n, label)
 
 

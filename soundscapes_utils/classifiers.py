@@ -249,11 +249,6 @@ class CRNN(nn.Module):
     `as_released` the gates are x·σ(x), and the GRU takes the clips of a batch for its time steps, so
     that a clip's output depends on its neighbours. After Castorena, Cobos, Lopez-Ballester and Ferri,
     Applied Acoustics 215, 109719, 2023.
-
-    Examples
-    --------
-    >>> CRNN(10)(torch.zeros(2, 1, 94, 64)).shape
-    torch.Size([2, 10])
     """
 
     def __init__(self, n_classes, n_frames=PATCH_FRAMES, as_released=False):
@@ -319,21 +314,13 @@ _MASK_SHARE = 0.19
 class Training:
     """How classifiers are trained; the defaults are the paper's.
 
-    Parameters
-    ----------
-    epochs : int, default 100
-        At most this many passes over the training clips.
-    patience : int, default 15
-        Stop after this many epochs without a lower validation loss.
-    batch_size : int, default 128
-        Patches per step; take less for a few hundred clips, else there are few steps.
-    patches_per_epoch : int, optional
-        Patches per epoch, however many clips there are; by default one of each clip, as in the
-        paper. With a number, arms of different size take equally many steps.
-    device : str or sequence of str, default "cpu"
-        Where torch trains; a study's classifiers take turns on several.
-    workers : int, optional
-        Processes that train side by side; by default one per CPU core.
+    - ``epochs``: at most this many passes; ``patience``: stop after this many without a lower
+      validation loss. ``batch_size``: patches per step; take less for a few hundred clips, else there
+      are few steps.
+    - ``patches_per_epoch``, however many clips there are; by default one of each clip, as in the paper.
+      With a number, arms of different size take equally many steps.
+    - ``device``: where torch trains; a study's classifiers take turns on several. ``workers``: processes
+      that train side by side; by default one per CPU core.
     """
 
     epochs: int = 100
@@ -353,29 +340,16 @@ class Training:
 def train_classifier(model, train, validation, n_classes, training, seed=0, augment=None):
     """Train one network on random 3 s patches; keep the weights of the lowest validation loss.
 
-    Parameters
-    ----------
-    model : str
-        A key of :data:`MODELS`.
-    train, validation : tuple of (np.ndarray (clips, frames, bands), np.ndarray of int (clips,))
-        Spectrograms and class numbers: 126 × 64 of :func:`standardise`; for a network as released
-        63 × 64 of :func:`divide_by_variance`.
-    n_classes : int
-    training : Training
-    seed : int, default 0
-        Initial weights, order, patches and dropout follow from it, and are the same for a network
-        as released and its corrected form; torch's own random state stays as it was.
-    augment : tuple of (str, float), optional
-        ``("specaugment", k)``: k masks over time and k over frequency, each of at most 19 % of the
-        axis (Park et al., Interspeech 2019); ``("mixup", α)``: pairs of clips added with a share
-        drawn from Beta(α, α) (Zhang et al., ICLR 2018).
+    `train` and `validation` are spectrograms (clips, frames, bands) and class numbers: 126 × 64 of
+    :func:`standardise`; for a network as released 63 × 64 of :func:`divide_by_variance`. Initial
+    weights, order, patches and dropout follow from `seed`, and are the same for a network as released
+    and its corrected form; torch's own random state stays as it was. `augment` is ``("specaugment",
+    k)``: k masks over time and k over frequency, each of at most 19 % of the axis (Park et al.,
+    Interspeech 2019); or ``("mixup", α)``: pairs of clips added with a share drawn from Beta(α, α)
+    (Zhang et al., ICLR 2018).
 
-    Returns
-    -------
-    network : nn.Module
-        In evaluation mode, with the best weights.
-    log : pandas.DataFrame
-        `epoch, train_loss, validation_loss, validation_accuracy`, one row per epoch.
+    Returns the network in evaluation mode and a log, `epoch, train_loss, validation_loss,
+    validation_accuracy`.
     """
     device = torch.device(training.device)
     x, y = (torch.from_numpy(part).to(device) for part in train)

@@ -351,9 +351,7 @@ def _read_table(root, name, columns, dataset, sep=","):
 
 def _check_rows(table, where, name, number=None, label=None):
     if len(twice := table[name][table[name].duplicated()]):
-        raise DatasetError(
-            f"{where}: {len(twice)} files are listed twice ({_first(twice)}); keep one"
-        )
+        raise DatasetError(f"{where}: {len(twice)} files are listed twice ({_first(twice)}); keep one")
     for one, many in ((number, label), (label, number)) if number else ():
         counts = table.groupby(one)[many].nunique()
         if (counts > 1).any():
@@ -489,9 +487,7 @@ def _unpack(path, folder, expected):
             with tarfile.open(path) as archive:
                 archive.extractall(folder, _checked(archive, path, expected), filter="data")
     except (*_DAMAGED, OSError) as error:
-        raise DatasetError(
-            f"{path}: cannot be unpacked ({error}); delete it and try again"
-        ) from error
+        raise DatasetError(f"{path}: cannot be unpacked ({error}); delete it and try again") from error
 
 
 def _checked(members, path, expected):

@@ -60,26 +60,17 @@ class TrialsFailed(RuntimeError):
 
 
 class Arm(NamedTuple):
-    """What classifiers are trained on, written ``kind@source/per_class:ratio``.
+    """What classifiers are trained on, written ``kind@source/per_class:ratio``; R is the ratio.
 
-    Parameters
-    ----------
-    kind : str
-        ``real``. ``both``, ``synthetic``: R synthetic clips for each real training clip. ``mixed``: R
-        of the training folds replaced by as many synthetic clips. Controls, of real clips only:
-        ``repeat``, each clip R times more (equal n and steps as both); ``steps``, 1 + R times the
-        epochs and the patience (equal steps); ``dropped``, R training folds left out. ``thinned`` is
-        both, thinned at random to as many clips of each class as there are real ones (equal n as
-        real). ``specaugment`` and ``mixup`` augment real clips while training.
-    ratio : float, default 0
-        The R above.
-    source : str, optional
-        Which of several tables of synthetic clips; ``"a+b"`` takes them in turn.
-    per_class : int, optional
-        Real clips per class to train on; R counts from them. By default what the study says.
+    - ``real``. ``both``, ``synthetic``: R synthetic clips for each real training clip. ``mixed``: R of
+      the training folds replaced by as many synthetic clips.
+    - Controls: ``repeat``, each real clip R times more (equal n and steps as both); ``steps``, 1 + R
+      times the epochs and the patience; ``dropped``, R training folds left out; ``thinned``, both,
+      thinned at random to as many clips of each class as there are real ones (equal n as real).
+    - ``specaugment`` and ``mixup`` augment real clips while training.
+    - ``source``: which of several tables of synthetic clips; "a+b" takes them in turn. ``per_class``:
+      real clips per class to train on, from which R counts; by default what the study says.
 
-    Examples
-    --------
     >>> Arm.parse("both@ps1/8:4")
     Arm(kind='both', ratio=4.0, source='ps1', per_class=8)
     >>> str(Arm("both", 1, per_class=4)), Arm("both", 1, per_class=4).name
@@ -124,30 +115,14 @@ class Arm(NamedTuple):
 class Study:
     """What a study compares.
 
-    Parameters
-    ----------
-    arms : sequence of Arm or str
-        What to train on.
-    models : sequence of str
-        Keys of :data:`classifiers.MODELS`, names of :data:`classifiers.BASELINES`, or
-        ``"probe:<embedding>"``.
-    test_folds : sequence of int
-        Folds to test on, one after the other; the next fold, cyclically, validates.
-    runs : int, default 1
-        Repetitions with other seeds.
-    seed : int, default 0
-        All choices follow from it.
-    real_per_class : int, optional
-        Train on this many real clips per class (spread over the training folds) instead of all.
-    validation : {"real", "as_released", "none"}
-        What early stopping looks at: real clips of the fold after the test fold; these and synthetic
-        ones in the arms both, thinned and synthetic (there, synthetic ones only), as in the released
-        code; nothing: that fold trains too, which only classifiers without early stopping allow.
-
-    Examples
-    --------
-    >>> Study(["real", "both:1"]).arms[1]
-    Arm(kind='both', ratio=1.0, source='', per_class=None)
+    - ``arms``: each an `Arm` or its text. ``models``: keys of :data:`classifiers.MODELS`, names of
+      :data:`classifiers.BASELINES`, or ``"probe:<embedding>"``.
+    - ``test_folds``, one after the other; the next fold, cyclically, validates. ``runs`` repeat each
+      with other seeds; all choices follow from ``seed``.
+    - ``real_per_class``: train on this many real clips per class (spread over the training folds).
+    - ``validation``, what early stopping looks at: "real" clips of the fold after the test fold;
+      "as_released", these and synthetic ones in the arms both, thinned and synthetic (there, synthetic
+      ones only); "none": that fold trains too, which only classifiers without early stopping allow.
     """
 
     arms: tuple
@@ -165,9 +140,7 @@ class Study:
         networks = [model for model in self.models if model in MODELS]
         if len(baselines) + len(networks) < len(self.models) or not (self.models and arms):
             known = f"{list(MODELS)}, {list(BASELINES)} and 'probe:<embedding>'"
-            raise ValueError(
-                f"models {list(self.models)}, arms {[*map(str, arms)]}: models are {known}"
-            )
+            raise ValueError(f"models {list(self.models)}, arms {[*map(str, arms)]}: models are {known}")
         if self.validation not in ("real", "as_released", "none"):
             raise ValueError("validation must be 'real', 'as_released' or 'none'")
         if self.validation == "none" and networks:
@@ -190,16 +163,9 @@ def plan_study(clips, generated, study):
     All arms of one fold and run draw from the same shuffled lists, so that a larger ratio adds clips
     to a smaller one, and share their seed: their differences are those of the training clips.
 
-    Parameters
-    ----------
-    clips : pandas.DataFrame
-        Real recordings (table *clips*).
-    generated : pandas.DataFrame, dict of str to pandas.DataFrame, or None
-        Synthetic clips (table *generated*), several tables by the names that arms call for with
-        ``@``. Two optional columns bind a row: it is used only for the test fold `held_out_fold` (of
-        a generator trained without that fold), or only where the recording `made_from` is among the
-        real training clips.
-    study : Study
+    `generated` is a table, or several by the names that arms call for with ``@``. Two optional columns
+    bind a row: it is used only for the test fold `held_out_fold` (of a generator trained without that
+    fold), or only where the recording `made_from` is among the real training clips.
 
     Raises
     ------
@@ -348,9 +314,7 @@ class _Draws:
             n, m = needed.get(label, 0), further.get(label, 0)
             made = [rows[self.made_labels[rows] == label].tolist() for rows in parts]
             # several tables in turn
-            turns = [
-                (place, i, row) for i, part in enumerate(made) for place, row in enumerate(part)
-            ]
+            turns = [(place, i, row) for i, part in enumerate(made) for place, row in enumerate(part)]
             pool = [row for *_, row in sorted(turns)]
             if n + m > len(pool):
                 raise ValueError(
@@ -399,7 +363,6 @@ def run_study(clips, generated, study, training, out_dir, embeddings=None):
     clips, generated, study
         See :func:`plan_study`.
     training : Training
-        Epochs, patience, batches, devices, processes.
     out_dir : path-like
         Gets a record of each trial, ``results.csv``, ``predictions.csv`` and ``curves.csv``.
     embeddings : dict of str to Embedding, optional
@@ -408,18 +371,12 @@ def run_study(clips, generated, study, training, out_dir, embeddings=None):
     Returns
     -------
     pandas.DataFrame
-        Table *results*; accuracy and macro F1 from 0 to 1 on the real clips of the test fold; `epochs`
-        and `steps` of the optimiser as they were taken.
+        Table *results*; accuracy and macro F1 from 0 to 1 on the real clips of the test fold.
 
     Raises
     ------
     TrialsFailed
         Some trials failed; the message names them, all others are done and kept.
-
-    Examples
-    --------
-    >>> study, training = Study(["real", "both:1"]), Training(epochs=8)
-    >>> results = run_study(clips, generated, study, training, "runs/try")  # doctest: +SKIP
     """
     if training.patches_per_epoch and any(arm.kind == "steps" for arm in study.arms):
         raise ValueError(
@@ -666,9 +623,7 @@ def published_lines(results):
     lines = "paper: " + theirs["backend"] + ", " + theirs["prompt_family"] + " prompt"
     theirs = theirs.assign(network=theirs["model"], variant="", kind=theirs["arm"], label=lines)
     own[["network", "variant"]] = [model.partition(":")[::2] for model in own["model"]]
-    own["label"] = [
-        ", ".join(filter(None, parts)) for parts in own[["source", "variant"]].to_numpy()
-    ]
+    own["label"] = [", ".join(filter(None, parts)) for parts in own[["source", "variant"]].to_numpy()]
     own["label"] = ("own: " + own["label"]).str.removesuffix(": ")
     own = own[own["per_class"].isna() & own["network"].isin(theirs["network"])]
     table = pd.concat([theirs.assign(published=True), own.assign(published=False)])
@@ -683,7 +638,5 @@ def published_lines(results):
 
 def few_real_lines(intervals):
     """Accuracy over the number of real training clips per class, of a table of `stats.intervals`."""
-    table = (
-        _with_parts(intervals).dropna(subset="per_class").sort_values("per_class", kind="stable")
-    )
+    table = _with_parts(intervals).dropna(subset="per_class").sort_values("per_class", kind="stable")
     return table[["model", "label", "per_class", "accuracy", "ci_low", "ci_high"]]

@@ -576,14 +576,8 @@ def class_counts(counts, labels):
     """Count the clips that each class of a synthetic set should have: class to number.
 
     `labels` are those of the real clips. `counts` is a number for all; a dictionary; ``"200%"`` of
-    the real clips; ``"ronchini2024"``, UrbanSound8K's numbers that Ronchini et al. generate at 100
-    %, or a share of them, ``"ronchini2024 400%"``. Shares are rounded, to at least one clip per
-    class.
-
-    Examples
-    --------
-    >>> class_counts("300%", ["siren", "siren", "gun_shot"])
-    {'gun_shot': 3, 'siren': 6}
+    the real clips; ``"ronchini2024"``, UrbanSound8K's numbers that Ronchini et al. generate at
+    100 %, or a share of them, ``"ronchini2024 400%"``. Shares are rounded, to at least one clip.
     """
     real = pd.Series(list(labels), dtype=str).value_counts().sort_index().to_dict()
     if isinstance(counts, str):
@@ -612,9 +606,7 @@ def plan_captions(mixes, *, duration_s, seed=0):
 # --- batches --------------------------------------------------------------------------------------
 
 
-def generate_clips(
-    plan, backend, out_dir, batch_size=None, max_attempts=3, loudness="peak", shard=None
-):
+def generate_clips(plan, backend, out_dir, batch_size=None, max_attempts=3, loudness="peak", shard=None):
     """Make the clips of a plan that are not there yet, and return the table of all of them.
 
     A file's name carries a digest of its recipe (prompt, seed, back-end, weights, settings): a clip
@@ -626,10 +618,8 @@ def generate_clips(
     plan : pandas.DataFrame
         From `plan_clips`, or any table with its columns.
     backend : TextToAudio
-    out_dir : str or Path
     batch_size : int, optional
-        Clips per call of the back-end, lost at most by an interruption; by default 16, or eight
-        passes where that is more.
+        Clips per call of the back-end; by default 16, or eight passes where that is more.
     max_attempts : int
         Seeds tried per clip.
     loudness : "peak", "none" or float
@@ -645,19 +635,6 @@ def generate_clips(
         `GENERATED_COLUMNS`, in the plan's order: ``seed`` the one that made the clip, ``score``
         empty, ``heard`` what the model was trained on. Clips for which every attempt failed are
         missing, and a warning names them.
-
-    Raises
-    ------
-    GenerationError
-        If the plan is not one, an option is unknown, or no clip at all could be made.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> backend = get_backend("audioldm", steps=2, device="cpu")
-    >>> plan = plan_clips(["dog"], 1, duration_s=1.28)
-    >>> generate_clips(plan, backend, tempfile.mkdtemp()).duration_s.item()
-    1.28
     """
     from tqdm import tqdm
 

@@ -274,9 +274,7 @@ def _level(y, rate, measure, name):
         return _db(math.sqrt(np.mean(y.astype(np.float64) ** 2)))
     level = audio.loudness(y, rate)
     if level == -math.inf:
-        raise audio.AudioError(
-            f"{name}: stays below the gate of -70 LUFS; leave it out, or use rms"
-        )
+        raise audio.AudioError(f"{name}: stays below the gate of -70 LUFS; leave it out, or use rms")
     return level
 
 
@@ -480,9 +478,7 @@ def _choose_clips(fg, bg, count, key, options):
     """Yield seed, background and foregrounds of every mix of a split."""
     most, labels = _span("events", options.events)[1], fg["label"].nunique()
     if most > labels:
-        raise store.DataError(
-            f"events up to {most:.0f}: a split has {labels} labels, each used once"
-        )
+        raise store.DataError(f"events up to {most:.0f}: a split has {labels} labels, each used once")
     further = _further_clips(fg, key)
     for index, (first, background) in enumerate(itertools.islice(_pairs(fg, bg, key), count)):
         seed = int(np.random.SeedSequence([*key, index]).generate_state(1)[0])
@@ -652,9 +648,8 @@ def render_mixes(
 
     Returns
     -------
-    pandas.DataFrame
-        `mixes` (of a shard: its rows) with ``path``, ``sample_rate`` and ``peak_scale`` filled in, which is
-        below 1 where the mix would have clipped and was scaled down.
+    pandas.DataFrame `mixes` (of a shard: its rows) with ``path``, ``sample_rate`` and ``peak_scale``
+        filled in, which is below 1 where the mix would have clipped and was scaled down.
     """
     if sample_rate < 1 or (workers is not None and workers < 1):
         raise store.DataError(f"sample_rate {sample_rate} and workers {workers} must be at least 1")

@@ -55,7 +55,7 @@ class RunFailed(RuntimeError):
 
 
 def run(profile="quick", parameters=None, *, name=None, only=None, fresh=False, root=None):
-    """Run the notebooks of a profile in order.
+    """Run the notebooks of a profile in order; return the run's folder, ``runs/<name>``.
 
     What is finished and unchanged (code, parameters, inputs) is skipped, so that the same call
     resumes after a failure or an interruption.
@@ -75,22 +75,12 @@ def run(profile="quick", parameters=None, *, name=None, only=None, fresh=False, 
     root : path-like, optional
         The project; by default the one that this package belongs to.
 
-    Returns
-    -------
-    Path
-        The run's folder, ``runs/<name>``.
-
     Raises
     ------
     UsageError
         Before anything runs: see :func:`resolve_parameters`.
     RunFailed
         A notebook failed, the disk is full, or the run was interrupted.
-
-    Examples
-    --------
-    >>> run("quick", {"seed": 1}, name="seed-1")  # doctest: +SKIP
-    PosixPath('.../runs/seed-1')
     """
     root = Path(root or store.project_root(PACKAGE))
     name = name or profile
@@ -442,27 +432,9 @@ def _read_profile(name, root=None):
 def resolve_parameters(profile, parameters=None, root=None, only=None):
     """Work out the parameters of every notebook, and refuse what does not fit before anything runs.
 
-    Parameters
-    ----------
-    profile : str
-    parameters : dict of str to object, optional
-        Given by the user, above the profile; each goes to every notebook that has a parameter of
-        that name. Texts are read as the type of the notebook's default. Relative paths are taken
-        from the working directory.
-    root : path-like, optional
-        The project; found by ``store.project_root`` by default.
-    only : str, optional
-        Number or name of the one notebook to run.
-
-    Returns
-    -------
-    dict of str to dict
-        For each notebook that will run, all its parameters but ``run_dir``.
-
-    Examples
-    --------
-    >>> resolve_parameters("quick", {"seed": "7"})["01_dataset_mixing"]["seed"]
-    7
+    `parameters`, given by the user, stand above the profile; each goes to every notebook that has one of
+    that name. Texts are read as the type of the notebook's default, relative paths from the working
+    directory. Returns, for each notebook that will run, all its parameters but ``run_dir``.
     """
     root = Path(root or store.project_root())
     defaults = {stem: _notebook_parameters(path) for stem, path in notebooks(root).items()}
@@ -526,12 +498,8 @@ def _apply(values, reach, resolved, where):
             try:
                 converted = _as_type_of(default, value)
             except (ValueError, KeyError, TypeError):
-                kind = _KINDS.get(
-                    type(default), f"a list such as {json.dumps(default)} (in quotes)"
-                )
-                raise UsageError(
-                    f"parameter {name!r} of {stem} takes {kind}, not {value!r}"
-                ) from None
+                kind = _KINDS.get(type(default), f"a list such as {json.dumps(default)} (in quotes)")
+                raise UsageError(f"parameter {name!r} of {stem} takes {kind}, not {value!r}") from None
             if stem in resolved:
                 resolved[stem][name] = converted
 
@@ -619,9 +587,7 @@ _HUB_CHECKPOINTS = {
 }
 
 
-def check_environment(
-    data_dir="data", esc50_root="", urbansound8k_root="", tau_root="", yamnet_path=""
-):
+def check_environment(data_dir="data", esc50_root="", urbansound8k_root="", tau_root="", yamnet_path=""):
     """Look for what the larger profiles need, and say how to get what is missing.
 
     Nothing is downloaded, and no data set is read. The folders are the notebooks' parameters of these

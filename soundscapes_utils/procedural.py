@@ -868,9 +868,7 @@ def _write(root, clips, tables, seed, pool):
     made = store.Records(root, "clips")
     if not made.entries:
         if any((root / name).exists() for name in ("audio", *tables)):
-            raise store.DataError(
-                f"{root}: holds data that were not made here; choose another folder"
-            )
+            raise store.DataError(f"{root}: holds data that were not made here; choose another folder")
         made.add("first recipe", recipe)
     for clip in clips.itertuples():
         path = root / clip.Index

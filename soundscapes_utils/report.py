@@ -207,27 +207,11 @@ def _as_text(value):
 def listening_page(out_dir, generated, real=None, *, title="Listen", per_class=24, seed=0):
     """Make a page of a generated set: class by class, real beside synthetic.
 
-    Parameters
-    ----------
-    out_dir : path-like
-        Gets ``index.html``, ``sounds/`` (FLAC at 16 kHz: what is heard is the clip and no codec)
-        and ``pictures/``. What is there already is kept, so a second call is quick.
-    generated : pandas.DataFrame
-        Any `generated` table. Columns beyond the usual are shown on the cards: numbers can be sorted
-        by and cut off at (as ``score`` and ``lufs`` can), words can be searched for, and columns of
-        true and false name the clips that they mark.
-    real : pandas.DataFrame, optional
-        Clip table of real recordings, of the same classes; its further columns likewise.
-    title : str, optional
-    per_class : int, optional
-        Clips per class on either side at most; of more clips a random choice is shown.
-    seed : int, optional
-        Of that choice.
-
-    Returns
-    -------
-    Path
-        ``index.html``; written last and in one piece.
+    `out_dir` gets ``index.html``, ``sounds/`` (FLAC at 16 kHz: what is heard is the clip and no codec)
+    and ``pictures/``; what is there already is kept. Columns of `generated` (and of `real`, a clip
+    table) beyond the usual are shown on the cards: numbers can be sorted by and cut off at, words can
+    be searched for, and columns of true and false name the clips that they mark. Of more than
+    `per_class` clips of a class on either side a random choice is shown.
     """
     out_dir = Path(out_dir)
     tables = {"real": real, "synthetic": generated}
@@ -236,9 +220,7 @@ def listening_page(out_dir, generated, real=None, *, title="Listen", per_class=2
         absent = {"clip_id", "label", "path"} - set(table.columns)
         if absent or table.empty:
             what = f"lacks {', '.join(sorted(absent))}" if absent else "has no rows"
-            raise store.DataError(
-                f"the table of {name} clips {what}: there is nothing to listen to"
-            )
+            raise store.DataError(f"the table of {name} clips {what}: there is nothing to listen to")
     sections = [
         {
             "label": label,
@@ -272,9 +254,7 @@ def page_of_table(run_dir, table="generated", per_class=24):
     tables = folder / "tables"
     file = Path(table) if Path(table).suffix == ".csv" else tables / f"{table}.csv"
     if not file.is_file():
-        raise store.MissingStage(
-            f"{file}: no such table; run notebook 02 first, or give a CSV file"
-        )
+        raise store.MissingStage(f"{file}: no such table; run notebook 02 first, or give a CSV file")
     generated, real, name = store.read_table(file), None, file.stem
     if (tables / f"{name}_scores.csv").is_file():
         scores = store.read_table(tables / f"{name}_scores.csv").drop(columns="label")
@@ -411,7 +391,5 @@ def copy_for_readme(run_dir, out_dir):
     for number in sorted(pipeline.read_record(folder)["stages"]):
         for figure in _figures(folder, number[:2])[:1]:
             store.write_atomic(Path(out_dir) / figure.name, figure.read_bytes())
-    rows = [
-        f"| {row.quantity} | {row.value} | {row.note} |" for row in headlines(folder).itertuples()
-    ]
+    rows = [f"| {row.quantity} | {row.value} | {row.note} |" for row in headlines(folder).itertuples()]
     return "\n".join(["| quantity | value | note |", "|---|---|---|", *rows])

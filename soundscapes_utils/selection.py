@@ -45,13 +45,6 @@ def clap_scores(audio, labels, text, classes, prompts=None):
     ``clap_score``, the cosine to its prompt (to its class without `prompts`); ``clap_margin``, the
     cosine to its class less that to the best other class; ``clap_predicted``, the class of the
     highest cosine.
-
-    Examples
-    --------
-    >>> clap_scores([[1, 0], [0.6, 0.8]], ["dog", "dog"], [[1, 0], [0, 1]], ["dog", "rain"]).round(2)
-       clap_score  clap_margin clap_predicted
-    0         1.0          1.0            dog
-    1         0.6         -0.2           rain
     """
     audio, text = _unit(audio, "audio"), _unit(text, "text")
     labels, classes = _names(labels, len(audio)), _names(classes, len(text))
@@ -167,13 +160,7 @@ def make_filters(labels, criteria, shares):
     """Make a filter of each criterion, and of all jointly, at each share of every class.
 
     `criteria` are functions of embeddings and labels of real recordings to one value per clip; so
-    are the filters, by name, to a mask, bool [clips].
-
-    Examples
-    --------
-    >>> filters = make_filters(["dog"] * 4, {"score": lambda x, y: [1, 2, 3, 4]}, [0.25, 0.75])
-    >>> {name: keep(None, None).tolist() for name, keep in filters.items()}
-    {'score 25%': [False, False, False, True], 'score 75%': [False, True, True, True]}
+    are the filters, by name ("score 25%"), to a mask, bool [clips].
     """
 
     def keep(chosen, share, x, y):
@@ -197,29 +184,15 @@ def choose_filter(real, folds, generated, filters, *, test_fold, sources=None, d
 
     Each fold of the real training recordings validates in turn: a classifier learns from the clips
     that a filter, called without that fold, keeps, and is tested on its recordings, next to
-    classifiers that learned from random choices of the same number per class.
+    classifiers that learned from `draws` random choices of the same number per class. `real` and
+    `generated` are embeddings [n, d] and labels; `sources` the original recordings of the real ones,
+    whose excerpts count once; `filters` as from `make_filters`.
 
-    Parameters
-    ----------
-    real, generated : tuple of (array_like [n, d], sequence of str [n])
-        Embeddings and labels.
-    folds : sequence of int, shape (n,)
-        Of the real recordings; at least two, none of them `test_fold`.
-    filters : dict of str to callable
-        As from `make_filters`.
-    sources : sequence, shape (n,), optional
-        Original recording of each real one: excerpts of one source count once.
-    draws : int
-        Random choices in each control.
-
-    Returns
-    -------
-    pandas.DataFrame
-        ``filter, n_kept`` (mean over the folds), ``n_validation`` (sources), ``accuracy, ci_low,
-        ci_high`` (95 %, over sources); ``control``, the mean accuracy of the random choices, and their
-        middle 95 % ``control_low, control_high``; ``difference``; ``p``, the share of random choices
-        that did as well or better (a one-sided randomisation test; NaN where nothing is dropped);
-        ``p_holm``, with regard to how many filters were tried; ``chosen``, the best accuracy.
+    One row per filter: ``n_kept`` (mean over the folds), ``n_validation`` (sources), ``accuracy, ci_low,
+    ci_high`` (95 %, over sources); ``control``, the mean accuracy of the random choices, and their
+    middle 95 % ``control_low, control_high``; ``difference``; ``p``, the share of random choices
+    that did as well or better (a one-sided randomisation test; NaN where nothing is dropped);
+    ``p_holm``, with regard to how many filters were tried; ``chosen``, the best accuracy.
     """
     x, clips_x = _rows(real[0], "real"), _rows(generated[0], "generated")
     y, clips_y = _names(real[1], len(x)), _names(generated[1], len(clips_x))
@@ -290,12 +263,9 @@ def two_sample_auc(
     SIGKDD Explorations 12, 2010). Give both sets the same classes in the same shares, the same
     length and level, or the probe answers by these.
 
-    Returns
-    -------
-    pandas.DataFrame
-        Two rows: ``comparison`` ("synthetic", "real against real"), ``auc`` (area under the ROC curve:
-        0.5 cannot be told apart, 1 always), ``ci_low, ci_high`` (95 %: over `repeats` resamples of the
-        sources; for the floor over its pairs), ``n_reference, n_candidate, sources``.
+    Two rows: ``comparison`` ("synthetic", "real against real"), ``auc`` (0.5 cannot be told apart, 1
+    always), ``ci_low, ci_high`` (95 %: over `repeats` resamples of the sources; for the floor over
+    its pairs), ``n_reference, n_candidate, sources``.
     """
     x, y = _rows(real, "real"), _rows(synthetic, "synthetic")
     a, b = _names(real_sources, len(x)), _names(synthetic_sources, len(y))

@@ -116,9 +116,7 @@ def write_atomic(path, content):
     try:
         try:
             part.write_bytes(content)
-        except (
-            FileNotFoundError
-        ):  # asking for the folder before each file costs as much as some files
+        except FileNotFoundError:  # asking for the folder before each file costs as much as some files
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(content)
         part.replace(path)
@@ -222,9 +220,7 @@ class Records:
         self.entries = self._read()
 
     def _read(self):
-        files = [
-            (path.stat().st_mtime_ns, path) for path in self.folder.glob(f"{self.name}-*.jsonl")
-        ]
+        files = [(path.stat().st_mtime_ns, path) for path in self.folder.glob(f"{self.name}-*.jsonl")]
         entries = {}
         for _, path in sorted(files):
             # a line without an end was cut off by a kill
@@ -321,8 +317,8 @@ class RunFolder:
     def save_figure(self, figure, name, caption=""):
         """Write a figure as ``figures/<name>.png``; begin the name with the notebook's number.
 
-        The caption, by default the figure's own title, says what it shows: for the report, and for readers
-        who cannot see it. It is kept inside the PNG.
+        The caption, by default the figure's own title, says what it shows: for the report, and for
+        readers who cannot see it. It is kept inside the PNG.
         """
         titles = [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)]
         described = {"Description": caption or next(filter(None, titles), name)}

@@ -104,9 +104,7 @@ def test_loudness_is_pyloudnorms_on_a_real_recording():
 def test_loudness_follows_the_gain_at_any_length(n, gain_db, rate):
     y = np.random.default_rng(0).uniform(-1, 1, n)
     louder = audio.loudness(y, rate)
-    assert audio.loudness(y * 10 ** (gain_db / 20), rate) == pytest.approx(
-        louder + gain_db, abs=0.01
-    )
+    assert audio.loudness(y * 10 ** (gain_db / 20), rate) == pytest.approx(louder + gain_db, abs=0.01)
 
 
 @pytest.mark.parametrize("n", [1, 100, 16_000])

@@ -199,9 +199,7 @@ def test_several_events_are_all_named():
     for text in texts:
         assert re.search("dog", text) and re.search("siren", text)
     three = captions.mix_captions(["dog", "cat", "dog", "rain"], "bus", 0)
-    assert three[0] == (
-        "dog barking, cat meowing and rain falling with the sound of bus in background"
-    )
+    assert three[0] == ("dog barking, cat meowing and rain falling with the sound of bus in background")
 
 
 def test_captions_use_all_synonyms_and_end_in_a_clear_error():

@@ -92,9 +92,7 @@ def test_unusable_clips_are_named(tmp_path, content):
 def test_released_code_divides_by_the_variance():
     x = np.random.default_rng(0).normal(3, 5, size=(3, 126, 64)).astype(np.float32)
     by_torch = torch.stack([(one - one.mean()) / one.var() for one in torch.from_numpy(x)])
-    np.testing.assert_allclose(
-        classifiers.divide_by_variance(x), by_torch[:, :63].numpy(), atol=1e-5
-    )
+    np.testing.assert_allclose(classifiers.divide_by_variance(x), by_torch[:, :63].numpy(), atol=1e-5)
 
 
 def test_mfcc_statistics_by_scipy(tmp_path):
@@ -163,9 +161,7 @@ def conv(kernel, before, after):
 def test_sbcnn_has_the_published_parameters():
     convolutions = conv(5, 1, 24) + conv(5, 24, 48) + conv(5, 48, 48)
     flat = 48 * 5 * 16  # 94 frames / 4 / 4, 64 bands / 2 / 2
-    assert (
-        count(classifiers.SBCNN(10)) == convolutions + (flat * 64 + 64) + (64 * 10 + 10) == 333_594
-    )
+    assert count(classifiers.SBCNN(10)) == convolutions + (flat * 64 + 64) + (64 * 10 + 10) == 333_594
     # the released code keeps 45 frames and states 1536 inputs of its first linear layer
     assert classifiers.SBCNN(10, n_frames=45).head[1].in_features == 1536
 
@@ -187,9 +183,7 @@ def test_networks_as_released_have_the_released_codes_parameters():
     blocks = sum(conv(3, a, b) + 2 * b for a, b in pairs)  # no weights in the gate
     gru = sum(2 * 3 * 128 * (width + 128 + 2) for width in (128, 256))
     assert (
-        count(classifiers.MODELS["crnn:as_released"](10))
-        == blocks + gru + 2816 * 10 + 10
-        == 1_063_914
+        count(classifiers.MODELS["crnn:as_released"](10)) == blocks + gru + 2816 * 10 + 10 == 1_063_914
     )
     convolutions = conv(5, 1, 24) + conv(5, 24, 48) + conv(5, 48, 48)
     linear = 1536 * 64 + 64 + 64 * 10 + 10
@@ -308,9 +302,7 @@ def test_training_has_the_papers_settings(monkeypatch):
     assert (Training().epochs, Training().batch_size, Training().patience) == (100, 128, 15)
 
 
-@pytest.mark.parametrize(
-    "name", ["epochs", "patience", "batch_size", "patches_per_epoch", "workers"]
-)
+@pytest.mark.parametrize("name", ["epochs", "patience", "batch_size", "patches_per_epoch", "workers"])
 def test_training_says_what_it_cannot_take(name):
     with pytest.raises(ValueError, match=f"{name} is 0"):
         Training(**{name: 0})
@@ -381,9 +373,7 @@ def test_masks_cover_no_more_than_they_may(monkeypatch):
     monkeypatch.setitem(classifiers.MODELS, "recorder", Recorder)
     x = np.random.default_rng(0).random((50, 94, 64)).astype(np.float32) + 1
     data = (x, np.arange(50) % 2)
-    classifiers.train_classifier(
-        "recorder", data, data, 2, Training(epochs=1), 0, ("specaugment", 2)
-    )
+    classifiers.train_classifier("recorder", data, data, 2, Training(epochs=1), 0, ("specaugment", 2))
     empty = Recorder.batch == 0
     rows = {float(value) for value in x.flatten()}
     assert {float(value) for value in Recorder.batch[~empty]} <= rows

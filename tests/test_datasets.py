@@ -116,9 +116,7 @@ def test_a_folder_of_folders_is_a_data_set(tmp_path):
 
 
 def test_missing_folder_and_table_are_named(tmp_path):
-    with pytest.raises(
-        datasets.DatasetError, match=r"gone: no such folder.*download_dataset..esc50"
-    ):
+    with pytest.raises(datasets.DatasetError, match=r"gone: no such folder.*download_dataset..esc50"):
         datasets.load_esc50(tmp_path / "gone")
     with pytest.raises(datasets.DatasetError, match=r"has no metadata/UrbanSound8K.csv.*zenodo"):
         datasets.load_urbansound8k(tmp_path)
@@ -389,9 +387,7 @@ def served(web, dataset, checksums):
     """The published archives of a set, taken from our server and held to other checksums."""
     archives = datasets.ARCHIVES[datasets.ARCHIVES.dataset == dataset]
     archives = archives[archives.name.isin(checksums)]
-    return archives.assign(
-        url=f"{web.address}/" + archives.name, checksum=archives.name.map(checksums)
-    )
+    return archives.assign(url=f"{web.address}/" + archives.name, checksum=archives.name.map(checksums))
 
 
 def names_in(folder):
@@ -517,9 +513,7 @@ def test_what_lies_there_is_never_taken_for_the_archive(web, fetch_esc, esc_root
 def test_archive_fetched_by_an_earlier_run_is_used(web, fetch_esc, esc_root, tmp_path, monkeypatch):
     zip_folder(esc_root, web.folder / ESC_ZIP)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            zipfile.ZipFile, "extractall", lambda *_: (_ for _ in ()).throw(OSError("full"))
-        )
+        patch.setattr(zipfile.ZipFile, "extractall", lambda *_: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(datasets.DatasetError, match="cannot be unpacked"):
             fetch_esc()
     stale = tmp_path / "data/.unpacking-ESC-50"
@@ -529,9 +523,7 @@ def test_archive_fetched_by_an_earlier_run_is_used(web, fetch_esc, esc_root, tmp
     assert web.asked == [ESC_ZIP] and names_in(tmp_path / "data") == ["ESC-50"]
 
 
-def test_need_licence_and_citation_are_said_beforehand(
-    web, fetch_esc, esc_root, monkeypatch, capsys
-):
+def test_need_licence_and_citation_are_said_beforehand(web, fetch_esc, esc_root, monkeypatch, capsys):
     zip_folder(esc_root, web.folder / ESC_ZIP)
     usage = type("Usage", (), {"free": 1_000_000_000})
     with monkeypatch.context() as patch:

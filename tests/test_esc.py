@@ -207,9 +207,7 @@ def test_without_early_stopping_the_validation_fold_trains(clips):
 
 
 def whole_set(dataset, n_folds, n_classes):
-    rows = [
-        (fold, f"c{k}", f"{fold}-{k}") for fold in range(1, n_folds + 1) for k in range(n_classes)
-    ]
+    rows = [(fold, f"c{k}", f"{fold}-{k}") for fold in range(1, n_folds + 1) for k in range(n_classes)]
     table = pd.DataFrame(rows, columns=["fold", "label", "source_id"])
     return table.assign(dataset=dataset, clip_id=table["source_id"])
 
@@ -308,14 +306,10 @@ def test_results_and_predictions_tables(clips, generated, tmp_path, capsys):
     right = predictions["label"] == predictions["predicted"]
     by_arm = right.groupby(predictions["arm"]).mean()
     assert results.set_index("arm")["accuracy"].to_dict() == by_arm.to_dict()
-    pd.testing.assert_frame_equal(
-        pd.read_csv(tmp_path / "results.csv", keep_default_na=False), results
-    )
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv", keep_default_na=False), results)
 
 
-def test_stopping_anywhere_and_resuming_gives_the_same_table(
-    clips, generated, tmp_path, monkeypatch
-):
+def test_stopping_anywhere_and_resuming_gives_the_same_table(clips, generated, tmp_path, monkeypatch):
     arms = ["real", "both:1", "synthetic:1"]
     whole = quick_run(clips, generated, tmp_path / "whole", arms)
     train, calls = classifiers.train_classifier, []
@@ -441,9 +435,7 @@ def test_learning_curves_are_kept(clips, generated, tmp_path):
 
 def test_released_and_corrected_run_side_by_side(clips, generated, tmp_path):
     models = ["sbcnn", "sbcnn:as_released", "crnn:as_released"]
-    results = quick_run(
-        clips, generated, tmp_path, ["both:1"], models=models, validation="as_released"
-    )
+    results = quick_run(clips, generated, tmp_path, ["both:1"], models=models, validation="as_released")
     seeds = results.set_index("model")["seed"]
     assert seeds["sbcnn"] == seeds["sbcnn:as_released"] != seeds["crnn:as_released"]
 

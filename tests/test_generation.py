@@ -161,9 +161,7 @@ def test_stable_audio_solver_is_that_of_diffusers_given_the_noise(backends, monk
     x = y = torch.randn(2, 4, 8) * ours.init_noise_sigma
     noise = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     same = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    theirs.noise_sampler = lambda *_: torch.stack(
-        [torch.randn(1, 4, 8, generator=g)[0] for g in same]
-    )
+    theirs.noise_sampler = lambda *_: torch.stack([torch.randn(1, 4, 8, generator=g)[0] for g in same])
     for t in ours.timesteps:
         output = torch.tanh(x) * 0.5  # any function of the state will do
         torch.testing.assert_close(
@@ -255,9 +253,7 @@ def test_compiled_models_are_other_recipes(checkpoints, monkeypatch):
     asked = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net: asked.append(net))
     options = {"checkpoint": checkpoints["audioldm"], "steps": 2, "device": "cpu"}
-    plain, compiled = (
-        generation.get_backend("audioldm", compile=on, **options) for on in (False, True)
-    )
+    plain, compiled = (generation.get_backend("audioldm", compile=on, **options) for on in (False, True))
     assert asked == [compiled.pipe.unet]
     assert compiled.settings == plain.settings | {"compile": True}
     # the layout alone leaves the sound as it is

@@ -164,9 +164,7 @@ def test_every_kind_of_leak_is_found_and_named(data):
     table = pd.DataFrame({c: [f"{c}-{i}" for i in range(8)] for c in columns}).assign(split=splits)
     metadata.check_leaks(table)
     victim, thief = data.draw(
-        st.tuples(st.integers(0, 7), st.integers(0, 7)).filter(
-            lambda p: splits[p[0]] != splits[p[1]]
-        )
+        st.tuples(st.integers(0, 7), st.integers(0, 7)).filter(lambda p: splits[p[0]] != splits[p[1]])
     )
     taken, given_to = data.draw(
         st.sampled_from(
@@ -191,9 +189,7 @@ def test_leak_inside_a_split_is_none(mixes):
 
 def test_long_lists_are_cut(mixes):
     many = pd.concat([mixes.assign(source_id=str(i)) for i in range(9)])
-    with pytest.raises(
-        metadata.LeakError, match=r"share 9 foreground sources \(0, 1, 2, 3, 4, …\)"
-    ):
+    with pytest.raises(metadata.LeakError, match=r"share 9 foreground sources \(0, 1, 2, 3, 4, …\)"):
         metadata.check_leaks(many)
 
 
@@ -214,9 +210,7 @@ def test_leak_through_a_further_event_is_found(mixes):
     mixes = mixes.assign(clip_id=[f"m-{i}" for i in range(6)], n_events=[2, *[1] * 5])
     event = {"clip_id": "m-0", "event": 1, "label": "dog", "foreground": "x.wav", "source_id": "x"}
     metadata.check_leaks(mixes, pd.DataFrame([event]))
-    with pytest.raises(
-        metadata.LeakError, match=r"train and test share 1 foreground sources \(4\)"
-    ):
+    with pytest.raises(metadata.LeakError, match=r"train and test share 1 foreground sources \(4\)"):
         metadata.check_leaks(mixes, pd.DataFrame([event | {"source_id": "4"}]))
     with pytest.raises(metadata.LeakError, match=r"train and test share 1 recordings \(s5.wav\)"):
         metadata.check_leaks(mixes, pd.DataFrame([event | {"foreground": "s5.wav"}]))
@@ -388,9 +382,7 @@ def test_several_events_reach_every_format(clips, tmp_path):
         metadata.write_metadata(mixes, tmp_path / "meta", "scenes")
 
 
-@pytest.mark.skipif(
-    not importlib.util.find_spec("jams"), reason="the library jams is not installed"
-)
+@pytest.mark.skipif(not importlib.util.find_spec("jams"), reason="the library jams is not installed")
 def test_jams_library_reads_and_validates(rendered, tmp_path):
     import jams
 
@@ -440,9 +432,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("message", DAMAGES)
 def test_every_damage_is_found_in_its_file(tmp_path, message):
-    paths = [
-        audio.save_audio(tmp_path / f"mixes/{s}/{s}.wav", TONE, 16000) for s in ("val", "test")
-    ]
+    paths = [audio.save_audio(tmp_path / f"mixes/{s}/{s}.wav", TONE, 16000) for s in ("val", "test")]
     mix = {"label": "dog", "scene": "park", "caption": "a dog", "caption_2": "a hound"}
     rows = [mix | {"split": p.stem, "path": str(p), "clip_id": p.stem} for p in paths]
     root = metadata.write_audiocaps(pd.DataFrame(rows), tmp_path / "meta", "scenes")

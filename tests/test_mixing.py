@@ -264,14 +264,10 @@ def test_plan_is_the_table_of_mixes_and_balanced(clips):
 
 
 @settings(deadline=None, max_examples=15)
-@given(
-    st.integers(0, 2**31), st.integers(5, 60), st.integers(1, 5), st.sampled_from(["snr", "lambda"])
-)
+@given(st.integers(0, 2**31), st.integers(5, 60), st.integers(1, 5), st.sampled_from(["snr", "lambda"]))
 def test_any_plan_is_balanced_seeded_and_free_of_leaks(clips, seed, n, test_fold, mode):
     mixes = plan(clips, n, seed, test_fold=test_fold, mode=mode)
-    assert (
-        len(mixes) == n and mixes.clip_id.is_unique and set(mixes.split) == {"train", "val", "test"}
-    )
+    assert len(mixes) == n and mixes.clip_id.is_unique and set(mixes.split) == {"train", "val", "test"}
     metadata.check_leaks(mixes)
     fold = mixes.source_id.str.split("-").str[2].astype(int)
     assert (fold[mixes.split == "test"] == test_fold).all()
@@ -627,9 +623,7 @@ def test_shards_are_the_whole(clips, tmp_path):
     mixes, events = plan_scenes(clips, 50, events=(1, 2))
     mixing.render_mixes(mixes, tmp_path / "whole", RATE, workers=1, events=events)
     parts = [
-        mixing.render_mixes(
-            mixes, tmp_path / "parts", RATE, workers=1, shard=f"{i}/3", events=events
-        )
+        mixing.render_mixes(mixes, tmp_path / "parts", RATE, workers=1, shard=f"{i}/3", events=events)
         for i in (3, 1, 2)
     ]
     assert sorted(pd.concat(parts).clip_id) == sorted(mixes.clip_id)
@@ -676,9 +670,7 @@ def test_a_killed_run_goes_on_without_redoing(clips, tmp_path, moment, made, twi
 def test_sources_are_decoded_once_and_memory_is_bounded(clips, tmp_path, monkeypatch):
     mixes, decoded = plan(clips, 300), []
     load = audio.load_audio
-    monkeypatch.setattr(
-        audio, "load_audio", lambda path, *a: decoded.append(path) or load(path, *a)
-    )
+    monkeypatch.setattr(audio, "load_audio", lambda path, *a: decoded.append(path) or load(path, *a))
     # 30 events of 0.5 s and 20 scenes of 1 s; a mix of 1 s takes 4 bytes a sample
     for room, least, most in ((30, 50, 50), (10, 50, 20 + 30 * 2), (1, 150, 300 + 20)):
         monkeypatch.setattr(mixing, "CACHE_BYTES", 2 * room * 4 * RATE)

@@ -294,9 +294,7 @@ def test_run_resume_and_report(project, capsys):
 
 def test_failing_cell_names_itself_and_resumes(project, capsys):
     source = project / "notebooks/01_use.ipynb"
-    write_notebook(
-        source, 'run_dir = ""\ngain = 1.0\n', "x = 1\n", "raise ValueError('too <loud>')"
-    )
+    write_notebook(source, 'run_dir = ""\ngain = 1.0\n', "x = 1\n", "raise ValueError('too <loud>')")
     assert main_in(project, ["run", "quick", "-p", "seed", "3", "--name", "my-run"]) == 1
     said = capsys.readouterr().err
     assert "01_use failed in cell In [4]" in said

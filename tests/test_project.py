@@ -140,9 +140,7 @@ def test_files_and_functions_stay_short(module):
         if isinstance(node, FUNCTIONS):
             length = len(code & set(range(node.lineno, node.end_lineno + 1)))
             assert length <= LIMITS["function"], f"{node.name}: {length} code lines"
-            names = {
-                a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            }
+            names = {a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]}
             n = len(names - {"self", "cls"})
             assert n <= LIMITS["parameters"] or node.name == "__init__", f"{node.name}: {n}"
 
@@ -204,9 +202,7 @@ def test_an_installed_package_brings_its_tables_and_templates():
     patterns = PROJECT["tool"]["setuptools"]["package-data"]["soundscapes_utils"]
     package = ROOT / "soundscapes_utils"
     brought = {path for pattern in patterns for path in package.glob(pattern)}
-    assert {
-        path for path in package.glob("[!.]*.*") if path.suffix not in (".py", ".pyc")
-    } == brought
+    assert {path for path in package.glob("[!.]*.*") if path.suffix not in (".py", ".pyc")} == brought
 
 
 # --- the package ---------------------------------------------------------------------------------

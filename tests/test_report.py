@@ -17,9 +17,7 @@ from nbformat import v4
 from soundscapes_utils import audio, pipeline, report, store
 from soundscapes_utils.__main__ import main
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Page(html.parser.HTMLParser):
@@ -372,9 +370,7 @@ class Browser:
 
     def open(self, path):
         self.call("Page.navigate", url=path.as_uri())
-        self.until(
-            lambda: self.value("document.readyState === 'complete' && typeof form === 'object'")
-        )
+        self.until(lambda: self.value("document.readyState === 'complete' && typeof form === 'object'"))
 
     def click(self, selector, across=0.5):
         """Press the mouse where a finger or pointer would."""

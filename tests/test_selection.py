@@ -264,12 +264,11 @@ def test_a_filter_that_is_random_itself_is_one_of_many(spoilt):
     real, folds, made, _ = spoilt
     # 21 of each class, drawn as the fourth of the control's own drops
     mask = selection.keep_random(made[1], 21, seed=3)
-    found = selection.choose_filter(
-        real, folds, made, {"r": always(mask)}, test_fold=5, draws=19
-    ).iloc[0]
+    found = selection.choose_filter(real, folds, made, {"r": always(mask)}, test_fold=5, draws=19).iloc[
+        0
+    ]
     drops = [
-        accuracy_by_hand(real, made, selection.keep_random(made[1], 21, seed=draw))
-        for draw in range(19)
+        accuracy_by_hand(real, made, selection.keep_random(made[1], 21, seed=draw)) for draw in range(19)
     ]
     assert found.accuracy == pytest.approx(drops[3])
     assert found.control == pytest.approx(np.mean(drops))
@@ -297,9 +296,7 @@ def test_the_test_fold_is_refused(spoilt):
     with pytest.raises(ValueError, match="two folds"):
         selection.choose_filter(real, np.ones(120), made, {"right": always(~wrong)}, test_fold=5)
     with pytest.raises(ValueError, match="filter none keeps fewer than two classes"):
-        selection.choose_filter(
-            real, folds, made, {"none": always(np.zeros(120, bool))}, test_fold=5
-        )
+        selection.choose_filter(real, folds, made, {"none": always(np.zeros(120, bool))}, test_fold=5)
 
 
 # --- probe -----------------------------------------------------------------------------------------
@@ -310,9 +307,7 @@ def test_probe_finds_a_shift_and_nothing_where_there_is_none():
     x, same = rng.normal(size=(150, 3)), rng.normal(size=(150, 3))
     names = [f"r{i}" for i in range(150)], [f"s{i}" for i in range(150)]
     none = selection.two_sample_auc(x, same, *names, repeats=200, floors=6)
-    shifted = selection.two_sample_auc(
-        x, same + np.array([1.5, 0, 0]), *names, repeats=200, floors=6
-    )
+    shifted = selection.two_sample_auc(x, same + np.array([1.5, 0, 0]), *names, repeats=200, floors=6)
     assert none.comparison.tolist() == ["synthetic", "real against real"]
     assert none.ci_low[0] < 0.5 < none.ci_high[0]
     # two normal distributions 1.5 standard deviations apart: Φ(1.5 / √2) = 0.856

@@ -326,9 +326,7 @@ def study(n_sources=20, runs=2, seed=0):
         for run in range(runs):
             one = clips.drop(columns="source_id").assign(arm=arm, ratio=ratio, run=run)
             wrong = rng.random(len(one)) < (0.1 if arm == "real" else 0.8 * (one["label"] == "b"))
-            one["predicted"] = np.where(
-                wrong, np.where(one["label"] == "a", "b", "a"), one["label"]
-            )
+            one["predicted"] = np.where(wrong, np.where(one["label"] == "a", "b", "a"), one["label"])
             parts.append(one.assign(model="sbcnn"))
     return pd.concat(parts, ignore_index=True), clips
 
@@ -518,9 +516,7 @@ def test_the_judge_finds_clips_that_are_not_what_they_are_called():
     )
     table = table.set_index("label")
     assert table["held_out"].min() > 0.9
-    assert table.loc["c", "generated"] == 0 and table.loc["all", "generated"] == pytest.approx(
-        2 / 3
-    )
+    assert table.loc["c", "generated"] == 0 and table.loc["all", "generated"] == pytest.approx(2 / 3)
     assert table.loc["all", "n_generated"] == 60
     with pytest.raises(ValueError, match="equally wide"):
         stats.class_consistency(

@@ -93,9 +93,7 @@ def check_invariance(backend, prompts=None, duration_s=0.5, clips_per_pass=4):
             "dtype": backend.settings.get("dtype"),
             "change": change,
             "same_bytes": all(map(np.array_equal, one, other)),
-            "max_difference": max(
-                float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True)
-            ),
+            "max_difference": max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True)),
         }
         for change, (one, other) in pairs.items()
     ]
@@ -152,9 +150,7 @@ def _t5_tokenizer():
 def _t5_encoder(vocabulary, width):
     from transformers import T5Config, T5EncoderModel
 
-    config = T5Config(
-        vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2
-    )
+    config = T5Config(vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     return T5EncoderModel(config)
 
 
@@ -415,9 +411,7 @@ def longcat(folder, seed=0):
 
     torch.manual_seed(seed)
     tokenizer = _t5_tokenizer()
-    text = UMT5Config(
-        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
-    )
+    text = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     transformer = LongCatAudioDiTTransformer(
         dit_dim=16, dit_depth=1, dit_heads=2, dit_text_dim=16, latent_dim=8
     )
