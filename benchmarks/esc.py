@@ -87,10 +87,7 @@ def epoch_times(clips, cache, device):
     peer = seconds(lambda: list(transform_each(clips["path"])))
     first = seconds(lambda: classifiers.load_features(clips["path"], cache, workers=1))
     again = seconds(lambda: classifiers.load_features(clips["path"], cache, workers=1))
-    data = (
-        classifiers.standardise(classifiers.load_features(clips["path"], cache, workers=1)[0]),
-        y,
-    )
+    data = (classifiers.standardise(classifiers.load_features(clips["path"], cache, workers=1)[0]), y)
     tiny = (data[0][:1], y[:1])
     training = esc.Training(epochs=3, batch_size=128, patience=99, device=device)
 

@@ -156,11 +156,7 @@ def oracle_cases(rng):
         scales, shift = rng.uniform(0.1, 5.0, d), rng.normal(size=d)
         x = whitened(n, d, rng)
         moved = np.sum(shift**2) + np.sum((scales - 1) ** 2)
-        yield (
-            "FAD, closed form: shifted, scaled",
-            fad.frechet_distance(x, x * scales + shift),
-            moved,
-        )
+        yield ("FAD, closed form: shifted, scaled", fad.frechet_distance(x, x * scales + shift), moved)
         decades = 10.0 ** np.linspace(-6, 6, d)
         far = fad.frechet_distance(x * decades, whitened(m, d, rng) * decades[::-1])
         yield "FAD, closed form: 12 decades", far, np.sum((decades - decades[::-1]) ** 2)

@@ -564,11 +564,7 @@ def main():
     parser.add_argument("--yamnet", default="yamnet.tflite", help="file, in parts mini and stages")
     parser.add_argument("--checkpoint", help="mini-AudioLDM: stages needs one of ESC-10")
     parser.add_argument(
-        "--iterations",
-        type=int,
-        nargs="+",
-        default=[1, 2, 6, 16, 32],
-        help="of the vocoder, stages",
+        "--iterations", type=int, nargs="+", default=[1, 2, 6, 16, 32], help="of the vocoder, stages"
     )
     parser.add_argument("--n", type=int, help="clips: 16 on a CPU, 200 resumed, 128 on a GPU")
     parser.add_argument("--steps", type=int, help="25 for the built-in model, 200 on a GPU")
@@ -597,11 +593,7 @@ def main():
             )
         elif part == "stages" and options.checkpoint:
             stages(
-                options.esc10,
-                options.yamnet,
-                options.checkpoint,
-                options.n or 12,
-                options.iterations,
+                options.esc10, options.yamnet, options.checkpoint, options.n or 12, options.iterations
             )
         elif part == "mini":
             mini(options.esc10, options.yamnet, options.checkpoint or "builtin", options.n or 12)

@@ -1,17 +1,5 @@
 """Command line: ``python -m soundscapes_utils --help``; ``run_all.sh`` calls it after set-up.
 
-A command's modules are imported when it runs: help and a mistyped option answer at once.
-"""
-
-import argparse
-import os
-import signal
-import sys
-import textwrap
-import time
-from pathlib import Path
-
-EPILOG = """\
 profiles    A profile is a file notebooks/profiles/<name>.yaml: for each notebook the parameters
             that differ from its own defaults. `profiles` lists them with time, memory and needs;
             `profiles NAME` shows all parameters of one.
@@ -24,7 +12,7 @@ one notebook  --only 03 runs just that one, on what the others left in the same 
 report      runs/<name>/index.html; `report runs/<name> --open` makes it again and opens it;
             --table generated makes a page of all generated clips, to be listened to.
 
-examples
+some calls
   ./run_all.sh                                           profile quick
   ./run_all.sh esc10 -p esc50_root ~/ESC-50              real recordings
   ./run_all.sh quick -p seed 1 --name quick-seed1        a second run next to the first
@@ -33,6 +21,14 @@ examples
   accelerate launch -m soundscapes_utils generate plan.csv clips   on every GPU of this machine
   accelerate launch -m soundscapes_utils finetune config.yaml      likewise
 """
+
+import argparse
+import os
+import signal
+import sys
+import textwrap
+import time
+from pathlib import Path
 
 # an option that may be given several times, each with a name and a value
 _PAIRS = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
@@ -60,7 +56,7 @@ def _parser():
     parser = argparse.ArgumentParser(
         prog="soundscapes_utils",
         description="Run the notebooks of a profile in order and make the report; or one step alone.",
-        epilog=EPILOG,
+        epilog=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="command")

@@ -68,25 +68,12 @@ def _event(label):
 
 
 def mix_captions(labels, scene, seed, n=3):
-    """Caption a mix in several ways.
+    """Caption a mix in `n` ways, all different: a tuple of str.
 
-    Parameters
-    ----------
-    labels : str or list of str
-        Class of the foreground; of several events each class once, in their order.
-    scene : str
-        Class of the background.
-    seed, n : int
-        Chooses the paraphrase and what follows it; how many captions.
+    `labels` is the class of the foreground, or of several events each class once, in their order. The
+    form of Gaurav et al.'s report, the form of the DCASE challenge, a paraphrase, and from the fourth on
+    further sentences with synonyms; `seed` chooses the paraphrase and what follows it.
 
-    Returns
-    -------
-    tuple of str
-        All different: the form of Gaurav et al.'s report, the form of the DCASE challenge, a
-        paraphrase, and from the fourth on further sentences with synonyms.
-
-    Examples
-    --------
     >>> for text in mix_captions("dog", "park", seed=0, n=2):
     ...     print(text)
     dog barking with the sound of park in background
@@ -155,13 +142,7 @@ def _take(texts, n, what):
 
 
 def caption_columns(table):
-    """Name the caption columns of a table in order: ``caption``, ``caption_2``, …
-
-    Examples
-    --------
-    >>> caption_columns(pd.DataFrame(columns=["caption_10", "caption_2", "caption", "captions"]))
-    ['caption', 'caption_2', 'caption_10']
-    """
+    """Name the caption columns of a table in order: ``caption``, ``caption_2``, …"""
     names = [name for name in table if re.fullmatch(r"caption(_\d+)?", str(name))]
     return sorted(names, key=lambda name: int(name.removeprefix("caption")[1:] or 1))
 
@@ -189,11 +170,6 @@ def prompts(labels, family="simple", n=1, seed=0):
     pandas.DataFrame
         Columns ``label, prompt, prompt_family``; a class's rows depend on its name, the family
         and the seed alone.
-
-    Examples
-    --------
-    >>> prompts(["siren"], "simple")["prompt"].item()
-    'A clear sound of a siren coming from an emergency vehicle in a urban context.'
     """
     labels = list(labels)
     if n < 1 or not labels or len(set(labels)) < len(labels):
@@ -258,11 +234,6 @@ def negative_prompt(label=None, confusions=False):
     """Say what a class should not sound like: poor quality, and what it does not contain.
 
     With `confusions`, the classes that it is often confused with are named, too.
-
-    Examples
-    --------
-    >>> negative_prompt("dog", confusions=True)
-    'low quality, average quality, music, speech, coughing'
     """
     words = _event(label) if label else None
     unwanted = [what for what in UNWANTED if words and what not in words["contains"].split()]

@@ -193,11 +193,7 @@ EMBEDDINGS = {
 }
 """What `get_embedding` opens, by name: the rows of ``embeddings.csv``, without a network yet."""
 
-CHALLENGE = {
-    "panns-wavegram-logmel": "panns-wavegram",
-    "vggish": "vggish",
-    "clap-2023": "ms-clap-dcase",
-}
+CHALLENGE = {"panns-wavegram-logmel": "panns-wavegram", "vggish": "vggish", "clap-2023": "ms-clap-dcase"}
 """The networks of DCASE 2024 Task 7: their names there, and here."""
 
 
@@ -475,10 +471,7 @@ def _open_laion_file(path):
         )
     joint, wide = projection.shape
     layers = nn.Linear(wide, joint), nn.ReLU(), nn.Linear(joint, joint)
-    parts = {
-        "audio_branch": _htsat(sizes[len(patches)]),
-        "audio_projection": nn.Sequential(*layers),
-    }
+    parts = {"audio_branch": _htsat(sizes[len(patches)]), "audio_projection": nn.Sequential(*layers)}
     net = nn.ModuleDict(parts)
     own = {k: v for k, v in state.items() if k.startswith(("audio_branch.", "audio_projection."))}
     _load_strictly(net, own, path)

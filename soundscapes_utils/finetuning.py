@@ -66,72 +66,38 @@ class TrainingError(store.DataError):
 class FinetuneConfig:
     """What `finetune` is to do; names as in diffusers' examples.
 
-    Parameters
-    ----------
-    checkpoint : str
-        Where to start: ``"builtin"``, a diffusers AudioLDM folder or a hub name.
-    dataset_root : str
-        ``dataset_root.json`` of an AudioCaps-format set (see `metadata.write_audiocaps`); or a table,
-        CSV or Parquet, of ``path`` (relative to the table), ``caption``, ``caption_2``, … and, if there
-        are any, ``split`` (train, val, test), ``source_id`` (what must not be in two splits),
-        ``dataset`` and ``fold``.
-    out_dir : str
-        Becomes a diffusers folder; next to it lie the curves and samples (``<name>.logs``), the
-        resumable states (``<name>.states``) and the cache (``<name>.cache``).
-    steps, batch_size : int
-        Optimiser steps, and segments in each, over all processes and accumulated parts.
-    gradient_accumulation_steps : int
-        Parts in which a process works through its share of a batch; more parts need less memory.
-    learning_rate, lr_warmup_steps, decay_start : float, int, float
-        Peak rate of AdamW, steps of linear warm-up, and the fraction of the steps after which the rate
-        falls to zero on a cosine (1 keeps it constant, as the baseline trainer does).
-    max_grad_norm : float
-        The norm to which gradients are clipped.
-    ema_decay : float
-        Of the exponential moving average of the weights, which is what is saved.
-    train, lora_rank : str, int
-        ``"full"``: all weights of the U-Net; ``"attention"``: those of its attention layers;
-        ``"lora"``: low-rank adapters of these, merged into the weights that are saved.
-    mixed_precision : str
-        ``"no"``, ``"bf16"`` or (on a GPU) ``"fp16"``, for autocast; weights stay float32.
-    gradient_checkpointing : bool
-        Compute activations twice instead of keeping them: less memory, about a third slower.
-    snr_gamma : float
-        Above 0: min-SNR weights of the loss with this gamma (5 in its paper).
-    text_condition_probability : float
-        How often the condition is the caption's text embedding, not the audio embedding. 0 is the
-        way of AudioLDM, whose CLAP was trained on hundreds of thousands of pairs. The small CLAP of
-        the built-in checkpoint leaves a wide gap between texts and sounds, and wants 0.5.
-    conditioning_dropout : float
-        How often the condition is that of the empty text, for classifier-free guidance.
-    segment_s, segments_per_clip : float, int
-        Length of a training segment, seconds, rounded to what the U-Net can halve; and how many are
-        cached per clip, each the loudest of four random positions (one of a clip that is no longer).
-    validation_steps : int
-        Steps between validations and saved states.
-    validation_segments, test_segments : int
-        At most this many segments, each at its own fixed timestep and noise. The test loss decides
-        nothing; 0 leaves the test split alone.
-    keep_best : bool
-        Save the averaged weights of the lowest validation loss (default), or the last ones.
-    sample_epochs : float
-        Generate samples after this many passes over the training segments, and so on; 0 never.
-    n_samples : int
-        Captions of the validation split that are asked for, each always with the same seed.
-    sample_embeddings : sequence of str or of (str, str)
-        Names, or names and paths, for `embeddings.get_embedding`: FAD and KAD of the samples.
-    wandb_project : str
-        Also log there (Weights & Biases; ``WANDB_MODE=offline`` needs no account).
-    cache_dir : str
-        Where latents and embeddings are kept, for runs that share them; empty: next to ``out_dir``.
-    data_licence : str
-        Of the training data, for the model card.
-    seed : int
-        For everything that is drawn.
-    info : dict
-        Entries for the checkpoint's note: ``training_dataset`` in words, and ``heard``, the training
-        folds by data set (a table with ``dataset`` and ``fold`` tells them itself). The folds that the
-        start was trained on are added.
+    - ``checkpoint``: where to start: "builtin", a diffusers AudioLDM folder or a hub name.
+    - ``dataset_root``: a set of captioned sounds, as `metadata.read_clips` takes it.
+    - ``out_dir`` becomes a diffusers folder; next to it lie curves and samples (``<name>.logs``),
+      resumable states (``<name>.states``) and latents and embeddings (``<name>.cache``, or
+      ``cache_dir``, which several runs can share).
+    - ``steps`` of the optimiser, ``batch_size`` over all processes and ``gradient_accumulation_steps``.
+    - ``learning_rate``: peak of AdamW, after ``lr_warmup_steps``; from the fraction ``decay_start`` of
+      the steps on it falls to zero on a cosine (1: constant, as in the baseline trainer).
+      ``max_grad_norm``: the norm to which gradients are clipped. ``ema_decay`` of the averaged weights,
+      which are what is saved.
+    - ``train``: "full", all weights of the U-Net; "attention", those of its attention layers; "lora",
+      adapters of ``lora_rank`` there, merged into what is saved.
+    - ``mixed_precision``: "no", "bf16" or (on a GPU) "fp16", for autocast; weights stay float32.
+      ``gradient_checkpointing``: less memory, about a third slower.
+    - ``snr_gamma`` above 0: min-SNR weights of the loss (5 in its paper).
+    - ``text_condition_probability``: how often the condition is the caption's embedding, not the
+      sound's. 0 is the way of AudioLDM; the small CLAP of the built-in checkpoint leaves a wide gap
+      between texts and sounds, and wants 0.5. ``conditioning_dropout``: how often it is that of the
+      empty text.
+    - ``segment_s``: seconds of a segment, rounded to what the U-Net can halve; ``segments_per_clip``,
+      each the loudest of four random positions (one of a clip that is no longer).
+    - ``validation_steps`` between validations and saved states, over at most ``validation_segments``,
+      each at its own fixed timestep and noise. The loss of ``test_segments`` decides nothing (0: no
+      test split). ``keep_best``: save the averaged weights of the lowest validation loss, else the last
+      ones.
+    - ``sample_epochs``: passes over the training segments between samples of ``n_samples`` captions of
+      the validation split, always with the same seeds, scored in ``sample_embeddings`` (names, or names
+      and paths, for `embeddings.get_embedding`); 0: never.
+    - ``wandb_project``: also log there. ``data_licence``: for the model card. ``seed``: of all that is
+      drawn.
+    - ``info``: entries for the checkpoint's note: ``training_dataset`` in words, and ``heard``, the
+      training folds by data set, to which those that the start was trained on are added.
     """
 
     checkpoint: str
@@ -172,20 +138,14 @@ class FinetuneConfig:
 class FinetuneResult:
     """What `finetune` made.
 
-    Parameters
-    ----------
-    checkpoint : Path
-        Diffusers folder that ``AudioLDMPipeline.from_pretrained`` opens.
-    log : pandas.DataFrame
-        One row per validation: ``step``; ``train_loss``, ``train_simple`` (without the weights of
-        the timesteps), ``train_vlb``, ``grad_norm`` (before clipping), means since the row before;
-        ``val_loss`` of the raw and ``val_loss_ema`` of the averaged weights, likewise ``test_…``;
-        ``val_simple_ema``, ``val_vlb_ema``; ``val_audio_ema``, under the sounds' embeddings instead of
-        the captions'; ``val_loss_t1`` to ``val_loss_t4``, from clean timesteps to noisy ones.
-    best_step : int
-        Of the lowest validation loss of the averaged weights.
-    scores : pandas.DataFrame
-        FAD and KAD of the samples (see `fad.score_table`), and their ``step``.
+    - ``checkpoint``: a diffusers folder that ``AudioLDMPipeline.from_pretrained`` opens.
+    - ``log``, one row per validation: ``step``; ``train_loss``, ``train_simple`` (without the weights of
+      the timesteps), ``train_vlb``, ``grad_norm`` (before clipping), means since the row before;
+      ``val_loss`` of the raw and ``val_loss_ema`` of the averaged weights, likewise ``test_…``;
+      ``val_simple_ema``, ``val_vlb_ema``; ``val_audio_ema``, under the sounds' embeddings instead of the
+      captions'; ``val_loss_t1`` to ``val_loss_t4``, from clean timesteps to noisy ones.
+    - ``best_step``: of the lowest validation loss of the averaged weights.
+    - ``scores``: FAD and KAD of the samples (see `fad.score_table`), and their ``step``.
     """
 
     checkpoint: Path
@@ -200,10 +160,10 @@ class FinetuneResult:
 def finetune(config):
     """Train the U-Net of a checkpoint on captioned sounds; resume where a killed run stopped.
 
-    Parameters
-    ----------
-    config : FinetuneConfig
-        The same configuration and data continue or return what is there; others start again.
+    The objective is L(θ) of AudioLDM (arXiv 2301.12503, eq. 4) for checkpoints that predict the noise
+    or the velocity (arXiv 2202.00512); one that predicts the latent itself is weighted by its SNR
+    clamped to [0.25, 4]. With ``snr_gamma`` any of them is weighted as in min-SNR (arXiv 2303.09556).
+    The same configuration and data continue or return what is there; others start again.
 
     Returns
     -------
@@ -213,22 +173,8 @@ def finetune(config):
     Raises
     ------
     TrainingError
-        If the configuration is wrong, the set has no training or validation clips, or the loss is no
-        longer finite or diverges; the message names the remedy and the last good state.
-    ldm.CheckpointError
-        If the checkpoint cannot be opened.
-
-    Notes
-    -----
-    The objective is L(θ) of AudioLDM (arXiv 2301.12503, eq. 4) for checkpoints that predict the
-    noise or the velocity (arXiv 2202.00512); one that predicts the latent itself
-    (``prediction_type="sample"``) is weighted by its SNR clamped to [0.25, 4]. With ``snr_gamma``
-    any of them is weighted as in min-SNR (arXiv 2303.09556).
-
-    Examples
-    --------
-    >>> config = FinetuneConfig("builtin", "set/dataset_root.json", "out", steps=100)
-    >>> finetune(config).log.tail(1)  # doctest: +SKIP
+        The configuration is wrong, the set has no training or validation clips, or the loss is no longer
+        finite or diverges; the message names the remedy and the last good state.
     """
     _check(config)
     clips = _read_clips(config)
@@ -639,10 +585,7 @@ class _Run:
     def init_trackers(self):
         """Open TensorBoard's file, and W&B's; what a killed run wrote too late is not shown twice."""
         config, folder = self.config, str(_next_to(self.config, "logs"))
-        name, curves = (
-            Path(config.out_dir).name,
-            {"purge_step": self.step + 1 if self.step else None},
-        )
+        name, curves = (Path(config.out_dir).name, {"purge_step": self.step + 1 if self.step else None})
         wandb = {"name": name, "id": self.key, "resume": "allow", "dir": folder}
         options = {"wandb": wandb | {"config": asdict(config)}, "tensorboard": curves}
         self.accelerator.init_trackers(config.wandb_project or "curves", init_kwargs=options)

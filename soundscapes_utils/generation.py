@@ -540,14 +540,7 @@ def clip_seed(dataset, label, prompt, index, seed=0):
 
 
 def plan_clips(
-    labels,
-    n_per_class,
-    family="simple",
-    *,
-    duration_s,
-    dataset="builtin",
-    negative_prompt="",
-    seed=0,
+    labels, n_per_class, family="simple", *, duration_s, dataset="builtin", negative_prompt="", seed=0
 ):
     """Plan clips of every class: label × prompt family × index.
 

@@ -92,13 +92,7 @@ def checkpoint_info(checkpoint):
 
 
 def format_heard(heard):
-    """Write the folds that a model was trained on as the column ``heard`` of a table holds them.
-
-    Examples
-    --------
-    >>> format_heard({"esc10": [4, 2, 3], "builtin": [1]})
-    'builtin:1;esc10:2,3,4'
-    """
+    """Write the folds that a model was trained on as the column ``heard`` of a table holds them."""
     parts = [f"{name}:{','.join(map(str, sorted(heard[name])))}" for name in sorted(heard)]
     return ";".join(parts)
 
@@ -118,24 +112,15 @@ def checkpoint_digest(source):
 
 
 def load_pipeline(checkpoint, device=None):
-    """Load an AudioLDM pipeline in float32, whatever it was saved in.
+    """Load an AudioLDM pipeline in float32, whatever it was saved in, on `device` or a GPU if there is
+    one.
 
-    Parameters
-    ----------
-    checkpoint : str or Path
-        ``"builtin"``, a folder in diffusers' layout, or a hub name.
-    device : str, optional
-        Where to put it; a GPU if there is one.
-
-    Returns
-    -------
-    diffusers.AudioLDMPipeline
-        Ready to call; its progress bar is off.
+    `checkpoint` is "builtin", a folder in diffusers' layout, or a hub name.
 
     Raises
     ------
     CheckpointError
-        If the folder is not a checkpoint, the hub cannot be reached, or the weights do not fit the
+        The folder is not a checkpoint, the hub cannot be reached, or the weights do not fit the
         configuration: the message lists missing, unexpected and mis-shaped keys.
 
     Examples
@@ -279,12 +264,6 @@ def load_clap(name="builtin"):
     """Open the pair that conditions a checkpoint of AudioLDM, or a CLAP of transformers, as a `Clap`.
 
     Names are of folders or of the hub; a tower raises `CheckpointError` where it does not open.
-
-    Examples
-    --------
-    >>> clap = load_clap("builtin")
-    >>> embed_text(clap, ["a dog"]).shape, embed_audio(clap, [np.zeros(16_000)], 16_000).shape
-    (torch.Size([1, 128]), torch.Size([1, 128]))
     """
     if (Path(name) / "config.json").is_file() or not _is_pipeline(source := resolve(name)):
         return Clap((str(name), ""), (str(name), ""))
@@ -399,11 +378,6 @@ class PatchVAE(ModelMixin, ConfigMixin):
     It has the encoder and decoder interface of diffusers' ``AutoencoderKL``, so that
     ``AudioLDMPipeline`` and the trainer treat it alike. Being linear, it is fitted in closed form.
     The length of ``block_out_channels`` tells the pipeline how far it reduces time and mel.
-
-    Examples
-    --------
-    >>> PatchVAE().decode(torch.zeros(1, 32, 4, 8)).sample.shape
-    torch.Size([1, 1, 32, 64])
     """
 
     @register_to_config
@@ -456,11 +430,6 @@ class NoiseVocoder(ModelMixin, ConfigMixin):
     Environmental sound is mostly texture, so the phase of noise serves it better than the phase that
     Griffin-Lim finds. The noise is the same for every clip and every call: same mel, same bytes.
     The product of ``upsample_rates`` is the hop, where ``AudioLDMPipeline`` looks for it.
-
-    Examples
-    --------
-    >>> NoiseVocoder()(torch.full((1, 32, 64), -4.0)).shape
-    torch.Size([1, 5120])
     """
 
     @register_to_config
@@ -520,9 +489,7 @@ class AudioTower(ModelMixin, ConfigMixin):
         self.stages = nn.Sequential(
             *(
                 nn.Sequential(
-                    nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False),
-                    nn.BatchNorm2d(b),
-                    nn.ReLU(),
+                    nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()
                 )
                 for a, b in itertools.pairwise([1, *channels])
             )

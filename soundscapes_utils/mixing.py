@@ -348,10 +348,7 @@ _LEAST = {"events": 1, "repeat": 1, "fade_s": 0.0, "onset": 0.0}
 _LEAST |= {"foreground_lambda": 1e-6, "background_lambda": 1e-6}
 _WHOLE = ("events", "repeat")
 # what has no effect in a mode
-_IDLE = {
-    "snr": ("foreground_lambda", "background_lambda", "foreground_gain_db"),
-    "lambda": ("snr_db",),
-}
+_IDLE = {"snr": ("foreground_lambda", "background_lambda", "foreground_gain_db"), "lambda": ("snr_db",)}
 
 
 def _options(given):

@@ -57,23 +57,10 @@ class RunFailed(RuntimeError):
 def run(profile="quick", parameters=None, *, name=None, only=None, fresh=False, root=None):
     """Run the notebooks of a profile in order; return the run's folder, ``runs/<name>``.
 
-    What is finished and unchanged (code, parameters, inputs) is skipped, so that the same call
-    resumes after a failure or an interruption.
-
-    Parameters
-    ----------
-    profile : str, optional
-        Name of a file in ``notebooks/profiles``.
-    parameters : dict of str to object, optional
-        See :func:`resolve_parameters`.
-    name : str, optional
-        Of the folder under ``runs/``; the profile's name by default.
-    only : str, optional
-        Run just this notebook (number or name), even if nothing changed.
-    fresh : bool, optional
-        Run everything again.
-    root : path-like, optional
-        The project; by default the one that this package belongs to.
+    What is finished and unchanged (code, parameters, inputs) is skipped, so that the same call resumes
+    after a failure or an interruption. `parameters` as for :func:`resolve_parameters`; `name` is by
+    default the profile's; `only` runs just this notebook (number or name), even if nothing changed;
+    `fresh` runs everything again; `root` is by default the project that this package belongs to.
 
     Raises
     ------
@@ -362,13 +349,7 @@ def _now():
 
 
 def duration(seconds):
-    """Write seconds as people read them.
-
-    Examples
-    --------
-    >>> duration(59), duration(61), duration(7300)
-    ('59 s', '1 min 01 s', '2 h 01 min')
-    """
+    """Write seconds as people read them."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3600:
@@ -380,25 +361,13 @@ def duration(seconds):
 
 
 def notebooks(root=None):
-    """List the numbered notebooks in the order in which they run: name and file.
-
-    Examples
-    --------
-    >>> list(notebooks())[:2]
-    ['00_start_here', '01_dataset_mixing']
-    """
+    """List the numbered notebooks in the order in which they run: name and file."""
     folder = Path(root or store.project_root()) / "notebooks"
     return {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
 
 
 def profiles(root=None):
-    """List the profiles: name and file.
-
-    Examples
-    --------
-    >>> "quick" in profiles()
-    True
-    """
+    """List the profiles: name and file."""
     folder = Path(root or store.project_root()) / "notebooks" / "profiles"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
@@ -567,13 +536,7 @@ def run_parameters(run):
 
 
 def profile_table():
-    """Tabulate the profiles: what each is for and what it takes.
-
-    Examples
-    --------
-    >>> profile_table().columns.tolist()
-    ['description', 'time', 'memory', 'disk', 'needs']
-    """
+    """Tabulate the profiles: what each is for and what it takes."""
     rows = {name: _read_profile(name) for name in profiles()}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(ABOUT))
     return table.rename_axis("profile")
@@ -629,13 +592,7 @@ def _machine(data):
     disk_for, memory_for = "paper (quick needs 1 GB)", "paper (quick needs 4 GB)"
     return [
         ("GPU", gpu, name, "paper", "use a machine with an NVIDIA GPU (24 GB or more)"),
-        (
-            "disk, 300 GB",
-            free > 300,
-            f"{free:.0f} GB free",
-            disk_for,
-            "make room, or move the clone",
-        ),
+        ("disk, 300 GB", free > 300, f"{free:.0f} GB free", disk_for, "make room, or move the clone"),
         ("memory, 32 GB", memory > 32, f"{memory:.0f} GB", memory_for, "use a larger machine"),
     ]
 

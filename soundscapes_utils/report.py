@@ -51,12 +51,6 @@ def headlines(run_dir):
     """Collect the main numbers that the notebooks of a run left in ``NN_summary.csv``.
 
     Columns ``stage`` (two digits), ``quantity``, ``value`` (text), ``note``.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> len(headlines(tempfile.mkdtemp()))
-    0
     """
     columns = ["stage", "quantity", "value", "note"]
     tables = [pd.DataFrame(columns=columns)]

@@ -114,11 +114,9 @@ def write_atomic(path, content):
     part = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
     content = content.encode() if isinstance(content, str) else content
     try:
-        try:
-            part.write_bytes(content)
-        except FileNotFoundError:  # asking for the folder before each file costs as much as some files
+        if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(content)
+        part.write_bytes(content)
         part.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -171,13 +169,7 @@ def _typed(column):
 
 
 def content_key(*parts, length=16):
-    """Name a thing by what it is made from: a digest of values, bytes and nested lists or dicts.
-
-    Examples
-    --------
-    >>> content_key("dog", {"steps": 25, "seed": 0}) == content_key("dog", {"seed": 0, "steps": 25})
-    True
-    """
+    """Name a thing by what it is made from: a digest of values, bytes and nested lists or dicts."""
     digest = hashlib.sha256()
     for part in parts:
         if not isinstance(part, bytes):
@@ -254,13 +246,7 @@ class Records:
 
 
 def shard(rows, text):
-    """Take the share of one machine out of a list or table: of ``"i/n"`` every n-th row from the i-th.
-
-    Examples
-    --------
-    >>> shard(["a", "b", "c"], "1/2")
-    ['a', 'c']
-    """
+    """Take one machine's share of a list or table: of ``"i/n"`` every n-th row from the i-th."""
     if not text:
         return rows
     number, _, total = str(text).partition("/")

@@ -222,12 +222,7 @@ CLIP = own_names("clip_id prompt seed")
 
 def plan_of_clips():
     return generation.plan_clips(
-        ["dog", "rain", "siren"],
-        2,
-        ["simple", "varied"],
-        duration_s=2.56,
-        seed=0,
-        dataset="embedded",
+        ["dog", "rain", "siren"], 2, ["simple", "varied"], duration_s=2.56, seed=0, dataset="embedded"
     )
 
 

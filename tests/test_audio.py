@@ -28,13 +28,7 @@ def torch_log_mel(y):
     x = torch.from_numpy(np.asarray(y, np.float64))[None, None]
     x = torch.nn.functional.pad(x, (432, 432), mode="reflect")[0]
     spectrum = torch.stft(
-        x,
-        1024,
-        160,
-        1024,
-        torch.hann_window(1024, dtype=x.dtype),
-        center=False,
-        return_complex=True,
+        x, 1024, 160, 1024, torch.hann_window(1024, dtype=x.dtype), center=False, return_complex=True
     ).abs()
     return torch.log(torch.clamp(basis @ spectrum, min=1e-5))[0].T.numpy()
 
@@ -95,11 +89,7 @@ def test_loudness_is_pyloudnorms_on_a_real_recording():
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    st.integers(50, 16_000),
-    st.floats(-30, 0),
-    st.sampled_from([16_000, 22_050, 44_100]),
-)
+@given(st.integers(50, 16_000), st.floats(-30, 0), st.sampled_from([16_000, 22_050, 44_100]))
 @example(52, -6.0, 44_100)  # 52 / 44100 * 44100 is more than 52
 def test_loudness_follows_the_gain_at_any_length(n, gain_db, rate):
     y = np.random.default_rng(0).uniform(-1, 1, n)

@@ -774,10 +774,7 @@ def test_yamnet_tells_the_classes_of_esc10():
     rows = [r for r in rows if r["fold"] in "15"]
     files = [ESC10 / "audio" / r["filename"] for r in rows]
     x = embeddings.get_embedding("yamnet", YAMNET).embed(files, silence="allow")
-    labels, train = (
-        np.array([r["category"] for r in rows]),
-        np.array([r["fold"] for r in rows]) == "1",
-    )
+    labels, train = (np.array([r["category"] for r in rows]), np.array([r["fold"] for r in rows]) == "1")
     probe = LogisticRegression(max_iter=1000).fit(x[train], labels[train])
     # with four folds to learn from the published protocol gives 96.75 %; here there is one
     assert probe.score(x[~train], labels[~train]) > 0.9

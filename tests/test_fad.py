@@ -583,11 +583,7 @@ def dcase(network):
 @needs_dcase
 @pytest.mark.parametrize(
     ("network", "floor", "spread"),
-    [
-        ("panns-wavegram-logmel", 62.9, 4.1),
-        ("vggish", 7.0, 0.7),
-        ("clap-2023", 310.0, 18.0),
-    ],
+    [("panns-wavegram-logmel", 62.9, 4.1), ("vggish", 7.0, 0.7), ("clap-2023", 310.0, 18.0)],
 )
 def test_floor_of_the_dcase_development_set(network, floor, spread):
     # frames are rows and a clip's frames stay together: 30 clips against the other 30
@@ -618,11 +614,7 @@ def test_frames_drawn_singly_flatter_the_floor_on_the_dcase_set():
 
 
 def test_score_table_has_the_columns_and_a_floor_for_every_n():
-    candidates = {
-        "good": gaussian(20, 4, 2),
-        "bad": gaussian(30, 4, 3, 3),
-        "few": gaussian(3, 4, 4),
-    }
+    candidates = {"good": gaussian(20, 4, 2), "bad": gaussian(30, 4, 3, 3), "few": gaussian(3, 4, 4)}
     table = fad.score_table(
         gaussian(40, 4, 1), candidates, embedding="toy", floor=gaussian(25, 4, 5), repeats=20
     )

@@ -264,10 +264,7 @@ def test_compiled_models_are_other_recipes(checkpoints, monkeypatch):
 def test_licence_and_size_are_said_before_a_download(monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for checkpoint, note in [
-        (
-            "stabilityai/stable-audio-open-1.0",
-            "Stability AI Community License.* 5.3 GB",
-        ),
+        ("stabilityai/stable-audio-open-1.0", "Stability AI Community License.* 5.3 GB"),
         ("someone/else", "licence and size not known here"),
     ]:
         with pytest.raises(GenerationError, match="cannot be opened"):

@@ -346,10 +346,7 @@ def test_checkpoint_opens_in_diffusers_and_sounds_the_same(small, saved):
         generator = torch.Generator().manual_seed(0)
         pipe.set_progress_bar_config(disable=True)
         return pipe(
-            "a dog is barking",
-            audio_length_in_s=0.64,
-            num_inference_steps=3,
-            generator=generator,
+            "a dog is barking", audio_length_in_s=0.64, num_inference_steps=3, generator=generator
         ).audios
 
     np.testing.assert_allclose(
@@ -378,10 +375,7 @@ def test_saving_replaces_a_checkpoint_and_leaves_nothing_else(small, tmp_path):
 def test_checkpoint_names_no_place_of_the_machine_that_made_it(saved, tmp_path):
     pipe = ldm.load_pipeline(saved, device="cpu")
     tower = ldm.load_clap(str(saved)).audio_encoder
-    for folder in (
-        ldm.save_checkpoint(pipe, tmp_path / "again", {}, tower),
-        ldm.BUILTIN_CHECKPOINT,
-    ):
+    for folder in (ldm.save_checkpoint(pipe, tmp_path / "again", {}, tower), ldm.BUILTIN_CHECKPOINT):
         texts = [p.read_text() for p in folder.rglob("*.json")]
         assert texts and not any("_name_or_path" in text for text in texts)
 

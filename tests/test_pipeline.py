@@ -271,10 +271,7 @@ def test_run_resume_and_report(project, capsys):
     assert pd.read_csv(project / "runs/quick/tables/result.csv")["seed"].tolist() == [3]
     record = json.loads((project / "runs/quick/run.json").read_text())
     assert record["stages"]["00_make"]["parameters"]["seed"] == 3
-    assert record["stages"]["00_make"]["outputs"] == [
-        "tables/00_summary.csv",
-        "tables/mixes0.csv",
-    ]
+    assert record["stages"]["00_make"]["outputs"] == ["tables/00_summary.csv", "tables/mixes0.csv"]
     assert 0.01 < record["stages"]["00_make"]["peak_memory_gb"] < 64
     assert record["versions"]["papermill"] and record["finished"]
     page = report.write_report(folder).read_text()

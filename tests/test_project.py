@@ -95,13 +95,7 @@ def test_overrides_serve_compiling_the_lock_alone():
 
 # --- the size of the house -----------------------------------------------------------------------
 
-LIMITS = {
-    "package code": 7_500,
-    "package lines": 11_500,
-    "file": 600,
-    "function": 40,
-    "parameters": 8,
-}
+LIMITS = {"package code": 7_500, "package lines": 11_500, "file": 600, "function": 40, "parameters": 8}
 # What others build on, whoever uses it here; and what data/README.md names.
 PROMISED = """
 load_audio save_audio log_mel load_esc50 load_urbansound8k load_tau load_folder load_builtin

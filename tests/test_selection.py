@@ -278,13 +278,7 @@ def test_a_filter_that_is_random_itself_is_one_of_many(spoilt):
 def test_excerpts_of_one_source_count_once(spoilt):
     real, folds, made, wrong = spoilt
     table = selection.choose_filter(
-        real,
-        folds,
-        made,
-        {"right": always(~wrong)},
-        test_fold=5,
-        sources=np.arange(120) // 3,
-        draws=1,
+        real, folds, made, {"right": always(~wrong)}, test_fold=5, sources=np.arange(120) // 3, draws=1
     )
     assert table.n_validation[0] == 40
 
