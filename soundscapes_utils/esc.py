@@ -356,17 +356,8 @@ def run_study(clips, generated, study, training, out_dir, embeddings=None):
 
     Each trial trains in one thread; trials run side by side in joblib's processes, or wherever the
     caller's ``joblib.parallel_config`` sends them, such as to a Dask cluster. Results do not depend
-    on who computes them.
-
-    Parameters
-    ----------
-    clips, generated, study
-        See :func:`plan_study`.
-    training : Training
-    out_dir : path-like
-        Gets a record of each trial, ``results.csv``, ``predictions.csv`` and ``curves.csv``.
-    embeddings : dict of str to Embedding, optional
-        What ``"probe:<name>"`` reads, where :func:`embeddings.get_embedding` needs more than a name.
+    on who computes them. `out_dir` gets a record of each trial, ``results.csv``, ``predictions.csv`` and
+    ``curves.csv``; `embeddings` are what ``"probe:<name>"`` reads, where a name alone does not do.
 
     Returns
     -------
@@ -377,6 +368,9 @@ def run_study(clips, generated, study, training, out_dir, embeddings=None):
     ------
     TrialsFailed
         Some trials failed; the message names them, all others are done and kept.
+
+    >>> study, training = Study(["real", "both:1"]), Training(epochs=8)
+    >>> results = run_study(clips, generated, study, training, "runs/try")  # doctest: +SKIP
     """
     if training.patches_per_epoch and any(arm.kind == "steps" for arm in study.arms):
         raise ValueError(

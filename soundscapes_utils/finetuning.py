@@ -175,6 +175,8 @@ def finetune(config):
     TrainingError
         The configuration is wrong, the set has no training or validation clips, or the loss is no longer
         finite or diverges; the message names the remedy and the last good state.
+
+    >>> finetune(FinetuneConfig("builtin", "set.csv", "out", steps=100)).log  # doctest: +SKIP
     """
     _check(config)
     clips = _read_clips(config)

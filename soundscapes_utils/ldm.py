@@ -207,8 +207,7 @@ def quiet():
 class Clap:
     """A pair of towers that give texts and sounds of one meaning the same direction.
 
-    Made by `load_clap`; ``tokenizer``, ``text_encoder`` and ``audio_encoder`` are read
-    when they are first asked for. ``sample_rate`` (Hz) is that of the audio tower's waveforms.
+    Made by `load_clap`; its parts are read when they are first asked for.
     """
 
     def __init__(self, text, audio_part):
@@ -216,6 +215,7 @@ class Clap:
 
     @functools.cached_property
     def tokenizer(self):
+        """Turns texts into the text tower's input; cuts at the tower's length."""
         from transformers import AutoTokenizer
 
         source, part = self._text
@@ -228,6 +228,7 @@ class Clap:
 
     @functools.cached_property
     def text_encoder(self):
+        """The text tower, on the CPU."""
         from transformers import ClapTextModelWithProjection
 
         with _opening(self._text[0], "a CLAP text tower"):
@@ -235,6 +236,7 @@ class Clap:
 
     @functools.cached_property
     def audio_encoder(self):
+        """The audio tower, on the CPU."""
         from transformers import ClapAudioModelWithProjection
 
         source, part = self._audio
@@ -252,10 +254,12 @@ class Clap:
 
     @property
     def sample_rate(self):
+        """Hz, of the waveforms that the audio tower takes."""
         return SAMPLE_RATE if isinstance(self.audio_encoder, AudioTower) else 48_000
 
     @property
     def device(self):
+        """Where the text tower is."""
         return next(self.text_encoder.parameters()).device
 
 

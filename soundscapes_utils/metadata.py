@@ -381,22 +381,20 @@ _SHARED = {
 def check_leaks(mixes, events=None, *, cities=False, contents=False):
     """Make sure that no split shares with another what it consists of.
 
-    Parameters
-    ----------
-    mixes, events : pandas.DataFrame
-        Further events, if given, count like the first of each mix.
-    cities : bool
-        Splits may not share a city either: the part of ``background_source`` before its hyphen,
-        as TAU names its locations ("lyon-1029").
-    contents : bool
-        Read every recording, and every mix that has been rendered, and compare the samples: finds
-        the same sound under another name, or in another lossless format.
+    Further events, if given, count like the first of each mix. With `cities` splits may not share a
+    city either: the part of ``background_source`` before its hyphen, as TAU names its locations.
+    `contents` reads every recording, and every mix that has been rendered, and compares the samples: it
+    finds the same sound under another name, or in another lossless format.
 
     Raises
     ------
     LeakError
         Two splits share a foreground source, a scene location, a recording, a mixed file, a city
         or the content of a file; the message says which splits, what, and names the first few.
+
+    >>> names = ["foreground", "label", "source_id", "background", "background_source", "path"]
+    >>> mixes = pd.DataFrame({name: [f"{name} 1", f"{name} 2"] for name in names})
+    >>> check_leaks(mixes.assign(split=["train", "test"]))
     """
     parts = {split: _parts(rows, events, cities) for split, rows in mixes.groupby("split", sort=False)}
     digest = _digests(parts) if contents else {}

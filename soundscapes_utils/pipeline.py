@@ -68,6 +68,8 @@ def run(profile="quick", parameters=None, *, name=None, only=None, fresh=False, 
         Before anything runs: see :func:`resolve_parameters`.
     RunFailed
         A notebook failed, the disk is full, or the run was interrupted.
+
+    >>> run("quick", {"seed": 1}, name="seed-1")  # doctest: +SKIP
     """
     root = Path(root or store.project_root(PACKAGE))
     name = name or profile

@@ -173,7 +173,7 @@ def test_every_public_function_is_used():
         names = {n.name for n in tree.body if isinstance(n, FUNCTIONS) and n.name[0] != "_"}
         unused += [f"{module}.{name}" for name in sorted(names - set(PROMISED.split()))
                    if not re.search(rf"\b{name}\b", others)]  # fmt: skip
-    assert unused == ["__main__.main"]
+    assert set(unused) <= {"__main__.main"}
 
 
 def test_tests_use_public_names_only():
