@@ -69,8 +69,9 @@ def _mel_grid(named, columns, size, title, frame_s=0.01, limits=MEL_LIMITS):
 def _heat(panel, table, **options):
     """Draw a table as a heat map, classes by their names."""
     named = table.rename(index=captions.tidy, columns=captions.tidy)
-    sns.heatmap(named, ax=panel, **options)
-    panel.tick_params(axis="y", rotation=0)
+    # seaborn would draw long names upright first, for which there is no room
+    sns.heatmap(named, ax=panel, yticklabels=False, **options)
+    panel.set_yticks(np.arange(len(named)) + 0.5, named.index)
 
 
 def _intervals(panel, rows, place, colour, **options):
@@ -256,7 +257,8 @@ def noise_schedule(alphas_cumprod):
 
 def caption_similarity(similarity, names):
     """Draw how near each sound is to each caption: cosines [sounds, captions], captions by `names`."""
-    figure, (axes,) = _panels(1, size=(0.8 * len(names) + 1.5, 0.5 * len(names) + 0.6))
+    width = 0.8 * len(names) + 0.085 * max(map(len, names)) + 1.5
+    figure, (axes,) = _panels(1, size=(width, 0.5 * len(names) + 0.6))
     numbered = [f"{name}  {i}" for i, name in enumerate(names, 1)]
     table = pd.DataFrame(similarity, numbered, [str(i + 1) for i in range(len(names))])
     _heat(axes, table, annot=True, fmt=".2f", cmap="viridis")
