@@ -143,7 +143,7 @@ def _sounds(folder, number):
     path = folder / "tables" / f"{name}.csv"
     if not path.is_file():
         return []
-    table = store.read_table(path).assign(path=lambda rows: rows["path"].map(store.project_path))
+    table = store.read_table(path)
     several = "checkpoint" in table and len(table["checkpoint"].unique()) > 1
     table = table[table["label"].isin(table["label"].drop_duplicates()[:count])]
     shown = table.drop_duplicates(["label", *["checkpoint"] * several])
@@ -292,7 +292,7 @@ def _card(row, side, out_dir):
     about = {"side": side, "name": str(row["clip_id"]), "numbers": numbers, "words": words}
     if side == "synthetic":
         about |= {"text": row.get("prompt", ""), "family": row.get("prompt_family", "")}
-    return about | _player(store.project_path(row["path"]), out_dir, out_dir)
+    return about | _player(row["path"], out_dir, out_dir)
 
 
 # --- one page, one player ------------------------------------------------------------------------
@@ -317,6 +317,7 @@ def _player(path, page_folder, folder):
 
     from . import plots
 
+    path = store.project_root(folder) / path  # of the project that the run belongs to
     try:
         name = store.file_digest(path)[:12]
     except OSError as error:
