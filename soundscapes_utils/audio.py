@@ -98,7 +98,9 @@ def load_audio(path, sample_rate=None, duration=None):
 
     Examples
     --------
-    >>> y, rate = load_audio(save_audio("/tmp/t.wav", np.zeros(44100), 44100), 16000, duration=0.5)
+    >>> from tempfile import mkdtemp
+    >>> path = save_audio(Path(mkdtemp(), "t.wav"), np.zeros(44100), 44100)
+    >>> y, rate = load_audio(path, 16000, duration=0.5)
     >>> y.shape, rate
     ((8000,), 16000)
     """
@@ -172,7 +174,8 @@ def save_audio(path, y, sample_rate):
 
     Examples
     --------
-    >>> save_audio("/tmp/click.wav", [0.0, 1.0, 0.0], 16000).name
+    >>> from tempfile import mkdtemp
+    >>> save_audio(Path(mkdtemp(), "click.wav"), [0.0, 1.0, 0.0], 16000).name
     'click.wav'
     """
     path = Path(path)
@@ -189,11 +192,7 @@ def save_audio(path, y, sample_rate):
 
 
 def fix_length(y, n, mode="repeat"):
-    """Give a signal exactly `n` samples: cut at its end, or filled up with itself or (mode "pad") zeros.
-
-    >>> fix_length(np.array([1, 2, 3]), 5).tolist()
-    [1, 2, 3, 1, 2]
-    """
+    """Give a signal exactly `n` samples: cut at its end, or filled up with itself or (mode "pad") zeros."""
     y = np.asarray(y)
     if mode not in ("repeat", "pad"):
         raise AudioError(f"unknown mode {mode!r}; use 'repeat' or 'pad'")

@@ -63,9 +63,10 @@ def write_audiocaps(mixes, out_dir, name, events=None):
 
     Examples
     --------
-    >>> path = audio.save_audio("/tmp/scenes/test/mix.wav", [0.1, 0.2], 16000)
+    >>> from tempfile import mkdtemp
+    >>> path = audio.save_audio(Path(mkdtemp(), "test", "mix.wav"), [0.1, 0.2], 16000)
     >>> mix = {"split": "test", "label": "dog", "scene": "park", "caption": "a dog", "path": path}
-    >>> root = write_audiocaps(pd.DataFrame([mix]), "/tmp/scenes-metadata", "scenes")
+    >>> root = write_audiocaps(pd.DataFrame([mix]), mkdtemp(), "scenes")
     >>> read_audiocaps(root).drop(columns="path").to_numpy().tolist()
     [['test', 'dog, park', 'a dog']]
     """

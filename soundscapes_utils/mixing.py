@@ -429,7 +429,9 @@ def plan_mixes(foregrounds, backgrounds, n, seed=0, **options):
     --------
     >>> names = [f"{label}-{fold}" for label in ("dog", "park") for fold in (1, 2, 3)]
     >>> clips = pd.DataFrame({"source_id": names, "fold": [1, 2, 3] * 2})
-    >>> clips["path"] = [audio.save_audio(f"/tmp/{n}.wav", [0.1] * 800, 8000) for n in names]
+    >>> from tempfile import mkdtemp
+    >>> folder = mkdtemp()
+    >>> clips["path"] = [audio.save_audio(f"{folder}/{n}.wav", [0.1] * 800, 8000) for n in names]
     >>> clips["label"] = [name.split("-")[0] for name in names]
     >>> mixes = plan_mixes(clips[:3], clips[3:], n=3, test_fold=3, duration_s=0.1)
     >>> mixes[["split", "source_id", "background_source"]].to_numpy().tolist()
