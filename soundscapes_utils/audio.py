@@ -192,7 +192,7 @@ def save_audio(path, y, sample_rate):
 
 
 def fix_length(y, n, mode="repeat"):
-    """Give a signal exactly `n` samples: cut at its end, or filled up with itself or (mode "pad") zeros."""
+    """Give a signal exactly `n` samples: cut at its end, or filled with itself or (mode "pad") zeros."""
     y = np.asarray(y)
     if mode not in ("repeat", "pad"):
         raise AudioError(f"unknown mode {mode!r}; use 'repeat' or 'pad'")
