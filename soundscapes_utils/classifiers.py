@@ -13,6 +13,9 @@ Frames of 4 s         counted by the window: 63 of 126            counted by the
 "3 s" training patch  45 frames, 1.44 s, from 15 places           94 frames, 3.0 s, from 33 places
 Normalisation         by the variance                             by the standard deviation
 Test                  one random patch, here from the seed        mean over patches of the clip
+Place of a patch      one for a whole batch (here one per clip)   one per clip and epoch
+Validation            shuffled batches of 64 (here in order)      one pass, in order
+Stop                  16 epochs without gain (here 15)            15 epochs without gain
 ====================  ==========================================  ================================
 
 Piczak's k-NN, random forest and SVM (:data:`BASELINES`) and linear probes complete the list.
@@ -81,16 +84,15 @@ def features(y, sample_rate=SAMPLE_RATE):
 
 
 def _log_mel_of(path):
-    y, rate = audio.load_audio(path, sample_rate=SAMPLE_RATE, duration=CLIP_SECONDS)
-    return features(audio.check_audio(y, path), rate)
+    return features(*audio.load_audio(path, SAMPLE_RATE, CLIP_SECONDS, silent_ok=False))
 
 
 def _mfcc_of(path):
     """Mean and SD over frames of MFCC 1 to 12 and of the zero-crossing rate, librosa's defaults."""
     import librosa
 
-    y, rate = audio.load_audio(path)
-    y = audio.resample(audio.check_audio(y, path), rate, 44_100)
+    y, rate = audio.load_audio(path, silent_ok=False)
+    y = audio.resample(y, rate, 44_100)
     power = librosa.feature.melspectrogram(y=y, sr=44_100, n_fft=2048, hop_length=512)
     # the 0th is the loudness
     mfcc = librosa.feature.mfcc(S=librosa.power_to_db(power), n_mfcc=13)[1:]
@@ -120,8 +122,8 @@ def load_features(paths, cache_dir, workers=None, kind="logmel"):
             key = store.content_key(Path(path).read_bytes(), settings, length=32)
             file = Path(cache_dir) / f"{key}.npy"
             return store.cached_array(file, lambda: compute(path)), key
-        except FileNotFoundError:
-            return audio.AudioError(f"{path}: no such file; make it again")
+        except OSError as error:
+            return audio.AudioError(f"{path}: cannot be read ({error.strerror}); make it again")
         except audio.AudioError as error:
             return error
 

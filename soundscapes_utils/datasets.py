@@ -13,27 +13,27 @@ import shutil
 import stat
 import sys
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
-import soundfile as sf
 
 from soundscapes_utils import audio, procedural, store
 
 CLIP_COLUMNS = [
     "clip_id", "path", "label", "fold", "source_id", "dataset", "duration_s", "sample_rate",
 ]  # fmt: skip
-AUDIO_SUFFIXES = (".wav", ".ogg", ".flac")
 N_FOLDS = 5
 DATASETS = ("builtin", "esc10", "esc50", "urbansound8k", "own")
 # Even, long sounds of ESC-50 that a foreground can be laid over where no scene recordings are.
 AMBIENT_CLASSES = ("rain", "sea_waves", "crackling_fire", "helicopter")
 SOURCES = store.read_table(Path(__file__).with_name("datasets.csv")).set_index("dataset")
 ARCHIVES = store.read_table(Path(__file__).with_name("archives.csv"))
-_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError)
+# RuntimeError: an encrypted zip, a method that Python does not know
+_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, RuntimeError)
 DCASE2024_TASK7_NETWORKS = ("panns-wavegram-logmel", "vggish", "clap-2023")
 
 
@@ -47,8 +47,8 @@ class DatasetError(store.DataError):
 def load_esc50(root, esc10=False):
     """Load ESC-50 (Piczak, 2015), or a folder laid out like it (``meta/esc50.csv``, ``audio/``).
 
-    Files may be .wav, .ogg or .flac whatever ending the table gives; `esc10` keeps the ten classes of
-    ESC-10. ``fold`` is 1 to 5, ``source_id`` the Freesound recording.
+    Files may end as :data:`audio.SUFFIXES` whatever ending the table gives; `esc10` keeps the ten
+    classes of ESC-10. ``fold`` is 1 to 5, ``source_id`` the Freesound recording.
 
     Raises
     ------
@@ -63,6 +63,7 @@ def _load_esc_layout(root, dataset):
     table, where = _read_table(root, "meta/esc50.csv", columns, "esc50")
     _check_rows(table, where, "filename", "target", "category")
     # ESC-50 spells fold and target out in the name: 1-100032-A-0.wav
+    table["fold"], table["target"] = (_whole(table, where, name) for name in ("fold", "target"))
     names = table["filename"].str.extract(r"^(\d+)-.+-[A-Z]+-(\d+)\.").astype(float)
     wrong = names[0].notna() & (names[0].ne(table["fold"]) | names[1].ne(table["target"]))
     if wrong.any():
@@ -71,7 +72,7 @@ def _load_esc_layout(root, dataset):
             f"({_first(table['filename'][wrong])}); restore the published table"
         )
     if dataset == "esc10":
-        table = table[table["esc10"].astype(str).str.lower() == "true"]
+        table = table[table["esc10"].str.lower() == "true"]
         if table.empty:
             raise DatasetError(f"{where}: no row has esc10 = True; choose dataset esc50 instead")
     paths = _find_files(root, "audio/" + table["filename"], where, "esc50")
@@ -86,67 +87,38 @@ def load_urbansound8k(root):
     columns = ["slice_file_name", "fsID", "fold", "classID", "class"]
     table, where = _read_table(root, "metadata/UrbanSound8K.csv", columns, "urbansound8k")
     _check_rows(table, where, "slice_file_name", "classID", "class")
+    table["fold"] = _whole(table, where, "fold")
     names = "audio/fold" + table["fold"].astype(str) + "/" + table["slice_file_name"]
     paths = _find_files(root, names, where, "urbansound8k")
     return _clips(paths, table["class"], table["fold"], table["fsID"], "urbansound8k")
 
 
-def load_tau(root, folds="city"):
+def load_tau(root):
     """Load TAU Urban Acoustic Scenes 2020 Mobile (``meta.csv``, ``audio/``).
 
     ``label`` is the scene, ``source_id`` city and location (Heittola, Mesaros and Virtanen, DCASE
-    Workshop 2020). The set has no five folds. With `folds` "city" the ten cities are dealt out to five
-    folds in turn, so that a test city is never trained on. "official" follows ``evaluation_setup``: fold
-    5 is ``fold1_evaluate.csv``, the locations of ``fold1_train.csv`` are dealt out to folds 1 to 4,
-    scene by scene, and recordings that the setup does not use are left out.
+    Workshop 2020). The set has no five folds: the ten cities are dealt out to five folds in turn, so
+    that a test city is never trained on.
     """
-    return _load_tau_layout(root, "tau", folds)
+    return _load_tau_layout(root, "tau")
 
 
-def _load_tau_layout(root, dataset, folds="city"):
-    if folds not in ("city", "official"):
-        raise DatasetError(f"unknown folds {folds!r}; choose one of city, official")
+def _load_tau_layout(root, dataset):
     columns = ["filename", "scene_label", "identifier"]
     table, where = _read_table(root, "meta.csv", columns, "tau", sep="\t")
     _check_rows(table, where, "filename")
-    if folds == "city":
-        city = table["identifier"].str.split("-").str[0]
-        table["fold"] = city.rank(method="dense").astype(int).sub(1) % N_FOLDS + 1
-    else:
-        table["fold"] = _official_folds(root, table)
-        table = table.dropna(subset="fold")
+    city = table["identifier"].str.split("-").str[0]
+    table["fold"] = city.rank(method="dense").astype(int).sub(1) % N_FOLDS + 1
     paths = _find_files(root, table["filename"], where, "tau")
     return _clips(paths, table["scene_label"], table["fold"], table["identifier"], dataset)
-
-
-def _official_folds(root, table):
-    train, evaluate = (
-        _read_table(
-            root, f"evaluation_setup/fold1_{part}.csv", ["filename", "scene_label"], "tau", sep="\t"
-        )[0]
-        for part in ("train", "evaluate")
-    )
-
-    def place(filename):
-        # audio/airport-lisbon-1175-44106-a.wav: scene, city, location, segment, device
-        return "-".join(PurePosixPath(filename).stem.split("-")[1:-2])
-
-    # dealt out over the whole training list, so that a location keeps its fold whichever of the
-    # recordings are at hand
-    places = train.assign(place=train["filename"].map(place))
-    places = places.sort_values(["place", "scene_label"]).drop_duplicates("place")
-    dealt = places.groupby("scene_label").cumcount() % (N_FOLDS - 1) + 1
-    fold = table["filename"].map(place).map(dict(zip(places["place"], dealt, strict=True)))
-    fold = fold.where(table["filename"].isin(train["filename"]))
-    return fold.mask(table["filename"].isin(evaluate["filename"]), N_FOLDS)
 
 
 def load_folder(root):
     """Load recordings of one's own: a folder with one subfolder per class.
 
-    Every .wav, .ogg and .flac file counts as a recording of its own (``source_id`` is class and file
-    name); those of each class are dealt out to five folds in the order of a hash of their names. If
-    several were cut from one recording, give them one ``source_id`` and one ``fold``.
+    Every file that ends as :data:`audio.SUFFIXES` counts as a recording of its own (``source_id`` is
+    class and file name); those of each class are dealt out to five folds in the order of a hash of
+    their names. If several were cut from one recording, give them one ``source_id`` and one ``fold``.
 
     Examples
     --------
@@ -158,11 +130,11 @@ def load_folder(root):
     [['cat-a', 'cat', 1], ['dog-a', 'dog', 1], ['dog-b', 'dog', 2]]
     """
     root = Path(root)
-    paths = [path for path in store.walk_files(root, AUDIO_SUFFIXES) if path.parent != root]
+    paths = [path for path in store.walk_files(root, audio.SUFFIXES) if path.parent != root]
     if not paths:
         raise DatasetError(
             f"{root}: no recordings; give a folder with one subfolder per class, with files that "
-            f"end in {', '.join(AUDIO_SUFFIXES)}"
+            f"end in {', '.join(audio.SUFFIXES)}"
         )
     parts = [path.relative_to(root).with_suffix("").parts for path in paths]
     labels, names = [part[0] for part in parts], ["-".join(part) for part in parts]
@@ -185,37 +157,28 @@ def load_dcase2024_task7(root, networks=DCASE2024_TASK7_NETWORKS):
     table, where = _read_table(root, "captions.csv", ["file", "caption"], "dcase2024_task7")
     _check_rows(table, where, "file")
     table.insert(0, "clip_id", [Path(file).stem for file in table["file"]])
-    paths = {
-        network: [root / f"embeddings/{network}/{clip}.npy" for clip in table["clip_id"]]
-        for network in networks
+    names = [f"{clip}.npy" for clip in table["clip_id"]]
+    embeddings = {
+        n: _read_embeddings([root / "embeddings" / n / name for name in names]) for n in networks
     }
-    every = [path for of_one in paths.values() for path in of_one]
-    if missing := [path for path in every if not path.is_file()]:
-        raise DatasetError(
-            f"{len(missing)} of the {len(every)} embeddings of the clips in {where} are missing "
-            f"(first: {_first(missing)}); {_hint('dcase2024_task7')}"
-        )
-    embeddings = {network: _read_embeddings(of_one) for network, of_one in paths.items()}
     return table[["clip_id", "file", "caption"]], embeddings
 
 
 def _read_embeddings(paths):
-    arrays, hint = [], _hint("dcase2024_task7")
+    arrays = []
     for path in paths:
         try:
             array = np.load(path, allow_pickle=False)
+            shape = arrays[0].shape if arrays else "(frames, dimensions)"
+            if array.ndim != 2 or array.dtype.kind != "f" or (arrays and array.shape != shape):
+                raise ValueError(f"{array.dtype} of shape {array.shape}, expected floats of {shape}")
+            if not np.isfinite(array).all():
+                raise ValueError("not all of its numbers are finite")
         except (ValueError, OSError, EOFError) as error:
-            raise DatasetError(f"{path}: cannot be read as an array ({error}); {hint}") from error
-        if array.ndim != 2 or array.dtype.kind != "f" or not np.isfinite(array).all():
             raise DatasetError(
-                f"{path}: {array.dtype} of shape {array.shape}, expected finite floats of shape "
-                f"(frames, dimensions); {hint}"
-            )
+                f"{path}: cannot be used ({error}); {_hint('dcase2024_task7')}"
+            ) from error
         arrays.append(array.astype(np.float32))
-        if array.shape != arrays[0].shape:
-            raise DatasetError(
-                f"{path}: shape {array.shape} where {paths[0].name} has {arrays[0].shape}; {hint}"
-            )
     return np.stack(arrays)
 
 
@@ -250,16 +213,14 @@ def load_clips(
     raise DatasetError(f"unknown dataset {dataset!r}; choose one of {', '.join(DATASETS)}")
 
 
-def load_scenes(
-    dataset, clips, *, tau_root="", data_dir="data", scenes_per_class=20, seed=0, tau_folds="city"
-):
+def load_scenes(dataset, clips, *, tau_root="", data_dir="data", scenes_per_class=20, seed=0):
     """Choose what the events of a data set are laid over; return foregrounds and backgrounds.
 
     TAU scenes where `tau_root` is given; else the built-in scenes for the built-in events; else
     the ambient classes among the clips (:data:`AMBIENT_CLASSES`), which are then not foregrounds.
     """
     if tau_root:
-        return clips, load_tau(tau_root, tau_folds)
+        return clips, load_tau(tau_root)
     if dataset == "builtin":
         root = Path(data_dir) / "builtin" / f"scenes-{scenes_per_class}-seed{seed}"
         procedural.write_scenes(root, scenes_per_class, seed)
@@ -279,8 +240,6 @@ def assign_splits(clips, test_fold):
     `test_fold` tests, the next fold (the first after the last) validates, the others train. A
     ``source_id`` that would be in two splits is an error.
 
-    Examples
-    --------
     >>> clips = pd.DataFrame({"fold": [1, 2, 3, 4, 5], "source_id": list("abcde")})
     >>> assign_splits(clips, test_fold=5).tolist()
     ['val', 'train', 'train', 'train', 'test']
@@ -309,7 +268,7 @@ def audit(clips):
     problems = {}
     for index, path in clips["path"].items():
         try:
-            audio.check_audio(audio.load_audio(path)[0], path)
+            audio.load_audio(path, silent_ok=False)
         except audio.AudioError as error:
             problems[index] = str(error).removeprefix(f"{path}: ")
     bad = clips.loc[list(problems), ["clip_id", "path"]].assign(problem=list(problems.values()))
@@ -332,21 +291,28 @@ def _first(names):
 
 
 def _read_table(root, name, columns, dataset, sep=","):
+    """Read a table of a data set, all of it as text."""
     root, where, hint = Path(root), Path(root) / name, _hint(dataset)
     if not root.is_dir():
         raise DatasetError(f"{root}: no such folder; {hint}")
     if not where.is_file():
         raise DatasetError(f"{root}: has no {name}; {hint}")
     try:
-        table = store.read_table(where) if sep == "," else pd.read_csv(where, sep=sep, dtype=str)
-    except (ValueError, OSError) as error:
-        raise DatasetError(f"{where}: cannot be read as a table ({error}); {hint}") from error
+        table = store.read_table(where, sep, as_text=True)
+    except store.DataError as error:
+        raise DatasetError(f"{error}; {hint}") from error
     if lacking := [column for column in columns if column not in table]:
         raise DatasetError(f"{where}: columns {', '.join(lacking)} are missing; {hint}")
     holes = (table[columns].isna() | table[columns].eq("")).any(axis=1)
     if holes.any() or table.empty:
         raise DatasetError(f"{where}: {holes.sum()} of {len(table)} rows are incomplete; {hint}")
     return table, where
+
+
+def _whole(table, where, column):
+    numbers = pd.to_numeric(table[column], errors="coerce")
+    store.check_rows(pd.DataFrame({column: numbers.fillna(table[column])}), where, **{column: "whole"})
+    return numbers.astype(int)
 
 
 def _check_rows(table, where, name, number=None, label=None):
@@ -362,11 +328,13 @@ def _check_rows(table, where, name, number=None, label=None):
 
 
 def _find_files(root, names, where, dataset):
+    store.check_rows(pd.DataFrame({"name": names}), where, name="a path inside")
     # one walk instead of one look-up per file, which network disks answer slowly
-    files = store.walk_files(Path(root) / "audio", AUDIO_SUFFIXES)
-    present, by_stem = set(files), {path.with_suffix(""): path for path in files}
-    wanted = [Path(root) / name for name in names]
-    paths = [p if p in present else by_stem.get(p.with_suffix("")) for p in wanted]
+    files = store.walk_files(Path(root) / "audio", audio.SUFFIXES)
+    present = {_spelling(path.relative_to(root)): path for path in files}
+    by_stem = {_spelling(path.relative_to(root).with_suffix("")): path for path in files}
+    wanted = [PurePosixPath(_spelling(name)) for name in names]
+    paths = [present.get(str(p)) or by_stem.get(str(p.with_suffix(""))) for p in wanted]
     if missing := [name for name, path in zip(names, paths, strict=True) if path is None]:
         raise DatasetError(
             f"{len(missing)} of the {len(paths)} files named in {where} are missing "
@@ -375,29 +343,31 @@ def _find_files(root, names, where, dataset):
     return paths
 
 
+def _spelling(name):
+    """One spelling of a file's name: accents composed (a Mac takes them apart), slashes forward."""
+    return unicodedata.normalize("NFC", str(name)).replace("\\", "/")
+
+
 def _clips(paths, labels, folds, sources, dataset):
-    info = [_probe(path) for path in paths]
-    return pd.DataFrame(
-        {
-            "clip_id": [path.stem for path in paths],
-            "path": [str(path) for path in paths],
-            "label": list(labels),
-            "fold": np.asarray(folds, dtype=int),
-            "source_id": [str(source) for source in sources],
-            "dataset": dataset,
-            "duration_s": [duration for duration, _ in info],
-            "sample_rate": [rate for _, rate in info],
-        }
-    )
+    columns = [
+        [_spelling(path.stem) for path in paths],
+        map(str, paths),
+        labels,
+        folds,
+        map(str, sources),
+    ]
+    table = pd.DataFrame(dict(zip(CLIP_COLUMNS, map(list, columns), strict=False)))
+    info = pd.DataFrame([_probe(path) for path in paths], columns=CLIP_COLUMNS[-2:])
+    return table.assign(fold=table["fold"].astype(int), dataset=dataset).join(info)
 
 
 def _probe(path):
     # an unreadable clip stays in the table for `audit` to report; one bad file stops no study
     try:
-        info = sf.info(path)
-    except (sf.SoundFileError, OSError):
+        frames, rate = audio.read_header(path)
+    except audio.AudioError:
         return np.nan, 0
-    return info.frames / info.samplerate, info.samplerate
+    return frames / rate, rate
 
 
 # --- downloads -----------------------------------------------------------------------------------
@@ -484,10 +454,20 @@ def _unpack(path, folder, expected):
             with zipfile.ZipFile(path) as archive:
                 archive.extractall(folder, list(_checked(archive.infolist(), path, expected)))
         else:
-            with tarfile.open(path) as archive:
+            with tarfile.open(path, tarinfo=_TarInfo) as archive:
                 archive.extractall(folder, _checked(archive, path, expected), filter="data")
     except (*_DAMAGED, OSError) as error:
         raise DatasetError(f"{path}: cannot be unpacked ({error}); delete it and try again") from error
+
+
+class _TarInfo(tarfile.TarInfo):
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        info = super().frombuf(buf, encoding, errors)
+        # the name of a member may be given as the content of another: it is read into memory whole
+        if not info.isreg() and info.size > 2**20:
+            raise tarfile.ReadError(f"a name of {info.size} bytes")
+        return info
 
 
 def _checked(members, path, expected):

@@ -8,12 +8,11 @@ recordings.
 """
 
 import csv
-import hashlib
-import io
 import itertools
 import json
 import math
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
@@ -26,6 +25,9 @@ CLASS_FILE = "class_labels_indices.csv"
 ROOT_FILE = "dataset_root.json"
 FOLDER_FILE = "metadata.jsonl"
 JAMS_FOLDER = "jams"
+_RESERVED = ("comments", "metadata")
+# what other people's tables of captions call these columns
+_ALSO = {"path": ("audio", "file_name", "filename"), "caption": ("text", "caption_1")}
 # times in the tables are rounded to milliseconds
 _ROUNDED_S = 1e-3
 # the release of the format that the files follow
@@ -74,17 +76,20 @@ def write_audiocaps(mixes, out_dir, name, events=None):
     if gone or mixes.empty:
         some = f"{len(gone)} of {len(mixes)} mixes have no file ({gone[0]})" if gone else "no mixes"
         raise MetadataError(f"{some}; plan and render them first")
-    out_dir = Path(out_dir).resolve()
+    store.check_rows(pd.DataFrame({"name": [name]}), "the data set", name="a name")
+    if name in _RESERVED:
+        raise MetadataError(f"a data set cannot be called {name!r}: {ROOT_FILE} has a key of that name")
+    out_dir = _absolute(out_dir)
     audio_root = _folder(mixes["path"])
-    if all(Path(path).resolve().parent == audio_root for path in mixes["path"]):
+    if all(_absolute(path).parent == audio_root for path in mixes["path"]):
         audio_root = audio_root.parent  # a set of one split keeps its split's folder
     names = _label_lists(mixes, events)
     forms = captions.caption_columns(mixes)
     entries = {split: [] for split in mixes["split"]}
     for row, labels in zip(mixes.to_dict("records"), names, strict=True):
-        wav = Path(row["path"]).resolve().relative_to(audio_root).as_posix()
+        wav = _absolute(row["path"]).relative_to(audio_root).as_posix()
         mids = ",".join(dict.fromkeys(map(_mid, labels)))
-        texts = {form: row[form] for form in forms}
+        texts = {form: row[form] for form in forms if _is_said(row[form])}
         entries[row["split"]].append({"wav": wav, "labels": mids} | texts)
     paths = {split: str(out_dir / f"{name}_{split}.json") for split in entries}
     for split, path in paths.items():
@@ -98,8 +103,17 @@ def write_audiocaps(mixes, out_dir, name, events=None):
     return store.write_atomic(out_dir / ROOT_FILE, _json(root, indent=1) + "\n")
 
 
+def _absolute(path):
+    # not resolved: a clip that is a link into a store keeps its name
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
 def _folder(paths):
-    return Path(os.path.commonpath({str(Path(path).resolve().parent) for path in paths}))
+    return Path(os.path.commonpath({_absolute(path).parent for path in paths}))
+
+
+def _is_said(text):
+    return isinstance(text, str) and bool(text.strip())
 
 
 def _label_lists(mixes, events):
@@ -125,13 +139,9 @@ def _json(content, indent=None):
 def write_metadata(mixes, out_dir, name, events=None):
     """Write a set's metadata in every format at once.
 
-    AudioCaps JSON as :func:`write_audiocaps`; ``jams/<split>/<clip_id>.jams`` in scaper's namespace,
-    which ``jams.load`` validates, with the row of the table of mixes in its sandbox; and next to the
-    clips of each split ``metadata.jsonl``, so that ``datasets.load_dataset("audiofolder")`` finds
-    splits, captions and labels.
-
-    Returns ``dataset_root.json``, for :func:`validate`. Splits must lie in folders of their own, by
-    which AudioFolder tells them.
+    AudioCaps JSON as :func:`write_audiocaps`, whose path is returned; ``jams/<split>/<clip_id>.jams`` in
+    scaper's namespace, with the row of the table of mixes in its sandbox; and next to the clips of each
+    split ``metadata.jsonl``, for ``datasets.load_dataset("audiofolder")``, which tells splits by folder.
     """
     root = write_audiocaps(mixes, out_dir, name, events)
     _write_audiofolder(mixes, events)
@@ -151,7 +161,7 @@ def _write_audiofolder(mixes, events):
     shown += captions.caption_columns(mixes)
     lines = {split: [] for split in folders.index}
     for row, sounding in zip(mixes.to_dict("records"), mixing.events_of(mixes, events), strict=True):
-        file = Path(row["path"]).resolve().relative_to(folders[row["split"]]).as_posix()
+        file = _absolute(row["path"]).relative_to(folders[row["split"]]).as_posix()
         labels = [event["label"] for event in sounding]
         line = {"file_name": file, "label": row["label"], "events": labels}
         line |= {name: _plain(row[name]) for name in shown}
@@ -226,16 +236,23 @@ def read_audiocaps(dataset_root_json):
 def read_clips(path):
     """Read sounds and captions: ``split, path, caption, …``.
 
-    From a ``dataset_root.json``, or a table (CSV or Parquet) of ``path`` (relative to it), ``caption``,
+    From a ``dataset_root.json``, or a table (CSV) of ``path`` (relative to it), ``caption``,
     ``caption_2``, … and, if there are any, ``split``, ``source_id`` (what must not be in two splits) and
-    further columns. Without ``split``, eight sources of ten are for training, by a digest of their name.
+    further columns. Paths are also taken from ``audio``, ``file_name`` or ``filename``, captions from
+    ``text`` or ``caption_1``. Without ``split``, eight sources of ten are for training, by a digest of
+    their name.
     """
     path = Path(path)
     if path.suffix == ".json":
         return read_audiocaps(path)
-    clips = store.read_table(path)
-    if missing := {"path", "caption"} - set(clips):
+    clips = store.read_table(path, as_text=path.suffix != ".csv")
+    for name, others in _ALSO.items():
+        found = [other for other in others if other in clips and name not in clips]
+        clips = clips.rename(columns={other: name for other in found[:1]})
+    if missing := _ALSO.keys() - set(clips):
         raise MetadataError(f"{path}: has no column {' or '.join(sorted(missing))}")
+    relative = [name for name in clips["path"] if not PurePosixPath(name).is_absolute()]
+    store.check_rows(pd.DataFrame({"path": relative}), path, path="a path inside")
     clips["path"] = [str(path.parent / name) for name in clips["path"]]
     source = clips.get("source_id", clips["path"].map(lambda name: Path(name).name))
     if "split" not in clips:  # by name: a source stays where it is when others come
@@ -255,9 +272,10 @@ def _read_root(root_file):
     root = _read_json(root_file)
     try:
         ((name, files),) = root["metadata"]["path"].items()
+        if any(".." in Path(place).parts for place in (root[name], *files.values())):
+            raise ValueError("a path in it leaves its folder")
         paths = {split: root_file.parent / path for split, path in files.items()}
-        text = paths.pop("class_label_indices").read_text(encoding="utf-8")
-        table = pd.read_csv(io.StringIO(text), keep_default_na=False)
+        table = store.read_table(paths.pop("class_label_indices"), as_text=True)
         names = dict(zip(table["mid"], table["display_name"], strict=True))
         return root_file.parent / root[name], paths, names
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -289,22 +307,21 @@ def _read_split(split, path, audio_root, names):
         faults = [
             f"label {mid!r} of {wav} is not in the class table" for mid in mids if mid not in names
         ]
-        if not wav or PurePosixPath(wav).is_absolute():
-            faults.insert(0, f"wav {wav!r} must be a path relative to the audio folder")
+        if not wav or PurePosixPath(wav).is_absolute() or ".." in PurePosixPath(wav).parts:
+            faults.insert(0, f"wav {wav!r} must be a path relative to the audio folder, inside it")
         clip = {"split": split, "path": str(audio_root / wav)}
         clip["labels"] = ", ".join(names.get(mid, mid) for mid in mids)
         found.append((clip | {k: text for k, text in entry.items() if "caption" in k}, faults))
     return found
 
 
-def validate(dataset_root_json, *, sample_rate=None, duration_s=None, full=True):
+def validate(dataset_root_json, *, sample_rate=None, duration_s=None):
     """Open every file that a data set's metadata names, and report what is wrong.
 
     The table ``split, path, problem`` is empty if all is well. Otherwise it names split files that are
     missing or damaged, paths that are not relative, unknown labels, empty captions, files that two
     splits or two entries name; clips that are missing, unreadable, silent, or not of `sample_rate` (Hz)
-    and `duration_s` to the sample; JAMS files that contradict them. `full` reads every clip to its
-    end, which finds silence and samples that are not finite; False reads the headers only.
+    and `duration_s` to the sample; JAMS files that contradict them.
     """
     root_file = Path(dataset_root_json)
     audio_root, files, names = _read_root(root_file)
@@ -317,9 +334,9 @@ def validate(dataset_root_json, *, sample_rate=None, duration_s=None, full=True)
     times = Counter(clip["path"] for clip, _ in clips)
     for clip, faults in clips:
         split, path = clip["split"], clip["path"]
-        wrong, seconds[split, Path(path).stem] = _sound_problems(path, sample_rate, duration_s, full)
+        wrong, seconds[split, Path(path).stem] = _sound_problems(path, sample_rate, duration_s)
         texts = [text for name, text in clip.items() if "caption" in name]
-        if not texts or any(pd.isna(text) or not str(text).strip() for text in texts):
+        if not texts or not all(map(_is_said, texts)):
             faults.append("has an empty caption")
         if times[path] > 1:
             faults.append("is named more than once")
@@ -330,22 +347,18 @@ def validate(dataset_root_json, *, sample_rate=None, duration_s=None, full=True)
     return pd.DataFrame(rows, columns=["split", "path", "problem"])
 
 
-def _sound_problems(path, sample_rate, duration_s, full):
+def _sound_problems(path, sample_rate, duration_s):
     """What is wrong with a clip, and its length in seconds (None if it cannot be read)."""
     try:
-        if full:
-            y, rate = audio.load_audio(path)
-            samples = audio.check_audio(y, path).size
-        else:
-            samples, rate = audio.read_header(path)
+        y, rate = audio.load_audio(path, silent_ok=False)
     except audio.AudioError as error:
         return [str(error).removeprefix(f"{path}: ")], None
     problems = []
     if sample_rate is not None and rate != sample_rate:
         problems.append(f"has {rate} Hz instead of {sample_rate} Hz")
-    if duration_s is not None and samples != round(duration_s * rate):
-        problems.append(f"has {samples} samples instead of {round(duration_s * rate)}")
-    return problems, samples / rate
+    if duration_s is not None and y.size != round(duration_s * rate):
+        problems.append(f"has {y.size} samples instead of {round(duration_s * rate)}")
+    return problems, y.size / rate
 
 
 def _jams_problems(file, split, seconds):
@@ -375,30 +388,27 @@ _SHARED = {
     "sources, once as event and once as scene": ["source_id", "background_source"],
     "recordings": ["foreground", "background"],
     "mixed files": ["path"],
-    "cities": ["city"],
 }
 
 
-def check_leaks(mixes, events=None, *, cities=False, contents=False):
+def check_leaks(mixes, events=None):
     """Make sure that no split shares with another what it consists of.
 
-    Further events, if given, count like the first of each mix. With `cities` splits may not share a
-    city either: the part of ``background_source`` before its hyphen, as TAU names its locations.
-    `contents` reads every recording, and every mix that has been rendered, and compares the samples: it
-    finds the same sound under another name, or in another lossless format.
+    Further events, if given, count like the first of each mix; one file in two spellings of its path
+    is one recording.
 
     Raises
     ------
     LeakError
-        Two splits share a foreground source, a scene location, a recording, a mixed file, a city
-        or the content of a file; the message says which splits, what, and names the first few.
+        Two splits share a foreground source, a scene location, a recording or a mixed file; the
+        message says which splits, what, and names the first few.
 
     >>> names = ["foreground", "label", "source_id", "background", "background_source", "path"]
     >>> mixes = pd.DataFrame({name: [f"{name} 1", f"{name} 2"] for name in names})
     >>> check_leaks(mixes.assign(split=["train", "test"]))
     """
-    parts = {split: _parts(rows, events, cities) for split, rows in mixes.groupby("split", sort=False)}
-    digest = _digests(parts) if contents else {}
+    splits, known = mixes.groupby("split", sort=False), {}
+    parts = {split: _parts(rows, events, known) for split, rows in splits}
     leaks = []
     for (one, first), (other, second) in itertools.combinations(parts.items(), 2):
         if first["pairs"] == second["pairs"]:
@@ -411,8 +421,6 @@ def check_leaks(mixes, events=None, *, cities=False, contents=False):
             named |= shared
             if shared:
                 leaks.append(f"{one} and {other} share {len(shared)} {what} ({_few(shared)})")
-        if contents and (twins := _twins(digest[one], digest[other])):
-            leaks.append(f"{one} and {other} share the sound of {len(twins)} files ({_few(twins)})")
     if leaks:
         raise LeakError("; ".join(leaks))
 
@@ -422,38 +430,17 @@ def _few(names):
     return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
-def _parts(mixes, events, cities):
-    """Everything that the mixes of a split consist of: a set of texts for each column."""
+def _parts(mixes, events, known):
+    """Everything that the mixes of a split consist of: a set of texts for each column; `known` keeps
+    the first name of each file.
+    """
     columns = ("background", "background_source", "path")
     parts = {column: set(mixes[column].astype(str)) for column in columns}
     sounding = list(itertools.chain(*mixing.events_of(mixes, events)))
     for column in ("foreground", "source_id"):
         parts[column] = {str(event[column]) for event in sounding}
+    for column in ("foreground", "background", "path"):  # one file may be named in several ways
+        places = {os.path.realpath(unicodedata.normalize("NFC", name)): name for name in parts[column]}
+        parts[column] = {known.setdefault(place, name) for place, name in places.items()}
     parts["pairs"] = set(zip(mixes["foreground"], mixes["background"], strict=True))
-    places = parts["background_source"] if cities else ()
-    parts["city"] = {place.partition("-")[0] for place in places}
     return parts
-
-
-def _digests(parts):
-    """For each split: digest of the samples → its files that hold them."""
-    known, found = {}, {}
-    for split, part in parts.items():
-        found[split] = {}
-        rendered = {path for path in part["path"] if Path(path).is_file()}
-        for path in sorted(part["foreground"] | part["background"] | rendered):
-            if path not in known:
-                y, rate = audio.load_audio(path)
-                known[path] = hashlib.sha256(rate.to_bytes(4, "big") + y.tobytes()).digest()
-            found[split].setdefault(known[path], []).append(path)
-    return found
-
-
-def _twins(first, second):
-    # one and the same path is a shared recording, and named as such
-    return {
-        f"{a} = {b}"
-        for digest in first.keys() & second.keys()
-        for a, b in itertools.product(first[digest], second[digest])
-        if a != b
-    }

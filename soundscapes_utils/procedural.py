@@ -827,7 +827,7 @@ def write_scenes(root, scenes_per_class=20, seed=0, pool="study"):
     """Write the ten scenes in the layout of TAU Urban Acoustic Scenes 2020 Mobile.
 
     As :func:`write_events`. A location (the table's ``identifier``) is one source; a city belongs to
-    one fold, so that folds share no location; the last fold is the test of ``evaluation_setup``.
+    one fold, so that folds share no location.
     """
     clips = _plan(_SCENES, scenes_per_class, pool)
     places = [f"{CITIES[c.source % len(CITIES)]}-{c.src_file}" for c in clips.itertuples()]
@@ -835,14 +835,7 @@ def write_scenes(root, scenes_per_class=20, seed=0, pool="study"):
     table = pd.DataFrame({"filename": names, "scene_label": clips["category"]})
     table = table.assign(identifier=places, source_label="a")
     clips.index = names
-    pairs, last = table[["filename", "scene_label"]], (clips["fold"] == N_FOLDS).to_numpy()
-    tables = {
-        "meta.csv": table,
-        "evaluation_setup/fold1_train.csv": pairs[~last],
-        "evaluation_setup/fold1_evaluate.csv": pairs[last],
-        "evaluation_setup/fold1_test.csv": pairs.loc[last, ["filename"]],
-    }
-    return _write(root, clips, tables, seed, pool)
+    return _write(root, clips, {"meta.csv": table}, seed, pool)
 
 
 def _plan(kinds, per_class, pool):
@@ -866,22 +859,19 @@ def _write(root, clips, tables, seed, pool):
     # a change of the sketches makes new clips: the recipe knows the code that it was made by
     recipe = store.content_key(seed, pool, store.file_digest(__file__))
     made = store.Records(root, "clips")
-    if not made.entries:
-        if any((root / name).exists() for name in ("audio", *tables)):
-            raise store.DataError(f"{root}: holds data that were not made here; choose another folder")
-        made.add("first recipe", recipe)
+    if not made.folder.is_dir() and any((root / name).exists() for name in ("audio", *tables)):
+        raise store.DataError(f"{root}: holds data that were not made here; choose another folder")
+    made.folder.mkdir(parents=True, exist_ok=True)
     for clip in clips.itertuples():
-        path = root / clip.Index
-        samples = SAMPLE_RATE * (EVENT_SECONDS if clip.category in _EVENTS else SCENE_SECONDS)
-        whole = path.is_file() and path.stat().st_size == 44 + 2 * samples
-        if not whole or made.entries.get(clip.Index) != recipe:
+        path, known = root / clip.Index, made.entries.get(clip.Index, {})
+        if known.get("recipe") != recipe or not store.is_unchanged(path, known.get("stamp")):
             y = synthesize(clip.category, seed, pool=pool, source=clip.source, take=clip.take)
             audio.save_audio(path, y, SAMPLE_RATE)
-            made.add(clip.Index, recipe)
+            made.add(clip.Index, {"recipe": recipe, "stamp": store.file_stamp(path)})
     # the tables come last: what they name is there
     for name, table in tables.items():
         text = table.to_csv(index=False, sep="\t" if "meta.csv" in tables else ",")
         # an unchanged file keeps its date, so that nothing downstream is made again
-        if not (root / name).is_file() or (root / name).read_text() != text:
+        if not (root / name).is_file() or (root / name).read_text("utf-8") != text:
             store.write_atomic(root / name, text)
     return root

@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
+import re
 import uuid
 import warnings
 from dataclasses import dataclass
@@ -18,44 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import xxhash
 
 # columns that stay text however much they look like numbers, dates or missing values
-TEXT_COLUMNS = frozenset(
-    [
-        "clip_id",
-        "path",
-        "label",
-        "source_id",
-        "dataset",
-        "split",
-        "foreground",
-        "background",
-        "scene",
-        "background_source",
-        "caption",
-        "prompt",
-        "prompt_family",
-        "negative_prompt",
-        "backend",
-        "checkpoint",
-        "heard",
-        "reason",
-        "made_from",
-        "arm",
-        "model",
-        "against",
-        "predicted",
-        "candidate",
-        "reference",
-        "metric",
-        "embedding",
-        "change",
-        "name",
-        "note",
-        "licence",
-        "quantity",
-    ]
-)
+_TEXT = """clip_id path label source_id dataset split foreground background scene background_source
+    prompt prompt_family negative_prompt backend checkpoint heard reason made_from arm model against
+    predicted candidate reference metric embedding change name note licence quantity"""
+TEXT_COLUMNS = frozenset(_TEXT.split())
 
 
 class DataError(ValueError):
@@ -107,18 +78,25 @@ def walk_files(root, suffixes=None):
 # --- whole ---------------------------------------------------------------------------------------
 
 
-def write_atomic(path, content):
-    """Write bytes, or text as UTF-8: the file is there complete or not at all."""
+def write_atomic(path, content, flush=True):
+    """Write bytes, or text as UTF-8: the file is there complete or not at all.
+
+    Without `flush` a loss of power may leave it damaged: for what is known by its :func:`file_stamp`.
+    """
     path = Path(path)
     # the process and the chance keep two writers of one path from sharing a half-written file
     part = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
-    content = content.encode() if isinstance(content, str) else content
     try:
+        content = content.encode() if isinstance(content, str) else content
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
+        with part.open("wb") as file:
+            file.write(content)
+            if flush:  # a loss of power after the renaming must not leave an empty file
+                file.flush()
+                os.fsync(file.fileno())
         part.replace(path)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise DataError(
@@ -128,29 +106,23 @@ def write_atomic(path, content):
 
 
 def write_table(table, path):
-    """Write a table as CSV, or as Parquet where the name ends so; its index is not written."""
-    path = Path(path)
-    if path.suffix == ".parquet":
-        return write_atomic(path, table.to_parquet(index=False))
+    """Write a table as CSV; its index is not written."""
     return write_atomic(path, table.to_csv(index=False))
 
 
-def read_table(path):
-    """Read a CSV or Parquet table: names stay text, only the empty cell is missing.
+def read_table(path, sep=",", as_text=False):
+    """Read a CSV table: names stay text, only the empty cell is missing.
 
     Columns of names (``TEXT_COLUMNS``, and every ``caption…``) are text whatever they hold: a clip
-    "001", a label "None". Of the other columns those that hold numbers only become numbers, and
-    ``True``/``False`` become booleans. A file that is not a table is a :class:`DataError`.
+    "001", a label "None"; so are all with `as_text`. Of the other columns those that hold numbers only
+    become numbers, and ``True``/``False`` become booleans. What is no table is a :class:`DataError`.
     """
-    path = Path(path)
     try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        table = pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a table ({error})") from error
-    names = [n for n in table if n not in TEXT_COLUMNS and not n.startswith("caption")]
-    return table.assign(**{name: _typed(table[name]) for name in names})
+    text = [name for name in table if as_text or name in TEXT_COLUMNS or name.startswith("caption")]
+    return table.assign(**{name: _typed(table[name]) for name in table if name not in text})
 
 
 def _typed(column):
@@ -163,6 +135,52 @@ def _typed(column):
         return column.astype("int64") if whole else column.replace("", "nan").astype(float)
     except ValueError:
         return column
+
+
+def _number(least, step=0.0):
+    def fits(value):
+        number = isinstance(value, int | float | np.number) and math.isfinite(value)
+        return number and value >= least and not (step and value % step)
+
+    return fits
+
+
+def _text(pattern):
+    return lambda value: isinstance(value, str) and re.search(pattern, value, re.DOTALL)
+
+
+_TINY = float(np.finfo(float).tiny)
+_RULES = {
+    "text": (_text(r"\S"), "is empty or not text"),
+    "a name": (_text(r"^(?!\.)[^/\\\0]{0,199}[^/\\\0\s]$"), "must be a plain name, without slashes"),
+    "a path inside": (
+        _text(r"^(?![/\\~]|\w:|(.*[/\\])?\.\.([/\\]|$))[^\0]+$"),
+        "must be a relative path that stays inside its folder",
+    ),
+    "a number": (_number(-math.inf), "must be a finite number"),
+    "not negative": (_number(0), "must be a number from 0 on"),
+    "positive": (_number(_TINY), "must be a number above 0"),
+    "whole": (_number(0, 1), "must be a whole number from 0 on"),
+}
+
+
+def check_rows(table, where, **columns):
+    """Refuse a table whose values cannot be used: the one check at the door of what names files.
+
+    `columns` says what each column must hold: "text", "a name", "a path inside", "a number", "not
+    negative", "positive" or "whole". A :class:`DataError` names `where`, row (from 1) and column.
+
+    >>> check_rows(pd.DataFrame({"id": ["a", "../b"]}), "plan", id="a name")
+    Traceback (most recent call last):
+    soundscapes_utils.store.DataError: plan, row 2: id '../b' must be a plain name, without slashes
+    """
+    for name, kind in columns.items():
+        if name not in table:
+            raise DataError(f"{where}: has no column {name}; there are {', '.join(map(str, table))}")
+        fits, wanted = _RULES[kind]
+        for row, value in enumerate(table[name].tolist(), 1):
+            if not fits(value):
+                raise DataError(f"{where}, row {row}: {name} {value!r} {wanted}")
 
 
 # --- made already --------------------------------------------------------------------------------
@@ -179,9 +197,30 @@ def content_key(*parts, length=16):
 
 
 def file_digest(path):
-    """SHA-256 of a file's content, in hex."""
+    """Digest of a file's content, in hex: XXH3 of 128 bits, which guards against chance, not malice."""
     with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def file_stamp(path, content=None):
+    """Size, time and digest of a file: what :func:`is_unchanged` knows it by.
+
+    `content`, where it is at hand, spares the reading.
+    """
+    info = Path(path).stat()
+    digest = file_digest(path) if content is None else xxhash.xxh3_128_hexdigest(content)
+    return [info.st_size, info.st_mtime_ns, digest]
+
+
+def is_unchanged(path, stamp):
+    """Whether a file is there with the content of its stamp; a copy of it is, whatever its time."""
+    try:
+        info = Path(path).stat()
+        size, time, digest = stamp
+        # the content decides; equal time spares the reading
+        return info.st_size == size and (info.st_mtime_ns == time or file_digest(path) == digest)
+    except (OSError, TypeError, ValueError):
+        return False
 
 
 def cached_array(path, compute):
@@ -216,10 +255,11 @@ class Records:
         entries = {}
         for _, path in sorted(files):
             # a line without an end was cut off by a kill
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):
-                    with contextlib.suppress(ValueError):
-                        key, entry = json.loads(line)
+            text = path.read_text(encoding="utf-8", errors="replace")
+            for line in text.splitlines(keepends=True):
+                with contextlib.suppress(ValueError, TypeError):
+                    key, entry = json.loads(line)
+                    if line.endswith("\n") and isinstance(entry, dict):
                         entries[key] = entry
         return entries
 

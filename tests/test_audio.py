@@ -1,3 +1,7 @@
+import io
+import math
+import os
+import struct
 import warnings
 from pathlib import Path
 
@@ -170,12 +174,113 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path, ending):
         audio.load_audio(cut(tmp_path / f"a.{ending}", f"half.{ending}", 0.5))
 
 
-def test_a_stream_of_unknown_length_is_read(tmp_path):
+@pytest.mark.parametrize("form", ["WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "MP3"])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+def test_part_of_a_file_is_never_read_as_the_whole(tmp_path, form, share):
+    path = tmp_path / "a.bin"
+    sf.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 44_100), 44_100, format=form)
+    assert audio.load_audio(path)[0].size == audio.read_header(path)[0] == 44_100
+    with pytest.raises(audio.AudioError, match=r"part\.bin"):
+        audio.load_audio(cut(path, "part.bin", share))
+
+
+def test_containers_that_cannot_tell_are_refused_with_a_remedy(tmp_path):
+    sf.write(tmp_path / "a.nist", np.ones(99) / 2, 16_000, format="NIST")
+    with pytest.raises(audio.AudioError, match="convert it to WAV or FLAC"):
+        audio.load_audio(tmp_path / "a.nist")
+
+
+# what sox, arecord and ffmpeg leave in the header of a stream
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF000, 0x80000000, 0x7FFFFFFF, 0x80000024])
+def test_a_stream_of_unknown_length_is_read(tmp_path, size):
     audio.save_audio(tmp_path / "a.wav", tone(440, 16_000, 1, 0.5), 16_000)
     content = bytearray((tmp_path / "a.wav").read_bytes())
-    content[4:8] = content[40:44] = b"\xff\xff\xff\xff"
+    content[4:8] = content[40:44] = struct.pack("<I", size)
     (tmp_path / "piped.wav").write_bytes(content)
-    assert audio.load_audio(tmp_path / "piped.wav")[0].size == 16_000
+    y, _ = audio.load_audio(tmp_path / "piped.wav")
+    np.testing.assert_array_equal(y, audio.load_audio(tmp_path / "a.wav")[0])
+    assert audio.read_header(tmp_path / "piped.wav") == (16_000, 16_000)
+
+
+def flac_claiming(path, total):
+    """A FLAC of 20,000 samples whose STREAMINFO holds another number of them (36 bits)."""
+    buffer = io.BytesIO()
+    sf.write(buffer, tone(440, 16_000, 1.25, 0.5), 16_000, format="FLAC")
+    content = bytearray(buffer.getvalue())
+    content[21] = content[21] & 0xF0 | total >> 32
+    content[22:26] = struct.pack(">I", total & 0xFFFFFFFF)
+    path.write_bytes(content)
+    return path
+
+
+def test_a_flac_from_a_pipe_is_read_to_its_end(tmp_path):
+    path = flac_claiming(tmp_path / "piped.flac", 0)
+    y, rate = audio.load_audio(path)
+    assert (y.size, rate) == (20_000, 16_000) == audio.read_header(path)
+    assert audio.load_audio(path, duration=0.5)[0].size == 8000
+
+
+@pytest.mark.parametrize("total", [20_001, 2**30, 2**36 - 1])
+def test_a_flac_that_claims_more_than_it_holds_is_refused(tmp_path, total):
+    with pytest.raises(audio.AudioError, match=r"a\.flac"):
+        audio.load_audio(flac_claiming(tmp_path / "a.flac", total))
+
+
+@pytest.mark.parametrize(("n", "rate"), [(1, 44_100), (2, 192_000), (3, 384_000)])
+def test_what_holds_no_sample_at_the_wanted_rate_is_refused(tmp_path, n, rate):
+    sf.write(tmp_path / "a.wav", np.full(n, 0.5), rate)
+    assert audio.load_audio(tmp_path / "a.wav")[0].size == n
+    with pytest.raises(audio.AudioError, match=r"a\.wav: holds no samples at 4000 Hz"):
+        audio.load_audio(tmp_path / "a.wav", 4000)
+
+
+@pytest.mark.parametrize("gain", [-1.0, -0.9999])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_channels_that_cancel_are_named_and_not_called_silent(tmp_path, gain, channels):
+    y = tone(440, 16_000, 1, 10 ** (-10 / 20))
+    sf.write(tmp_path / "a.wav", np.stack([y, gain * y] * (channels // 2), axis=1), 16_000)
+    with pytest.raises(audio.AudioError, match="channels cancel"):
+        audio.load_audio(tmp_path / "a.wav", silent_ok=False)
+    assert np.abs(audio.load_audio(tmp_path / "a.wav")[0]).max() < 1e-4
+    sf.write(tmp_path / "silent.wav", np.zeros((99, channels)), 16_000)
+    assert not audio.load_audio(tmp_path / "silent.wav")[0].any()
+
+
+def test_names_rates_and_durations_that_cannot_be_read(tmp_path):
+    audio.save_audio(tmp_path / "a.wav", np.ones(999) / 2, 16_000)
+    whole = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "samples.raw").write_bytes(whole)
+    latin = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xe9j\xe0.wav"))
+    latin.write_bytes(whole)
+    (tmp_path / "slow.wav").write_bytes(whole[:24] + struct.pack("<II", 1, 2) + whole[32:])
+    for path in (tmp_path / "samples.raw", latin, tmp_path / "slow.wav", tmp_path / ("x" * 999)):
+        with pytest.raises(audio.AudioError) as caught:
+            audio.load_audio(path, 16_000)
+        str(caught.value).encode()  # can be printed
+    for duration in (math.inf, math.nan, 0, -1):
+        with pytest.raises(audio.AudioError, match=r"a\.wav: duration"):
+            audio.load_audio(tmp_path / "a.wav", duration=duration)
+
+
+@settings(max_examples=150, deadline=5000)
+@given(st.data())
+def test_a_damaged_header_ends_in_an_error_of_sound_or_none(tmp_path_factory, data):
+    form = data.draw(st.sampled_from(["WAV", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3"]))
+    buffer = io.BytesIO()
+    sf.write(buffer, np.random.default_rng(0).uniform(-0.5, 0.5, 3000), 16_000, format=form)
+    content = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, 120))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("mutated") / "a.bin"
+    path.write_bytes(content)
+    try:
+        y, rate = audio.load_audio(path, 16_000)
+    except audio.AudioError as error:
+        assert str(path) in str(error)
+        return
+    assert y.size and np.isfinite(y).all() and rate == 16_000
+    frames, own_rate = audio.read_header(path)
+    assert audio.load_audio(path)[0].size == frames and own_rate >= 1000
 
 
 def test_unreadable_files_are_named_with_a_remedy(tmp_path):
@@ -220,12 +325,10 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
     path = audio.save_audio(tmp_path / "a.wav", [0.5], 16_000)
     before = path.read_bytes()
 
-    def full(self, content):
-        with self.open("wb") as file:
-            file.write(content[:10])
+    def full(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(store.DataError, match=r"No space left on device.*free some space"):
         audio.save_audio(path, [0.25], 16_000)
     assert path.read_bytes() == before
@@ -236,7 +339,9 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_check_audio_tells_silence_from_quiet():
-    audio.check_audio([0, LSB], "quiet")
+    audio.check_audio([0, 4 * LSB], "quiet")
+    with pytest.raises(audio.AudioError, match="quieter: is silent"):
+        audio.check_audio([0, -3 * LSB], "quieter")
     with pytest.raises(audio.AudioError, match=r"rain\.wav: is silent"):
         audio.check_audio(np.zeros(10), "rain.wav")
     assert audio.check_audio(np.zeros(10), "rain.wav", silent_ok=True).size == 10

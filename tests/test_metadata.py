@@ -1,6 +1,7 @@
 import csv
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,100 @@ def test_damaged_metadata_is_named(mixes, tmp_path, damage, message):
         metadata.read_audiocaps(root_file)
 
 
+@pytest.mark.parametrize("name", ["comments", "metadata", "../scenes", "a/b", ""])
+def test_a_set_whose_name_could_not_be_read_back_is_refused(mixes, tmp_path, name):
+    with pytest.raises(store.DataError, match="data set"):
+        metadata.write_audiocaps(mixes, tmp_path / "meta", name)
+    assert not (tmp_path / "meta").exists()
+
+
+@pytest.mark.parametrize("nothing", [np.nan, None, "", " "])
+def test_a_caption_that_is_missing_is_left_out(mixes, tmp_path, nothing):
+    mixes["caption_2"] = ["second", nothing] * 3
+    root_file = metadata.write_audiocaps(mixes, tmp_path / "meta", "scenes")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (tmp_path / "meta/scenes_train.json").read_text(encoding="utf-8")
+    first, second = json.loads(text, parse_constant=refuse)["data"]
+    assert first["caption_2"] == "second" and "caption_2" not in second and second["caption_3"]
+    assert metadata.validate(root_file).empty
+
+
+@pytest.mark.parametrize("caption", [["a", "b"], 3, None, {"en": "a dog"}, [], ""])
+def test_a_caption_that_is_no_text_is_reported(mixes, tmp_path, caption):
+    root_file = metadata.write_audiocaps(mixes, tmp_path / "meta", "scenes")
+    break_entry(caption=caption)(tmp_path / "meta")
+    assert metadata.validate(root_file).problem.tolist() == ["has an empty caption"]
+
+
+@pytest.mark.parametrize("wav", ["../outside.wav", "val/../../outside.wav", "val/.."])
+def test_metadata_names_no_file_outside_its_folder(mixes, tmp_path, wav):
+    root_file = metadata.write_audiocaps(mixes, tmp_path / "meta", "scenes")
+    (tmp_path / "outside.wav").write_bytes(Path(mixes.path[0]).read_bytes())
+    break_entry(wav=wav)(tmp_path / "meta")
+    with pytest.raises(metadata.MetadataError, match=r"must be a path rel.* inside it"):
+        metadata.read_audiocaps(root_file)
+    assert metadata.validate(root_file).problem.str.contains("inside it").any()
+    for part in ("scenes", "metadata"):
+        root = json.loads(root_file.read_text())
+        files = root["metadata"]["path"]["scenes"]
+        if part == "scenes":
+            root["scenes"] = "../elsewhere"
+        else:
+            files["val"] = "../meta/scenes_val.json"
+        (tmp_path / "meta/odd.json").write_text(json.dumps(root))
+        with pytest.raises(metadata.MetadataError, match=r"odd\.json: .*leaves its folder"):
+            metadata.read_audiocaps(tmp_path / "meta/odd.json")
+
+
+def test_clips_that_are_links_keep_their_names(mixes, tmp_path):
+    for number, path in enumerate(map(Path, mixes.path)):
+        key = tmp_path / "annex" / f"KEY-{number}"
+        key.parent.mkdir(exist_ok=True)
+        path.rename(key)
+        path.symlink_to(key)
+    root_file = metadata.write_audiocaps(mixes, tmp_path / "meta", "scenes")
+    entries = json.loads((tmp_path / "meta/scenes_val.json").read_text())["data"]
+    assert [entry["wav"] for entry in entries] == ["val/val-00002.wav", "val/val-00003.wav"]
+    assert metadata.validate(root_file).empty
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("path", "caption"), ("audio", "caption"), ("file_name", "text"), ("filename", "caption_1")],
+)
+def test_other_peoples_tables_of_captions_are_understood(mixes, tmp_path, names):
+    files = [str(Path(path).relative_to(tmp_path)) for path in mixes.path]
+    table = pd.DataFrame({names[0]: files, names[1]: mixes.caption, "caption_2": ["b", ""] * 3})
+    clips = metadata.read_clips(store.write_table(table, tmp_path / "captions.csv"))
+    assert clips.path.tolist() == mixes.path.tolist()
+    assert clips.caption.tolist() == mixes.caption.tolist()
+    assert set(clips.split) >= {"train", "val"}
+
+
+@pytest.mark.parametrize("name", ["../outside.wav", "mixes/../../outside.wav", ""])
+def test_a_table_of_captions_names_no_file_outside(tmp_path, name):
+    table = pd.DataFrame({"path": ["a.wav", name], "caption": "a dog"})
+    with pytest.raises(store.DataError, match=r"captions\.csv, row 2: path"):
+        metadata.read_clips(store.write_table(table, tmp_path / "captions.csv"))
+
+
+def test_one_file_in_two_spellings_is_a_leak(mixes, tmp_path):
+    (tmp_path / "linked").symlink_to(tmp_path / "mixes")
+    file = Path(mixes.path[0])
+    for other in (
+        f"{file.parent}/./{file.name}",
+        f"{file.parent}/../train/{file.name}",
+        f"{tmp_path}/linked/train/{file.name}",
+        os.path.relpath(file),
+    ):
+        table = mixes.assign(foreground=[str(file), *mixes.foreground[1:5], other])
+        with pytest.raises(metadata.LeakError, match=r"train and test share 1 recordings"):
+            metadata.check_leaks(table)
+
+
 def test_what_cannot_be_written_is_said(mixes, tmp_path):
     with pytest.raises(metadata.MetadataError, match=r"1 of 6 mixes have no file.*render"):
         metadata.write_audiocaps(mixes.replace(mixes.path[0], "gone.wav"), tmp_path, "scenes")
@@ -218,58 +313,12 @@ def test_leak_through_a_further_event_is_found(mixes):
         metadata.check_leaks(mixes)
 
 
-def test_cities_are_compared_where_asked(mixes):
-    table = mixes.assign(background_source=[f"{c}-{i}" for i, c in enumerate("aabbcc")])
-    metadata.check_leaks(table, cities=True)
-    table.loc[5, "background_source"] = "a-9"
-    metadata.check_leaks(table)
-    with pytest.raises(metadata.LeakError, match=r"train and test share 1 cities \(a\)"):
-        metadata.check_leaks(table, cities=True)
-
-
 def test_validation_that_is_the_test_set_is_called_that(mixes):
     val, test = mixes[mixes.split == "val"], mixes[mixes.split == "test"]
     same = pd.concat([mixes[mixes.split == "train"], test, test.assign(split="val")])
     with pytest.raises(metadata.LeakError, match="test and val are the same mixes"):
         metadata.check_leaks(same)
     metadata.check_leaks(pd.concat([val, test]))
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.data())
-def test_the_same_sound_under_another_name_is_found(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("twins")
-    splits = ["train", "train", "val", "val", "test", "test"]
-    rng = np.random.default_rng(0)
-    columns = ["foreground", "background"]
-    table = pd.DataFrame(
-        {
-            c: [
-                str(audio.save_audio(folder / f"{c}{i}.wav", rng.uniform(-0.5, 0.5, 200), 8000))
-                for i in range(6)
-            ]
-            for c in columns
-        }
-    ).assign(split=splits, path=[f"{i}.wav" for i in range(6)])
-    table["source_id"] = table.index.astype(str)
-    table["background_source"] = "city-" + table.index.astype(str)
-    metadata.check_leaks(table, contents=True)
-    victim, thief = data.draw(
-        st.tuples(st.integers(0, 5), st.integers(0, 5)).filter(
-            lambda pair: splits[pair[0]] != splits[pair[1]]
-        )
-    )
-    taken, given_to = data.draw(st.tuples(st.sampled_from(columns), st.sampled_from(columns)))
-    ending = data.draw(st.sampled_from([".wav", ".flac"]))
-    y, rate = audio.load_audio(table.loc[victim, taken])
-    copy = audio.save_audio(folder / f"copy{ending}", y, rate)
-    table.loc[thief, given_to] = str(copy)
-    metadata.check_leaks(table)
-    with pytest.raises(metadata.LeakError, match="share the sound of 1 files") as caught:
-        metadata.check_leaks(table, contents=True)
-    text = str(caught.value)
-    assert table.loc[victim, taken] in text and str(copy) in text
-    assert splits[victim] in text and splits[thief] in text
 
 
 # --- the other formats ----------------------------------------------------------------------------
@@ -298,10 +347,10 @@ def rendered(clips, tmp_path):
 
 
 def test_everything_written_at_once_is_valid(rendered, tmp_path):
-    metadata.check_leaks(rendered, contents=True)
+    metadata.check_leaks(rendered)
     root = metadata.write_metadata(rendered, tmp_path / "meta", "scenes")
     assert metadata.validate(root, sample_rate=8000, duration_s=2.0).empty
-    assert metadata.validate(root, sample_rate=8000, duration_s=2.0, full=False).empty
+    assert metadata.validate(root, sample_rate=8000, duration_s=2.0).empty
     assert len(list((tmp_path / "meta/jams").rglob("*.jams"))) == 6
     assert not list(tmp_path.rglob("*.part"))
     before = {p: p.read_bytes() for p in (tmp_path / "meta").rglob("*") if p.is_file()}
@@ -362,7 +411,7 @@ def test_several_events_reach_every_format(clips, tmp_path):
     options = {"seed": 2, "test_fold": 3, "duration_s": 2.0, "events": 2, "repeat": 2}
     mixes, events = mixing.plan_scenes(clips[:6], clips[6:], n=6, **options)
     mixes = mixing.render_mixes(mixes, tmp_path / "mixes", 8000, workers=1, events=events)
-    metadata.check_leaks(mixes, events, contents=True)
+    metadata.check_leaks(mixes, events)
     files = jams_of(mixes, tmp_path / "meta", events)
     root = tmp_path / "meta" / metadata.ROOT_FILE
     assert metadata.validate(root).empty
@@ -442,8 +491,6 @@ def test_every_damage_is_found_in_its_file(tmp_path, message):
     assert found.problem.str.contains(message, regex=False).any()
     assert "val" in found.split.tolist()
     assert message == "is named more than once" or set(found.split) == {"val"}
-    header = metadata.validate(root, sample_rate=16000, duration_s=0.1, full=False)
-    assert header.empty == (message in ("is silent", "NaN or infinite"))
 
 
 @pytest.mark.parametrize(

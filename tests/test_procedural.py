@@ -312,7 +312,3 @@ def test_scenes_are_laid_out_as_tau(tmp_path):
     assert (parts[1] + "-" + parts[2] == table.identifier).all()
     folds = table.identifier.map(lambda place: procedural.CITIES.index(place.split("-")[0]) % 5 + 1)
     assert folds.groupby(table.scene_label).nunique().eq(5).all()
-    train = pd.read_csv(root / "evaluation_setup/fold1_train.csv", sep="\t")
-    test = pd.read_csv(root / "evaluation_setup/fold1_evaluate.csv", sep="\t")
-    assert sorted([*train.filename, *test.filename]) == sorted(table.filename)
-    assert set(test.filename) == set(table.filename[folds == 5])

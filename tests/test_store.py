@@ -1,5 +1,8 @@
 import json
+import math
+import ntpath
 import os
+import posixpath
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +59,97 @@ def test_a_file_that_is_not_a_table_is_named(tmp_path):
         store.read_table(tmp_path / "odd.csv")
 
 
+def test_a_foreign_table_can_be_read_as_text(tmp_path):
+    names = ["001", "1e5", "None"]
+    path = store.write_table(pd.DataFrame({"class": names, "label": names}), tmp_path / "t.csv")
+    assert store.read_table(path, as_text=True).to_numpy().tolist() == [[name] * 2 for name in names]
+
+
+PLAIN = ["a", "a b", "Straße 7.wav", "1-100032-A-0", "x" * 200, "a..b", "-"]
+UNPLAIN = [
+    "",
+    " ",
+    "..",
+    ".",
+    ".hidden",
+    "a/b",
+    "/a",
+    "../a",
+    "a\\b",
+    "a\0",
+    "x" * 201,
+    None,
+    3,
+    math.nan,
+]
+OUTSIDE = ["", "../a", "a/../../b", "/etc/a", "~/a", "C:/a", "c:a", "..\\a", "a/..", "a\0b", None, 3.0]
+
+
+def test_names_and_paths_stay_inside():
+    for kind, good, bad in (
+        ("a name", PLAIN, UNPLAIN),
+        ("a path inside", [*PLAIN, "a/b.wav", "a/.b", "a\\b", ".a/b", "a/..b"], OUTSIDE),
+    ):
+        store.check_rows(pd.DataFrame({"it": good}), "t.csv", it=kind)
+        for value in bad:
+            with pytest.raises(store.DataError, match=r"t\.csv, row 2: it "):
+                store.check_rows(pd.DataFrame({"it": ["a", value]}), "t.csv", it=kind)
+
+
+@given(st.lists(st.sampled_from([*"ab./\\~: ", ".."]), max_size=9).map("".join))
+def test_no_relative_path_that_passes_leaves_its_folder(text):
+    try:
+        store.check_rows(pd.DataFrame({"it": [text]}), "t.csv", it="a path inside")
+    except store.DataError:
+        return
+    for here in (posixpath, *[ntpath] * (":" not in text)):
+        assert here.normpath(here.join("base", text)).split(here.sep)[0] == "base"
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, None, "1", [1], -0.5, 0.5])
+def test_numbers_are_finite_and_in_range(odd):
+    good = {
+        "a number": [-1.5, 0, 2],
+        "not negative": [0, 0.5],
+        "positive": [1e-300, 3],
+        "whole": [0, 7.0],
+    }
+    fitting = {"a number": (-0.5, 0.5), "not negative": (0.5,), "positive": (0.5,), "whole": ()}
+    for kind, values in good.items():
+        store.check_rows(pd.DataFrame({"it": values}), "t.csv", it=kind)
+        table = pd.DataFrame({"it": [1, odd]}, dtype=object)
+        if odd in fitting[kind]:
+            store.check_rows(table, "t.csv", it=kind)
+        else:
+            with pytest.raises(store.DataError, match=r"t\.csv, row 2: it "):
+                store.check_rows(table, "t.csv", it=kind)
+
+
 # --- files ---------------------------------------------------------------------------------------
+
+
+def test_a_file_is_known_by_its_content(tmp_path):
+    path = store.write_atomic(tmp_path / "a.wav", b"1234")
+    stamp = json.loads(json.dumps(store.file_stamp(path)))
+    assert store.is_unchanged(path, stamp) and stamp == store.file_stamp(path, b"1234")
+    copy = store.write_atomic(tmp_path / "b.wav", b"1234")
+    os.utime(copy, (0, 0))
+    assert store.is_unchanged(copy, stamp)
+    for content in (b"", b"123", b"1235", b"12345"):
+        store.write_atomic(path, content)
+        os.utime(path, (1, 1))
+        assert not store.is_unchanged(path, stamp)
+    assert not store.is_unchanged(tmp_path / "gone", stamp)
+    assert not store.is_unchanged(copy, None) and not store.is_unchanged(copy, [4])
+
+
+@pytest.mark.parametrize("line", ["5", "{}", "[]", '["a", 5]', '["a"]', "\xff", '["a", {}'])
+def test_odd_lines_of_records_are_passed_over(tmp_path, line):
+    records = store.Records(tmp_path, "made")
+    records.add("whole", {"n": 1})
+    (file,) = (tmp_path / ".records").iterdir()
+    file.write_bytes(line.encode("latin-1") + b"\n" + file.read_bytes() + b'["torn", {"n"')
+    assert store.Records(tmp_path, "made").entries == {"whole": {"n": 1}}
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
