@@ -11,9 +11,8 @@ import itertools
 import math
 import os
 import warnings
-from collections import defaultdict
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,17 +24,13 @@ from soundscapes_utils import audio, captions, store
 from soundscapes_utils.datasets import assign_splits
 
 # A mix is a clip, and its recipe; the captions follow.
-MIX_COLUMNS = [
-    *("clip_id", "path", "label", "fold", "source_id", "dataset", "duration_s", "sample_rate"),
-    *("split", "foreground", "background", "scene", "background_source", "onset_s", "repeats"),
-    *("fade_s", "active_start_s", "active_end_s", "clip_s", "foreground_gain_db"),
-    *("background_gain_db", "snr_db", "level_measure", "peak_scale", "seed", "n_events"),
-]
-EVENT_COLUMNS = [
-    *("clip_id", "event", "label", "source_id", "foreground", "onset_s", "repeats", "fade_s"),
-    *("active_start_s", "active_end_s", "clip_s", "gain_db", "snr_db"),
-]
-ENGINES = ("numpy", "pydub")
+_MIX = """clip_id path label fold source_id dataset duration_s sample_rate split foreground background
+    scene background_source onset_s repeats fade_s active_start_s active_end_s clip_s foreground_gain_db
+    background_gain_db snr_db level_measure peak_scale seed n_events"""
+_EVENT = """clip_id event label source_id foreground onset_s repeats fade_s active_start_s active_end_s
+    clip_s gain_db snr_db"""
+MIX_COLUMNS, EVENT_COLUMNS = _MIX.split(), _EVENT.split()
+ENGINES = ("numpy", "pydub", "pydub-saturate")
 MEASURES = ("rms", "lufs")
 # What Gaurav et al. (DCASE 2024 Task 7) report, and what their public code does instead:
 # ``foreground * 2 + 3`` on a pydub segment *plays the clip twice* and adds 3 dB.
@@ -51,6 +46,7 @@ CACHE_BYTES = 240 * 2**20
 _STEPS = np.float32(32768)
 _FRAME_S = 0.02
 _ACTIVE_DB = 30.0
+_LOUD_DB = 40.0  # 16 bit lies 96 dB above its rounding noise, and recordings seldom fill it
 # Recipes pass through CSV, whose readers are exact to about 15 digits only.
 _DECIMALS = 4
 _MIXES_PER_WORKER = 500  # a new process takes about as long as these
@@ -95,8 +91,9 @@ def mix_signals(
     `foreground` is an array (±1 is full scale), an `Event` or a list of them; an event is cut where the
     mix ends. The background is repeated or cut to `duration_s`, by default its own. What would pass
     full scale is scaled down as a whole, never clipped. Engine "pydub" overlays 16-bit segments, as
-    Gaurav et al. did; at 0 dB both agree to one step. Stems sum to the mix without any rest: the
-    background is rounded, the foreground is what is missing to the mix.
+    Gaurav et al. did; at 0 dB both agree to one step; "pydub-saturate" clips where theirs does, byte for
+    byte. Stems sum to the mix without any rest: the background is rounded, the foreground is what is
+    missing to the mix.
 
     >>> mix = mix_signals(Event(np.full(2, 0.5), onset_s=0.001), np.full(4, 0.25), 1000, stems=True)
     >>> mix.audio.tolist(), mix.peak_scale
@@ -124,9 +121,9 @@ def _as_mix(parts, scale):
 def _mixed(events, bg, n, rate, bg_gain_db, engine, stems):
     """Return mix, foreground and background in whole steps (the last two None without stems)."""
     # signals come in steps too: a factor of 2^15 changes no bit of a float's mantissa
-    _check_choice("engine", engine, ENGINES)
+    _check_engine(engine, stems)
     placed = [(*_placed(event, n, rate), event.gain_db) for event in events]
-    mix = _mix_pydub if engine == "pydub" else _mix_numpy
+    mix = _mix_numpy if engine == "numpy" else partial(_mix_pydub, saturate=engine != "pydub")
     y, background, scale = mix(placed, audio.fix_length(bg, n), rate, bg_gain_db, stems)
     np.rint(y, out=y)
     if not stems:
@@ -137,16 +134,16 @@ def _mixed(events, bg, n, rate, bg_gain_db, engine, stems):
 
 def _placed(event, n, rate):
     """Return the onset in ms and in samples, and the event's samples, cut at the mix's end."""
-    onset_ms = round(event.onset_s * 1000)
+    onset_ms = round(event.onset_s * 1000) if 0 <= event.onset_s <= n / rate else math.inf
     # pydub places segments by whole milliseconds, cut down to samples; numpy does likewise
-    start = int(onset_ms * (rate / 1000))
-    if not 0 <= start < n or event.fade_s < 0 or event.repeats < 1:
+    start = int(min(n, onset_ms * (rate / 1000)))
+    if start >= n or not 0 <= event.fade_s < math.inf or event.repeats < 1 or event.repeats % 1:
         when = f"{event.onset_s} s, fade {event.fade_s} s, {event.repeats} repeats"
         raise audio.AudioError(f"an event at {when}: not in a mix of {n / rate} s")
     clip, room = event.signal, n - start
     if event.repeats == 1 and not event.fade_s:
         return onset_ms, start, clip[:room]
-    y = np.resize(clip, min(room, event.repeats * clip.size))
+    y = np.resize(clip, min(room, int(event.repeats) * clip.size))
     for begin in range(0, y.size, clip.size):
         piece = y[begin : begin + clip.size]
         ramp = min(round(event.fade_s * rate), piece.size // 2)
@@ -165,14 +162,15 @@ def _mix_numpy(placed, bg, rate, bg_gain_db, stems):
     scale = _peak_scale(_peak(y))
     if stems:
         parts = max(_peak(background), _peak(y - background))
-        scale = min(scale, _peak_scale(parts, _stem_limit(placed)))
+        # a difference of two rounded parts can add a step for each rounding
+        scale = min(scale, _peak_scale(parts, 32766 - len(placed)))
     if scale != 1:
         y *= np.float32(scale)
         background = background * np.float32(scale) if stems else None
     return y, background, scale
 
 
-def _mix_pydub(placed, bg, rate, bg_gain_db, stems):
+def _mix_pydub(placed, bg, rate, bg_gain_db, stems, saturate):
     with warnings.catch_warnings():
         # pydub warns on import where ffmpeg is missing, which raw samples do not need
         warnings.simplefilter("ignore")
@@ -194,23 +192,19 @@ def _mix_pydub(placed, bg, rate, bg_gain_db, stems):
         part = signal * _factor(gain_db)
         total[start : start + part.size] += part
         peak = max(peak, _peak(part), _peak(total))
-    scale = _peak_scale(peak)
+    scale = 1.0 if saturate else _peak_scale(peak)
     if stems:
-        scale = min(scale, _peak_scale(_peak(total - background), _stem_limit(placed)))
-    more = 0 if scale == 1 else _db(scale)
+        scale = min(scale, _peak_scale(_peak(total - background), 32766 - len(placed)))
     # pydub rounds lengths to milliseconds; the padding takes that, and is cut off again
-    scene = mixed = segment(np.pad(bg, (0, math.ceil(0.01 * rate))), bg_gain_db + more)
+    scene = mixed = segment(np.pad(bg, (0, math.ceil(0.01 * rate))), bg_gain_db + _db(scale))
     for onset_ms, _, signal, gain_db in placed:
-        mixed = mixed.overlay(segment(signal, gain_db + more), position=onset_ms)
+        mixed = mixed.overlay(segment(signal, gain_db + _db(scale)), position=onset_ms)
     return samples(mixed), samples(scene) if stems else None, scale
 
 
-def _stem_limit(placed):
-    # the foreground is a difference of two rounded parts, which can add a step for each rounding
-    return 32766 - len(placed)
-
-
 def _factor(gain_db):
+    if not abs(gain_db) <= 200:
+        raise audio.AudioError(f"a gain of {gain_db} dB: give a number from -200 to 200")
     return np.float32(10 ** (gain_db / 20))
 
 
@@ -229,20 +223,22 @@ def _db(x):
 # --- levels -----------------------------------------------------------------------------------
 
 
-def active_level(y, sample_rate):
-    """Measure the RMS of a signal where it sounds in dB, and from when to when (s) that is.
+def active_level(y, sample_rate, measure="rms"):
+    """Measure the level of a signal where it sounds in dB, and from when to when (s) that is.
 
-    A frame of 20 ms is active if it is within 30 dB of the loudest one: the silence that clips
-    are padded with must not make a short event seem soft.
+    A frame of 20 ms is active if it is within 30 dB of the loudest one: the silence that clips are
+    padded with must not make a short event seem soft. `measure` weights what the active ones hold.
     """
-    y = audio.check_audio(y, "signal").astype(np.float64)
+    y = audio.check_audio(y, "signal")
     frame = max(1, round(_FRAME_S * sample_rate))
     starts = np.arange(0, y.size, frame)
-    power = np.add.reduceat(y**2, starts) / np.diff(np.append(starts, y.size))
-    active = power >= power.max() * 10 ** (-_ACTIVE_DB / 10)
+    lengths = np.diff(np.append(starts, y.size))
+    squares = {name: _weighted(y, sample_rate, name) ** 2 for name in {"rms", measure}}
+    power = {name: np.add.reduceat(square, starts) / lengths for name, square in squares.items()}
+    active = power["rms"] >= power["rms"].max() * 10 ** (-_ACTIVE_DB / 10)
     first, last = np.flatnonzero(active)[[0, -1]].tolist()
-    end = min((last + 1) * frame, y.size)
-    return _db(math.sqrt(power[active].mean())), first * frame / sample_rate, end / sample_rate
+    level = _db(math.sqrt(power[measure][active].mean()))
+    return level, first * frame / sample_rate, min((last + 1) * frame, y.size) / sample_rate
 
 
 def snr_gain_db(foreground, background, sample_rate, snr_db, measure="rms"):
@@ -255,27 +251,28 @@ def snr_gain_db(foreground, background, sample_rate, snr_db, measure="rms"):
     -14.0
     """
     _check_choice("measure", measure, MEASURES)
-    level, _, _ = _event_level(foreground, sample_rate, measure, "foreground")
-    background = audio.check_audio(background, "background")
-    return snr_db - (level - _level(background, sample_rate, measure, "background"))
+    level, _, _ = active_level(audio.check_audio(foreground, "foreground"), sample_rate, measure)
+    return snr_db - (level - _level(audio.check_audio(background, "background"), sample_rate, measure))
 
 
-def _event_level(y, rate, measure, name):
-    """Return an event's level where it sounds, and begin and end of that in seconds."""
-    y = audio.check_audio(y, name)
-    level, start, end = active_level(y, rate)
-    if measure == "lufs":
-        level = _level(y[round(start * rate) : round(end * rate)], rate, measure, name)
-    return level, start, end
+def _level(y, rate, measure):
+    return _db(math.sqrt(np.mean(_weighted(y, rate, measure) ** 2)))
 
 
-def _level(y, rate, measure, name):
+def _weighted(y, rate, measure):
+    """Weight a signal as ears do (measure "lufs"); the constant of LUFS falls out of every ratio."""
+    y = y.astype(np.float64)
     if measure == "rms":
-        return _db(math.sqrt(np.mean(y.astype(np.float64) ** 2)))
-    level = audio.loudness(y, rate)
-    if level == -math.inf:
-        raise audio.AudioError(f"{name}: stays below the gate of -70 LUFS; leave it out, or use rms")
-    return level
+        return y
+    from pyloudnorm import IIRfilter
+
+    # the two stages of pyloudnorm's own meter
+    shelf = IIRfilter(4.0, 1 / math.sqrt(2), 1500.0, rate, "high_shelf")
+    return IIRfilter(0.0, 0.5, 38.0, rate, "high_pass").apply_filter(shelf.apply_filter(y))
+
+
+def _check_engine(engine, stems):  # what saturates is no sum of stems
+    _check_choice("engine of stems" if stems else "engine", engine, ENGINES[: 2 if stems else 3])
 
 
 def _check_choice(name, value, choices):
@@ -296,8 +293,8 @@ class MixOptions:
     - ``test_fold`` tests, the next one validates. Backgrounds with fewer folds count round.
     - ``mode``: "snr" sets the foreground's gain to a ratio ``snr_db`` (range) of the foreground (where
       it sounds) to the background; "lambda" takes factors and gains, and records the ratio.
-    - ``snr_measure``: "rms" over the foreground's active frames, or "lufs", the integrated loudness of
-      ITU-R BS.1770-4 from the first to the last of them.
+    - ``snr_measure``: "rms", or "lufs" with the K-weighting of ITU-R BS.1770-4. They differ by it alone:
+      both take the foreground's active frames and the background's whole length, without a gate.
     - ``foreground_lambda, background_lambda``: ranges above 0, of mode "lambda"; 1 and 1 is the equation
       of Gaurav et al. On top of them ``foreground_gain_db, background_gain_db`` (ranges); in mode
       "snr" only that of the background, which moves the whole mix.
@@ -328,8 +325,9 @@ class MixOptions:
     def __post_init__(self):
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
-        if not self.duration_s > 0:
-            raise store.DataError(f"duration_s {self.duration_s}: give seconds above 0")
+        kinds = {"duration_s": "positive", "test_fold": "whole", "n_captions": "whole"}
+        kinds |= {} if self.sample_rate is None else {"sample_rate": "positive"}
+        store.check_rows(pd.DataFrame([vars(self)]), "options", **kinds)
         for name in filter(None, _DRAWN):
             value = getattr(self, name)
             low, high = (0, 0) if (name, value) == ("onset", "uniform") else _span(name, value)
@@ -357,7 +355,7 @@ def _options(given):
         _check_choice("option", name, [field.name for field in fields(MixOptions)])
     options = MixOptions(**given)
     for name in set(_IDLE[options.mode]) & given.keys():
-        other = {"snr": "lambda", "lambda": "snr"}[options.mode]
+        other = "lambda" if options.mode == "snr" else "snr"
         raise store.DataError(f"{name} has no effect in mode {options.mode!r}: use mode {other!r}")
     return options
 
@@ -368,11 +366,9 @@ def _span(name, value):
         values = np.array(value, dtype=float, ndmin=1)
     except (TypeError, ValueError):
         values = np.empty(0)
-    low, high = values[[0, -1]] if values.size == 2 else (0, 0)
-    fits = low <= high and values.size == 2 if isinstance(value, tuple) else values.size > 0
-    if not fits or values.ndim != 1 or not np.isfinite(values).all():
-        wanted = "give a number, (low, high), or a list to choose from"
-        raise store.DataError(f"{name} {value!r}: {wanted}")
+    fits = values.ndim == 1 and values.size > 0 and np.isfinite(values).all()
+    if not fits or (isinstance(value, tuple) and (values.size != 2 or values[0] > values[1])):
+        raise store.DataError(f"{name} {value!r}: give a number, (low, high), or a list to choose from")
     if name in _WHOLE and (values % 1).any():
         raise store.DataError(f"{name} {value!r}: give whole numbers")
     return values.min(), values.max()
@@ -384,12 +380,9 @@ def _draw(options, mix_seed, event):
     drawn = {}
     for name, share in zip(_DRAWN, u, strict=True):
         value = getattr(options, name, 0)
-        if value == "uniform":
-            value = (0.0, 1.0)
-        if isinstance(value, tuple):
-            low, high = value
-            whole = name in _WHOLE
-            value = low + (int((high - low + 1) * share) if whole else (high - low) * share)
+        if isinstance(value, tuple) or value == "uniform":
+            low, high = (0.0, 1.0) if value == "uniform" else value
+            value = low + (int((high - low + 1) * share) if name in _WHOLE else (high - low) * share)
         elif isinstance(value, list):
             value = value[int(share * len(value))]
         drawn[name] = float(value)
@@ -405,6 +398,7 @@ def plan_mixes(foregrounds, backgrounds, n, seed=0, **options):
     Every split takes its foregrounds and its backgrounds from its own folds. Within a split every
     label and every scene occurs equally often, give or take one, in every combination; so does
     every clip of a label. A larger `n` only adds mixes: those of a smaller one stay as they were.
+    Clips that are unreadable, or silent for as long as a mix lasts, are left out with a warning.
 
     Parameters
     ----------
@@ -450,36 +444,60 @@ def plan_scenes(foregrounds, backgrounds, n, seed=0, **options):
     (:data:`EVENT_COLUMNS`), the first (``event`` 0) included; whatever takes such mixes takes it, too.
     """
     options = _options(options)
-    fold, folds = options.test_fold, sorted(backgrounds["fold"].unique())
+    store.check_rows(pd.DataFrame([{"n": n, "seed": seed}]), "plan", n="whole", seed="whole")
+    fg, bg = _checked(foregrounds, "foregrounds"), _checked(backgrounds, "backgrounds")
+    n, seed, fold, folds = int(n), int(seed), options.test_fold, sorted(bg["fold"].unique())
     bg_fold = fold if fold in folds else folds[(fold - 1) % len(folds)]
-    fg = foregrounds.assign(split=assign_splits(foregrounds, fold))
-    bg = backgrounds.assign(split=assign_splits(backgrounds, bg_fold))
+    fg = fg.assign(split=assign_splits(fg, fold), loop=False)
+    bg = bg.assign(split=assign_splits(bg, bg_fold), loop=True)
     n_folds = fg["fold"].nunique()
     if n < n_folds:
         raise store.DataError(f"n of {n} mixes leaves a split empty; plan at least {n_folds}")
     held_out = max(1, round(n / n_folds))
     shares = {"train": n - 2 * held_out, "val": held_out, "test": held_out}
-    level = lru_cache(maxsize=None)(lambda path, loop: _clip_level(path, loop, options))
-    mixes, events = [], []
+    mixes, events, loud, left_out = [], [], {}, {}
+    measure = lru_cache(maxsize=None)(partial(_clip_level, options=options, left_out=left_out))
+
+    def level(clip):
+        return measure(clip.path, clip.loop)
+
     for number, (split, count) in enumerate(shares.items()):
         of_split = (table[table["split"] == split] for table in (fg, bg))
-        for index, chosen in enumerate(_choose_clips(*of_split, count, [seed, number], options)):
+        key = [seed, number]
+        for index, chosen in enumerate(_choose_clips(*of_split, count, key, options, level)):
             name = {"clip_id": f"{split}-{index:05d}", "split": split}
             placed = [name | event for event in _place(*chosen, options, level)]
             mixes.append(_mix(*chosen, placed, options))
             events += placed if len(placed) > 1 else []
+            gains = [event[gain] for event in placed for gain in ("gain_db", "background_gain_db")]
+            loud |= {name["clip_id"]: max(gains)} if max(gains) > _LOUD_DB else {}
     texts = [name for name in mixes[0] if name.startswith("caption")]
     mixes = pd.DataFrame(mixes, columns=[*MIX_COLUMNS, *texts])
+    _warn("clips that no mix can use are left out", left_out.values())
+    _warn(f"mixes amplify by more than {_LOUD_DB:.0f} dB, rounding noise with it", loud)
     return mixes, pd.DataFrame(events, columns=EVENT_COLUMNS)
 
 
-def _choose_clips(fg, bg, count, key, options):
+def _checked(clips, where):
+    """A table of clips whose names are text, or an error that names the row."""
+    names = [name for name in ("path", "label", "source_id") if name in clips]
+    clips = clips.assign(**{name: clips[name].map(str, na_action="ignore") for name in names})
+    store.check_rows(clips, where, path="text", label="text", source_id="text", fold="whole")
+    return clips
+
+
+def _warn(what, found):
+    if len(found):
+        warnings.warn(f"{len(found)} {what}: {', '.join(map(str, [*found][:3]))}", stacklevel=3)
+
+
+def _choose_clips(fg, bg, count, key, options, level):
     """Yield seed, background and foregrounds of every mix of a split."""
     most, labels = _span("events", options.events)[1], fg["label"].nunique()
     if most > labels:
         raise store.DataError(f"events up to {most:.0f}: a split has {labels} labels, each used once")
-    further = _further_clips(fg, key)
-    for index, (first, background) in enumerate(itertools.islice(_pairs(fg, bg, key), count)):
+    further = _further_clips(fg, key, level)
+    for index, (first, background) in zip(range(count), _pairs(fg, bg, key, level), strict=False):
         seed = int(np.random.SeedSequence([*key, index]).generate_state(1)[0])
         clips = [first]
         for _ in range(int(_draw(options, seed, 0)["events"]) - 1):
@@ -487,10 +505,10 @@ def _choose_clips(fg, bg, count, key, options):
         yield seed, background, clips
 
 
-def _pairs(foregrounds, backgrounds, key):
+def _pairs(foregrounds, backgrounds, key, level):
     """Yield (foreground, background) rows without end, balanced over labels × scenes."""
     rng = np.random.default_rng(key)
-    by_label, by_scene = _endless_clips(foregrounds, rng), _endless_clips(backgrounds, rng)
+    by_label, by_scene = (_endless_clips(clips, rng, level) for clips in (foregrounds, backgrounds))
     labels, scenes = rng.permutation(list(by_label)), rng.permutation(list(by_scene))
     # stepping through both at once meets every combination only if they share no factor; moving
     # on by one scene after each common period meets the rest
@@ -500,10 +518,10 @@ def _pairs(foregrounds, backgrounds, key):
         yield next(by_label[label]), next(by_scene[scene])
 
 
-def _further_clips(foregrounds, key):
+def _further_clips(foregrounds, key, level):
     """Return a function that draws a clip of a label not yet used, of that longest not drawn."""
     rng = np.random.default_rng([*key, 0, 1])
-    by_label = _endless_clips(foregrounds, rng)
+    by_label = _endless_clips(foregrounds, rng, level)
     waiting = rng.permutation(list(by_label)).tolist()
 
     def draw(used):
@@ -515,36 +533,43 @@ def _further_clips(foregrounds, key):
     return draw
 
 
-def _endless_clips(clips, rng):
-    """Label → its clips without end, each as often as the others."""
+def _endless_clips(clips, rng, level):
+    """Label → its clips without end, each that has a level as often as the others."""
 
-    def forever(rows, own):
+    def forever(label, rows, own):
         while True:
-            yield from (rows[i] for i in own.permutation(len(rows)))
+            order = [rows[i] for i in own.permutation(len(rows))]
+            if not any(map(level, order)):
+                where = f"{rows[0].split} clips of label {label!r}"
+                raise audio.AudioError(f"all {where} are silent or unreadable, such as {rows[0].path}")
+            yield from filter(level, order)
 
     return {
-        label: forever(list(rows.itertuples(index=False)), np.random.default_rng(own))
+        label: forever(label, list(rows.itertuples(index=False)), np.random.default_rng(own))
         for label, rows in clips.groupby("label")
         for own in [rng.integers(2**63)]
     }
 
 
-def _clip_level(path, loop, options):
-    """Level, active begin and end, and length in seconds, of what a mix can use of a clip."""
+def _clip_level(path, loop, options, left_out):
+    """Level, active begin and end, and length in seconds, of what a mix can use of a clip; or None."""
     seconds, measure = options.duration_s, options.snr_measure
-    y, rate = audio.load_audio(path, options.sample_rate, seconds)
+    try:
+        y, rate = audio.load_audio(path, options.sample_rate, seconds, silent_ok=False)
+    except audio.AudioError as error:
+        left_out[path] = error
+        return None
     if not loop:
-        return (*_event_level(y, rate, measure, path), y.size / rate)
-    y = audio.fix_length(audio.check_audio(y, path), round(seconds * rate))
-    return _level(y, rate, measure, path), 0.0, seconds, seconds
+        return (*active_level(y, rate, measure), y.size / rate)
+    return _level(audio.fix_length(y, round(seconds * rate)), rate, measure), 0.0, seconds, seconds
 
 
 def _place(seed, background, clips, options, level):
     """Yield when and how loud each event of a mix sounds, as columns of the table of events."""
-    bg_level, *_ = level(background.path, True)
+    bg_level, *_ = level(background)
     for number, clip in enumerate(clips):
         drawn = _draw(options, seed, number)
-        fg_level, start, end, length = level(clip.path, False)
+        fg_level, start, end, length = level(clip)
         if number == 0:  # what belongs to the background is drawn once per mix
             bg_gain = drawn["background_gain_db"]
             bg_gain += 0 if options.mode == "snr" else _db(drawn["background_lambda"])
@@ -586,12 +611,12 @@ def events_of(mixes, events=None):
 
     The first event of each mix is taken from `mixes`; events that are not listed are missed.
     """
-    further = defaultdict(list)
+    further = {}
     for row in [] if events is None else events[events["event"] > 0].to_dict("records"):
-        further[row["clip_id"]].append(row)
+        further.setdefault(row["clip_id"], []).append(row)
     first = mixes.rename(columns={"foreground_gain_db": "gain_db"}).assign(event=0)
     known = first[[name for name in (*EVENT_COLUMNS, "n_events") if name in first]]
-    found = [[row, *further[row.get("clip_id")]] for row in known.to_dict("records")]
+    found = [[row, *further.get(row.get("clip_id"), [])] for row in known.to_dict("records")]
     for row, *more in found:
         if row.get("n_events", 1 + len(more)) != 1 + len(more):
             which = f"mix {row['clip_id']}: {1 + len(more)} of {row['n_events']} events are listed"
@@ -613,8 +638,7 @@ def occurrences(mixes, events=None):
             onset = round(begin + event["active_start_s"], _DECIMALS)
             offset = round(min(begin + event["active_end_s"], seconds), _DECIMALS)
             if onset < seconds:
-                when = {"repetition": repetition, "onset_s": onset, "offset_s": offset}
-                rows.append(event | when)
+                rows.append(event | {"repetition": repetition, "onset_s": onset, "offset_s": offset})
     return pd.DataFrame(rows, columns=[*EVENT_COLUMNS, "repetition", "offset_s"])
 
 
@@ -650,33 +674,31 @@ def render_mixes(
     pandas.DataFrame `mixes` (of a shard: its rows) with ``path``, ``sample_rate`` and ``peak_scale``
         filled in, which is below 1 where the mix would have clipped and was scaled down.
     """
-    if sample_rate < 1 or (workers is not None and workers < 1):
+    if not 1 <= sample_rate < math.inf or (workers is not None and workers < 1):
         raise store.DataError(f"sample_rate {sample_rate} and workers {workers} must be at least 1")
-    _check_table(mixes)
+    _check_table(mixes, events)
     share = store.shard(sorted(mixes["foreground"].unique()), shard)
     mixes = mixes[mixes["foreground"].isin(share)]
-    jobs = _jobs(mixes, events, out_dir, sample_rate, engine, stems)
-    records = store.Records(out_dir, "mixes")
-    made, pending = records.entries, []
-    for job in jobs:
-        known = made.get(job.clip_id, {}).get("recipe") == job.key
-        if not known or not all(map(os.path.isfile, job.files)):
-            pending.append(job)
-    _render_all(pending, workers, records)
-    made = store.Records(out_dir, "mixes").entries
+    records, known = (store.Records(out_dir, name) for name in ("mixes", "sources"))
+    jobs = _jobs(mixes, events, out_dir, sample_rate, engine, stems, known)
+    pending = [job for job in jobs if not _is_made(job, records.entries)]
+    made = records.entries | _render_all(pending, workers, records)
     scales = [made[job.clip_id]["peak_scale"] for job in jobs]
-    paths = [job.path for job in jobs]
-    return mixes.assign(path=paths, sample_rate=int(sample_rate), peak_scale=scales)
+    return mixes.assign(path=[job.path for job in jobs], sample_rate=int(sample_rate), peak_scale=scales)
 
 
-_NEEDED = ["clip_id", "path", "split", "foreground", "background", "duration_s", "onset_s"]
-_NEEDED += ["foreground_gain_db", "background_gain_db"]
+_EACH = {"clip_id": "a name", "foreground": "text", "onset_s": "not negative"}
+_MIX_VALUES = _EACH | {"split": "a name", "path": "text", "background": "text", "duration_s": "positive"}
+_MIX_VALUES |= {"foreground_gain_db": "a number", "background_gain_db": "a number"}
+_EVENT_VALUES = _EACH | {"event": "whole", "gain_db": "a number"}
+# a table by hand may lack them
+_MORE_VALUES = ({"fade_s": "not negative", "repeats": "whole"}, {"repeats": "positive"})
 
 
-def _check_table(mixes):
-    missing = [name for name in _NEEDED if name not in mixes]
-    if missing:
-        raise store.DataError(f"not a table of mixes: it lacks {', '.join(missing)}")
+def _check_table(mixes, events):
+    for table, where, values in [(mixes, "mixes", _MIX_VALUES), (events, "events", _EVENT_VALUES)]:
+        for kinds in (values, *_MORE_VALUES) if table is not None else ():
+            store.check_rows(table, where, **{n: kinds[n] for n in kinds if n in table or n in values})
     twice = mixes["clip_id"][mixes["clip_id"].duplicated()]
     if len(twice):
         raise store.DataError(f"clip_id {twice.iloc[0]} occurs twice; give every mix its own")
@@ -688,6 +710,7 @@ class _Job(NamedTuple):
     clip_id: str
     path: str
     recipe: dict  # all that the file comes from
+    key: str
 
     @property
     def files(self):
@@ -695,39 +718,47 @@ class _Job(NamedTuple):
         parts = ("", "_foreground", "_background") if self.recipe["stems"] else ("",)
         return [f"{stem}{part}{dot}{suffix}" for part in parts]
 
-    @property
-    def key(self):
-        return store.content_key(self.path[-4:], self.recipe)
 
-
-def _jobs(mixes, events, out_dir, sample_rate, engine, stems):
+def _jobs(mixes, events, out_dir, sample_rate, engine, stems, known=None):
     """Turn a table of recipes into what workers need."""
-    _check_choice("engine", engine, ENGINES)
-    stamp, exact = lru_cache(maxsize=None)(_stamp), mixes.round(_DECIMALS)
+    _check_engine(engine, stems)
+    source = lru_cache(maxsize=None)(partial(_source, known=known))
+    exact = mixes.round(_DECIMALS)
     sounding = events_of(exact, None if events is None else events.round(_DECIMALS))
     jobs = []
-    for mix, placed in zip(exact[_NEEDED].to_dict("records"), sounding, strict=True):
-        recipe = {"background": stamp(mix["background"]), "gain_db": mix["background_gain_db"]}
+    for mix, placed in zip(exact[list(_MIX_VALUES)].to_dict("records"), sounding, strict=True):
+        recipe = {"background": source(mix["background"]), "gain_db": mix["background_gain_db"]}
         recipe |= {"rate": int(sample_rate), "samples": round(mix["duration_s"] * sample_rate)}
         recipe |= {"engine": engine, "stems": stems, "events": []}
         for event in placed:
-            # a table by hand may lack the last two
             how = event["onset_s"], event["gain_db"], event.get("fade_s", 0.0)
-            how = *how, int(event.get("repeats", 1))
-            recipe["events"].append((stamp(event["foreground"]), *how))
+            recipe["events"].append((source(event["foreground"]), *how, int(event.get("repeats", 1))))
         name = mix["clip_id"] + Path(mix["path"]).suffix
-        jobs.append(_Job(mix["clip_id"], str(Path(out_dir) / mix["split"] / name), recipe))
+        # what the sources hold counts, not where they lie
+        held = [(digest, *how) for (_, digest), *how in recipe["events"]]
+        held = recipe | {"background": recipe["background"][1], "events": held}
+        key = store.content_key(name[-4:], held) if known else ""
+        jobs.append(_Job(mix["clip_id"], f"{out_dir}/{mix['split']}/{name}", recipe, key))
     return jobs
 
 
-def _stamp(path):
+def _source(path, known):
+    """A source and what tells its content: without records of `known` ones, size and time only."""
     try:
         info = Path(path).stat()
+        stamp = f"{info.st_size} {info.st_mtime_ns} {Path(path).absolute()}"
+        digest = stamp if known is None else known.entries.get(stamp, {}).get("digest")
+        if digest is None:
+            digest = store.file_digest(path)
+            known.add(stamp, {"digest": digest})
     except OSError as error:
-        raise audio.AudioError(
-            f"{path}: this source of a mix is not there; restore it or plan the mixes again"
-        ) from error
-    return str(path), info.st_size, info.st_mtime_ns
+        raise audio.AudioError(f"{path}: this source is not there ({error}); plan again") from error
+    return path, digest
+
+
+def _is_made(job, made):
+    entry = made.get(job.clip_id, {})
+    return entry.get("recipe") == job.key and all(map(store.is_unchanged, job.files, entry["stamps"]))
 
 
 def _render_all(jobs, workers, records):
@@ -740,10 +771,12 @@ def _render_all(jobs, workers, records):
     few = 1 + len(jobs) // _MIXES_PER_WORKER
     workers = min(workers or min(os.cpu_count() or 1, few), max(1, len(chunks)))
     tasks = (joblib.delayed(_render_chunk)(chunk, room, records) for chunk in chunks)
-    run = joblib.Parallel(workers, return_as="generator_unordered", batch_size=1)
+    run, made = joblib.Parallel(workers, return_as="generator_unordered", batch_size=1), {}
     with tqdm(total=len(jobs), desc="mixes", unit="mix", disable=None, leave=False) as bar:
-        for made in run(tasks):
-            bar.update(made)
+        for entries in run(tasks):
+            made |= entries
+            bar.update(len(entries))
+    return made
 
 
 def _by_source(jobs):
@@ -753,18 +786,15 @@ def _by_source(jobs):
     names = [(job.recipe["events"][0][0], job.recipe["background"]) for job in jobs]
     kinds = [sorted(set(kind)) for kind in zip(*names, strict=True)] or [[], []]
 
-    def decoded(kept, passing):
-        return math.ceil(len(kinds[kept]) / room) * len(kinds[passing]) + len(kinds[kept])
-
-    kept, passing = min([(0, 1), (1, 0)], key=lambda pair: decoded(*pair))
+    decoded = [math.ceil(len(a) / room) * len(b) + len(a) for a, b in (kinds, kinds[::-1])]
+    kept = int(decoded[1] < decoded[0])
     rank = [{name: i for i, name in enumerate(kind)} for kind in kinds]
 
-    def place(item):
-        pair, job = item
-        inner = rank[kept][pair[kept]]
-        return inner // room, rank[passing][pair[passing]], inner, job.clip_id
+    def place(i):
+        inner, passing = rank[kept][names[i][kept]], rank[1 - kept][names[i][1 - kept]]
+        return inner // room, passing, inner, jobs[i].clip_id
 
-    return [job for _, job in sorted(zip(names, jobs, strict=True), key=place)], room
+    return [jobs[i] for i in sorted(range(len(jobs)), key=place)], room
 
 
 def _room(jobs, limit):
@@ -777,11 +807,12 @@ def _render_chunk(jobs, room, records):
     decoders = [_decoder(kind, room) for kind in ("foreground", "background")]
     for job in jobs:
         parts, scale = _render(job, *decoders)
-        # the mix comes last: where it is, its parts are
-        for path, part in list(zip(job.files, parts, strict=False))[::-1]:
-            store.write_atomic(path, _encoded(part, job.recipe["rate"], path.endswith(".flac")))
-        records.add(job.clip_id, {"recipe": job.key, "peak_scale": scale})
-    return len(jobs)
+        stamps = []
+        for path, part in zip(job.files, parts, strict=False):
+            content = _encoded(part, job.recipe["rate"], path.endswith(".flac"))
+            stamps.append(store.file_stamp(store.write_atomic(path, content, flush=False), content))
+        records.add(job.clip_id, {"recipe": job.key, "stamps": stamps, "peak_scale": scale})
+    return {job.clip_id: records.entries[job.clip_id] for job in jobs}
 
 
 def _render(job, foregrounds, backgrounds):
@@ -795,15 +826,14 @@ def _render(job, foregrounds, backgrounds):
         raise audio.AudioError(f"mix {job.clip_id}: {error}") from error
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _decoder(kind, room):
     """Decode sources; those used last are kept, from one chunk of a process to the next."""
     return lru_cache(room)(_decode)
 
 
 def _decode(source, rate, n):
-    # the size and time in it keep a file that was replaced from being taken out of the cache
-    path, _, _ = source
+    path, _ = source  # the digest keeps what was replaced from being taken out of the cache
     # what is resampled is read whole, as the filter looks ahead of a cut
     seconds = n / rate if audio.read_header(path)[1] == rate else None
     return audio.load_audio(path, rate, seconds)[0][:n] * _STEPS
@@ -815,9 +845,7 @@ def _encoded(steps, rate, flac):
         sf.write(buffer, steps.astype(np.int16), rate, format="FLAC", subtype="PCM_16")
         return buffer.getvalue()
     # a header made once: "plain equation" of benchmarks/mixing.py stands against ready bytes
-    header = _wav_header(steps.size, rate)
-    file = np.empty(header.size + steps.size, "<i2")
-    file[: header.size], file[header.size :] = header, steps
+    file = np.concatenate([_wav_header(steps.size, rate), steps], dtype="<i2", casting="unsafe")
     return file.data.cast("B")
 
 
@@ -841,7 +869,7 @@ class MixDataset:
     """
 
     def __init__(self, mixes, sample_rate, engine="numpy", stems=False, cache_mb=512, events=None):
-        _check_table(mixes)
+        _check_table(mixes, events)
         self._jobs = _jobs(mixes, events, "", sample_rate, engine, stems)
         self._texts = mixes[captions.caption_columns(mixes)].to_dict("records")
         self._room = _room(self._jobs, cache_mb * 2**20)
@@ -851,14 +879,7 @@ class MixDataset:
 
     def __getitem__(self, index):
         job = self._jobs[index]
-        mix = _as_mix(*_render(job, self._decoded, self._decoded))._asdict()
+        decode = _decoder("items", self._room)  # a data loader's process decodes for itself
+        mix = _as_mix(*_render(job, decode, decode))._asdict()
         item = {name: value for name, value in mix.items() if value is not None}
         return item | {"clip_id": job.clip_id} | self._texts[index]
-
-    @cached_property
-    def _decoded(self):
-        return lru_cache(self._room)(_decode)
-
-    def __getstate__(self):
-        # a data loader's process decodes for itself: sending a full cache would take longer
-        return {name: value for name, value in self.__dict__.items() if name != "_decoded"}
