@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import spearmanr
 
 from soundscapes_utils import (
     audio,
@@ -326,7 +327,7 @@ def class_story(predictions, clips, distances):
         print(gains.round(3).to_string(index=False))
         both = distances.merge(gains, left_on="reference", right_on="label")
         for metric, part in both.groupby("metric"):
-            print(metric, stats.correlation(part["value"], part["difference"]))
+            print(metric, spearmanr(part["value"], part["difference"]))
 
 
 def truth(wanted):

@@ -8,9 +8,12 @@ floor*, and a score says nothing without it. Where several rows stem from one re
 """
 
 from functools import cache, partial
+from inspect import signature
 from itertools import product
 
 import numpy as np
+
+from . import stats
 
 _BLOCK = 1024  # rows and columns of a distance matrix computed at once
 _MEDIAN_ROWS = 5000  # up to here the median distance is over all rows, beyond over as many of them
@@ -21,19 +24,9 @@ _UNTRUSTED = "extrapolated from fewer clips than dimensions: biased"
 
 
 def _matrix(x, name, least=2):
-    x = np.asarray(x, dtype=np.float64)
-    if x.ndim != 2 or x.shape[1] == 0:
-        raise ValueError(f"{name}: expected an array of shape (clips, dim), got {x.shape}")
-    if len(x) < least:
-        raise ValueError(f"{name}: needs at least {least} rows (clips), got {len(x)}")
-    if not np.maximum(x.max(), -x.min()) <= _LARGEST:  # also where there is a NaN
-        bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
-        if not len(bad):
-            raise ValueError(f"{name}: values beyond {_LARGEST} cannot be squared; scale them down")
-        raise ValueError(
-            f"{name}: {len(bad)} of {len(x)} rows hold NaN or infinite values (first: row {bad[0]}); "
-            "embed those clips again or leave them out"
-        )
+    x = stats.real_rows(x, name, least=least)
+    if np.maximum(x.max(), -x.min()) > _LARGEST:
+        raise ValueError(f"{name}: values beyond {_LARGEST} cannot be squared; scale them down")
     return x
 
 
@@ -151,8 +144,8 @@ def kernel_distance(x, y, bandwidth=None, groups_x=None, groups_y=None, dtype=np
         σ in ``exp(−|a − b|²/(2σ²))``; by default the median distance within `x`. Candidates that
         are to be compared must share it.
     groups_x, groups_y : array_like, optional
-        Pairs of one group are left out within a set: nearer to each other than independent rows,
-        they would make equal distributions look different.
+        Pairs of one group are left out within a set, of the median too: nearer to each other than
+        independent rows, they would make equal distributions look different.
     dtype : {numpy.float64, numpy.float32}
         float32 takes half the time for thousands of rows, and errs by some 10⁻⁶.
 
@@ -173,19 +166,20 @@ def kernel_distance(x, y, bandwidth=None, groups_x=None, groups_y=None, dtype=np
     if np.dtype(dtype) == np.float32 and max(np.abs(x).max(), np.abs(y).max()) > 1e15:
         raise ValueError("values beyond 1e15 cannot be squared in float32; take float64")
     codes_x, codes_y = _codes(len(x), groups_x, "reference"), _codes(len(y), groups_y, "candidate")
+    if min(codes_x.max(), codes_y.max()) == 0:
+        raise ValueError("kernel distance: all rows of a set are of one group; take more clips")
     centre = _centre(x)
     x, y = (np.asarray(rows - centre, dtype) for rows in (x, y))
-    squares = _pairs(x)
+    squares = _pairs(x, codes_x)
     if bandwidth is None:
-        bandwidth, squares = _median_distance(x)
+        bandwidth, squares = _median_distance(x, codes_x)
     if not 0 < bandwidth < np.inf:
         raise ValueError(
             f"kernel bandwidth must be positive, got {bandwidth}; where most rows of the reference "
             "are equal, give one by hand"
         )
-    within = _mean_kernel(x, squares, bandwidth, codes_x)
-    within += _mean_kernel(y, _pairs(y), bandwidth, codes_y)
-    return 100.0 * (within - 2.0 * _kernel_sum(_blocks(x, y), bandwidth) / (len(x) * len(y)))
+    within = _mean_kernel(squares, bandwidth) + _mean_kernel(_pairs(y, codes_y), bandwidth)
+    return 100.0 * (within - 2.0 * _mean_kernel(_blocks(x, y), bandwidth))
 
 
 def _centre(x):
@@ -209,44 +203,37 @@ def _blocks(a, b):
         yield _squared_distances(a[i : i + _BLOCK], b)
 
 
-def _pairs(x):
-    """Squared distances of all pairs of rows, each pair once, block after block."""
+def _pairs(x, codes):
+    """Squared distances of all pairs of rows of two groups, each pair once, block after block."""
+    grouped = codes.max() + 1 < len(codes)
     for i in range(0, len(x), _BLOCK):
         for j in range(i, len(x), _BLOCK):
             block = _squared_distances(x[i : i + _BLOCK], x[j : j + _BLOCK])
-            yield block.ravel() if i < j else block[~np.tri(len(block), dtype=bool)]
+            kept = ~np.tri(len(block), dtype=bool) if i == j else True
+            if grouped:
+                kept = kept & (codes[i : i + _BLOCK, None] != codes[j : j + _BLOCK])
+            yield block.ravel() if kept is True else block[kept]
 
 
-def _median_distance(x):
-    """Median distance between centred rows, and the squared distances of all pairs."""
-    some = x[np.linspace(0, len(x) - 1, min(len(x), _MEDIAN_ROWS)).astype(int)]
-    squares, end = np.empty(len(some) * (len(some) - 1) // 2, x.dtype), 0
-    for block in _pairs(some):
+def _median_distance(x, codes):
+    """Median distance between centred rows of two groups, and the squared distances of all pairs."""
+    rows = np.linspace(0, len(x) - 1, min(len(x), _MEDIAN_ROWS)).astype(int)
+    squares, end = np.empty(len(rows) * (len(rows) - 1) // 2, x.dtype), 0
+    for block in _pairs(x[rows], _codes(len(rows), codes[rows], "reference")):
         squares[end : end + len(block)] = block
         end += len(block)
-    middle = [(len(squares) - 1) // 2, len(squares) // 2]
+    squares, middle = squares[:end], [(end - 1) // 2, end // 2]
     squares.partition(middle)
     median = float(np.sqrt(squares[middle].astype(np.float64)).mean())
-    return median, iter([squares]) if len(some) == len(x) else _pairs(x)
+    return median, iter([squares]) if len(rows) == len(x) else _pairs(x, codes)
 
 
-def _kernel_sum(blocks, bandwidth):
-    total = 0.0
+def _mean_kernel(blocks, bandwidth):
+    total, n = 0.0, 0
     for squares in blocks:
         squares /= -2.0 * bandwidth**2
         total += float(np.exp(squares, out=squares).sum(dtype=np.float64))
-    return total
-
-
-def _mean_kernel(x, squares, bandwidth, codes):
-    """Mean kernel over the pairs of a set, without those of one group."""
-    total, n = _kernel_sum(squares, bandwidth), len(x) * (len(x) - 1) // 2
-    for code in np.flatnonzero(np.bincount(codes) > 1):
-        same = x[codes == code]
-        total -= _kernel_sum(_pairs(same), bandwidth)
-        n -= len(same) * (len(same) - 1) // 2
-    if n == 0:
-        raise ValueError("kernel distance: all rows of a set are of one group; take more clips")
+        n += squares.size
     return total / n
 
 
@@ -254,9 +241,9 @@ def _mean_kernel(x, squares, bandwidth, codes):
 
 
 def precision_recall_density_coverage(x, y, k=5):
-    """Fidelity and diversity by balls that reach to the k-th nearest neighbour.
+    """Fidelity and diversity by balls that reach to the k-th nearest neighbour, and not to ties with it.
 
-    Kynkäänniemi et al., arXiv 1904.06991; Naeem et al., arXiv 2002.09797.
+    Kynkäänniemi et al., arXiv 1904.06991; Naeem et al., arXiv 2002.09797; `prdc`'s rules.
 
     Returns
     -------
@@ -275,16 +262,12 @@ def precision_recall_density_coverage(x, y, k=5):
     x, y = _pair(x, y, least=k + 1)
     centre = _centre(x)
     x, y = x - centre, y - centre
-    # the nearest of all is the row itself
-    x_radii, y_radii = (
-        np.concatenate([np.partition(block, k, axis=1)[:, k] for block in _blocks(rows, rows)])
-        for rows in (x, y)
-    )
+    x_radii, y_radii = _radii(x, k), _radii(y, k)
     balls, recalled, covered = np.zeros(len(y)), [], []
     for start, block in zip(range(0, len(x), _BLOCK), _blocks(x, y), strict=True):
-        inside = block <= x_radii[start : start + len(block), None]
+        inside = block < x_radii[start : start + len(block), None]
         balls += inside.sum(axis=0)
-        recalled.append((block <= y_radii).any(axis=1))
+        recalled.append((block < y_radii).any(axis=1))
         covered.append(inside.any(axis=1))
     return {
         "precision": float((balls > 0).mean()),
@@ -292,6 +275,13 @@ def precision_recall_density_coverage(x, y, k=5):
         "density": float(balls.mean() / k),
         "coverage": float(np.concatenate(covered).mean()),
     }
+
+
+def _radii(x, k):
+    """Squared distance of each row to its k-th nearest, less what rounding could make of a tie."""
+    # the nearest of all is the row itself
+    radii = np.concatenate([np.partition(block, k, axis=1)[:, k] for block in _blocks(x, x)])
+    return radii - 1e-12 * (radii + np.einsum("ij,ij->i", x, x))
 
 
 def memorisation(train, test, generated, share=0.05):
@@ -350,6 +340,7 @@ def noise_floor(x, n=None, repeats=30, seed=0, *, metric=frechet_distance, group
     repeats : int, default 30
         Number of random splits, and so of distances: their mean is the floor.
     metric : callable, default frechet_distance
+        One that takes ``groups_x, groups_y`` is given them.
     groups : array_like, optional
         No group is on both sides.
     """
@@ -357,7 +348,13 @@ def noise_floor(x, n=None, repeats=30, seed=0, *, metric=frechet_distance, group
     codes = _codes(len(x), groups, "reference")
     n = _half_size(codes) if n is None else int(n)
     rng = np.random.default_rng(seed)
-    return np.array([metric(*_disjoint(x, codes, n, rng)) for _ in range(repeats)])
+    splits = (_disjoint(codes, n, rng) for _ in range(repeats))
+    return np.array([_measured(metric, x[a], x[b], codes[a], codes[b]) for a, b in splits])
+
+
+def _measured(metric, x, y, codes_x, codes_y):
+    known = {"groups_x": codes_x, "groups_y": codes_y}
+    return metric(x, y, **(known if known.keys() <= signature(metric).parameters.keys() else {}))
 
 
 def _half_size(codes):
@@ -371,17 +368,24 @@ def _shuffled(codes, rng):
     return np.lexsort((rng.random(len(codes)), place))
 
 
-def _disjoint(x, codes, n, rng):
+def _first(order, codes, n):
+    """The first `n` rows of an order; if all are of one recording, the last gives way to another's."""
+    first, others = order[:n], order[codes[order] != codes[order[0]]]
+    alone = len(first) > 1 and len(others) and (codes[first] == codes[first[0]]).all()
+    return np.append(first[:-1], others[0]) if alone else first
+
+
+def _disjoint(codes, n, rng):
     order = _shuffled(codes, rng)
-    first, rest = order[:n], order[n:]
+    first = _first(order, codes, n)
     # a recording that the cut went through stays on the first side alone
-    second = rest[~np.isin(codes[rest], codes[first])][:n]
+    second = order[~np.isin(codes[order], codes[first])]
     if n < 2 or len(second) < n:
         raise ValueError(
             f"reference: {len(codes)} rows of {codes.max() + 1} recordings do not give two "
             f"disjoint sets of {n} (at least 2) rows; use a smaller n or more clips"
         )
-    return x[first], x[second]
+    return first, _first(second, codes, n)
 
 
 def _four_fifths(codes, rng):
@@ -489,28 +493,17 @@ def score_table(
 ):
     """Score candidates against one reference, each with n, interval and noise floor.
 
-    Parameters
-    ----------
-    candidates : dict of str to array_like, shape (n_i, d)
-        Embeddings to score, by name.
-    embedding : str
-        Name of the embedding, for the table.
-    metrics : sequence of str
-        Keys of `METRICS`. KAD's bandwidth is the reference's for all candidates.
-    floor : array_like, shape (m, d), optional
-        Real clips that are *not* in the reference: as many of them as the candidate has are
-        scored in its place. By default the floor is `noise_floor` of the reference's halves.
-    groups : dict of str to array_like, optional
-        Recording of every row, by candidate's name; the reference's under "real".
-    repeats : int, default 200
-        Subsamples for each interval; a tenth of it (at least 10) splits for a floor of halves.
+    `candidates` are embeddings [n_i, d] by name, `embedding` is the name of the network, `metrics` are
+    keys of `METRICS` (KAD's bandwidth is the reference's for all candidates). `floor` [m, d] holds real
+    clips that are *not* in the reference: as many of them as the candidate has are scored in its place;
+    by default the floor is `noise_floor` of the reference's halves. `groups` tells the recording of
+    every row, by candidate's name; the reference's under "real", of `floor` "floor". `repeats`
+    subsamples give each interval, a tenth of it (at least 10) splits a floor of halves.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per metric and candidate, columns `SCORE_COLUMNS`: ``value`` and how far it would
-        move with other clips at this n; ``floor``, what real clips score, with the same; ``floor_n``,
-        real clips in the candidate's place. The column ``reference`` says "real": assign its name.
+    One row per metric and candidate, columns `SCORE_COLUMNS`: ``value`` and how far it would move with
+    other clips at this n (of equal sets up to 99 % instead of 95); ``floor``, what real clips score,
+    with the same; ``floor_n``, real clips in the candidate's place; ``reference`` "real": assign its
+    name.
     """
     import pandas as pd
 
@@ -518,23 +511,28 @@ def score_table(
         raise ValueError("score_table: no candidates given")
     _check_metrics(metrics)
     groups = groups or {}
+    if unknown := sorted(groups.keys() - {"real", "floor", *candidates}):
+        raise ValueError(f"groups of {unknown}: there are real, floor, {', '.join(candidates)}")
     reference = _matrix(reference, "reference")
     codes = _codes(len(reference), groups.get("real"), "reference")
     sets = {name: _pair(reference, y)[1] for name, y in candidates.items()}
     if floor is not None:
         floor = _pair(reference, floor, names=("reference", "floor"))[1]
-        floor = floor[np.random.default_rng(seed).permutation(len(floor))]
+        place = _codes(len(floor), groups.get("floor"), "floor")
+        place = np.argsort(np.random.default_rng(seed).permutation(place.max() + 1))[place]
+        order = np.argsort(place, kind="stable")
+        floor = floor[order], place[order]
     rows = []
     for name in metrics:
         metric = METRICS[name]
         if name == "KAD":
-            bandwidth = _median_distance(reference - _centre(reference))[0]
+            bandwidth = _median_distance(reference - _centre(reference), codes)[0]
             metric = partial(kernel_distance, bandwidth=bandwidth)
         fixed = (name, metric, reference, codes, repeats, seed)
         floor_at = cache(partial(_floor, fixed, floor))
         for candidate, y in sets.items():
             scored = _score(*fixed, y, _codes(len(y), groups.get(candidate), candidate))
-            below = floor_at(None if floor is None else min(len(y), len(floor)))
+            below = floor_at(None if floor is None else min(len(y), len(floor[0])))
             note = "; ".join(filter(None, [scored[-1], f"floor: {below[-1]}"]))
             sizes = len(reference), len(y)
             labels = name, embedding, "real", candidate
@@ -554,14 +552,14 @@ def _score(name, metric, x, x_codes, repeats, seed, y, y_codes):
     # four fifths must still hold a row and its five neighbours, or several sizes for a line
     least = 4 if name in ("FAD", "KAD") else 8
     if min(x_codes.max(), y_codes.max()) + 1 < least:
-        return metric(x, y), low, high, f"fewer than {least} recordings: no interval"
+        note = f"fewer than {least} recordings: no interval"
+        return _measured(metric, x, y, x_codes, y_codes), low, high, note
     if name == "FAD-inf":
         line = fad_infinity(x, y, seed=seed, groups_x=x_codes, groups_y=y_codes)
         return line["value"], line["ci_low"], line["ci_high"], "" if line["trusted"] else _UNTRUSTED
-    rng, value = np.random.default_rng(seed), metric(x, y)
-    subsampled = [
-        metric(x[_four_fifths(x_codes, rng)], y[_four_fifths(y_codes, rng)]) for _ in range(repeats)
-    ]
+    rng, value = np.random.default_rng(seed), _measured(metric, x, y, x_codes, y_codes)
+    kept = ((_four_fifths(x_codes, rng), _four_fifths(y_codes, rng)) for _ in range(repeats))
+    subsampled = [_measured(metric, x[a], y[b], x_codes[a], y_codes[b]) for a, b in kept]
     low, high = _interval(value, subsampled, (x_codes, y_codes))
     if name in _UPPER:
         low, high = np.clip([low, high], 0.0, _UPPER[name])
@@ -572,7 +570,8 @@ def _floor(fixed, real, size):
     """What real clips score in the candidate's place: `size` others, or halves of the reference."""
     name, metric, reference, codes, repeats, seed = fixed
     if real is not None:
-        *scored, note = _score(*fixed, real[:size], np.arange(size))
+        kept = _first(np.arange(len(real[0])), real[1], size)
+        *scored, note = _score(*fixed, real[0][kept], real[1][kept])
         return *scored, size, "; ".join(filter(None, ["real clips outside the reference", note]))
     size, splits = _half_size(codes), max(10, repeats // 10)
     values = noise_floor(reference, size, splits, seed, metric=metric, groups=codes)
@@ -651,9 +650,7 @@ def sensitivity(
 
     Each split deals the recordings (`groups`) into two halves. The clean first half is the reference;
     the second is scored as it is (the floor) and with every change: `changed` holds the same clips, row
-    by row, by change. With `labels` halves hold all classes alike, and a further change, "wrong class",
-    scores every class against the next one; its floor, at the same smaller n, is every class against
-    itself. (No distance of whole sets can show that classes swap.)
+    by row, by change. With `labels` halves hold all classes alike.
 
     A table, one row per metric and change: n, ``floor`` and ``value`` (means over the splits, with their
     standard deviations), ``detection_rate`` (share of splits in which the change scores worse than every
@@ -676,15 +673,11 @@ def sensitivity(
     halves = [_balanced_halves(codes, classes, rng) for _ in range(splits)]
     rows = []
     for name, (first, second) in product(metrics, halves):
-        metric, (a, b) = METRICS[name], _even(first, second)
-        floor = metric(clean[a], clean[b])
-        rows += [(name, key, len(a), floor, metric(clean[a], y[b])) for key, y in sets.items()]
-        if classes.any():
-            trios = _class_trios(first, second, classes)
-            floor = np.mean([metric(clean[a], clean[same]) for a, same, _ in trios])
-            value = np.mean([metric(clean[a], clean[other]) for a, _, other in trios])
-            n = np.mean([len(a) for a, _, _ in trios])
-            rows.append((name, "wrong class", n, floor, value))
+        metric, size = METRICS[name], min(len(first), len(second))
+        a, b = first[:size], second[:size]
+        scored = {key: _measured(metric, clean[a], y[b], codes[a], codes[b])
+                  for key, y in ({None: clean} | sets).items()}  # fmt: skip
+        rows += [(name, key, len(a), scored[None], scored[key]) for key in sets]
     rows = pd.DataFrame(rows, columns=["metric", "change", "n", "floor", "value"])
     return _over_splits(rows).assign(embedding=embedding)
 
@@ -700,21 +693,6 @@ def _balanced_halves(codes, classes, rng):
     if min(map(len, halves)) < 2:
         raise ValueError("clean clips: two halves of at least 2 rows need more recordings")
     return halves
-
-
-def _even(*parts):
-    return [rows[: min(map(len, parts))] for rows in parts]
-
-
-def _class_trios(first, second, classes):
-    """Rows of every class in the first half, in the second, and of the next class in the second."""
-    a, b = ([half[classes[half] == c] for c in range(classes.max() + 1)] for half in (first, second))
-    trios = [_even(*trio) for trio in zip(a, b, b[1:] + b[:1], strict=True)]
-    if min(len(trio[0]) for trio in trios) < 2:
-        raise ValueError(
-            "clean clips: of each class, both halves need 2 rows; take more clips, or no labels"
-        )
-    return trios
 
 
 def _over_splits(rows):

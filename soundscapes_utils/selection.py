@@ -5,9 +5,8 @@ a filter keeps a stated number of clips per class, next to a random choice of th
 judge learns from real recordings of training folds; what is selected is selected on validation
 folds, and :func:`choose_filter` refuses to see the test fold.
 
-A *criterion* is a function of real recordings, their embeddings and labels, that returns one value
-per generated clip, more is better; a *filter* is such a function that returns which clips to keep.
-So one that learns from real recordings never learns from the fold that validates it.
+A *criterion* is a function of real recordings, their embeddings and labels, that returns one value per
+generated clip, more is better; a *filter* is such a function that returns which clips to keep.
 """
 
 import functools
@@ -71,7 +70,7 @@ def class_probability(train, generated, labels, seed=0):
     [m, d] and `labels` those of the clips. Returns ``class_probability`` of the clip's own label, 0
     to 1, and ``predicted``, the most probable one.
     """
-    x, generated = _rows(train[0], "train"), _rows(generated, "generated")
+    x, generated = stats.real_rows(train[0], "train"), stats.real_rows(generated, "generated")
     y, labels = _names(train[1], len(x)), _names(labels, len(generated))
     if unknown := sorted(set(labels) - set(y)):
         raise ValueError(f"no real recording of {', '.join(unknown)} to learn from")
@@ -105,7 +104,7 @@ def summarise(scores, embeddings):
     from scipy.spatial.distance import pdist
     from scipy.stats import binomtest
 
-    x = _rows(embeddings, "embeddings")
+    x = stats.real_rows(embeddings, "embeddings")
     labels = _names(scores["label"], len(x))
     right = (scores["predicted"].astype(str) == labels).to_numpy()
     # a bootstrap of ten clips that are all right would claim certainty
@@ -194,7 +193,7 @@ def choose_filter(real, folds, generated, filters, *, test_fold, sources=None, d
     that did as well or better (a one-sided randomisation test; NaN where nothing is dropped);
     ``p_holm``, with regard to how many filters were tried; ``chosen``, the best accuracy.
     """
-    x, clips_x = _rows(real[0], "real"), _rows(generated[0], "generated")
+    x, clips_x = stats.real_rows(real[0], "real"), stats.real_rows(generated[0], "generated")
     y, clips_y = _names(real[1], len(x)), _names(generated[1], len(clips_x))
     folds = np.asarray(folds)
     if n_test := int((folds == test_fold).sum()):
@@ -229,9 +228,7 @@ def choose_filter(real, folds, generated, filters, *, test_fold, sources=None, d
         row = {"filter": name, "n_kept": float(np.mean([mask.sum() for mask in masks]))}
         rows.append(row | _against(recognised(masks), controls[key], seed))
     table = pd.DataFrame(rows)
-    tested = table["p"].notna()
-    table.loc[tested, "p_holm"] = stats.holm(table.loc[tested, "p"]) if tested.any() else np.nan
-    return table.assign(chosen=table.index == table["accuracy"].idxmax())
+    return table.assign(p_holm=stats.holm(table["p"]), chosen=table.index == table["accuracy"].idxmax())
 
 
 def _against(right, drops, seed):
@@ -256,18 +253,17 @@ def two_sample_auc(
 ):
     """Probe how far a set is from real: can a linear classifier tell the two apart?
 
-    Cross-validated logistic regression on embeddings [n, d] and [m, d], all of one source in one
-    fold; the floor asks the same of two disjoint halves of the real sources, `floors` times. A
-    classifier two-sample test (Lopez-Paz and Oquab, ICLR 2017); areas are computed within a fold
-    and averaged, since scores of different classifiers have no common scale (Forman and Scholz,
-    SIGKDD Explorations 12, 2010). Give both sets the same classes in the same shares, the same
-    length and level, or the probe answers by these.
+    Cross-validated logistic regression on embeddings [n, d] and [m, d], all of one source in one fold;
+    the floor asks the same of two disjoint halves of the real sources, `floors` times. A classifier
+    two-sample test (Lopez-Paz and Oquab, ICLR 2017); areas are averages over folds (Forman and Scholz,
+    SIGKDD Explorations 12, 2010). Give both sets the same classes, length and level, or the probe
+    answers by these.
 
     Two rows: ``comparison`` ("synthetic", "real against real"), ``auc`` (0.5 cannot be told apart, 1
     always), ``ci_low, ci_high`` (95 %: over `repeats` resamples of the sources; for the floor over
     its pairs), ``n_reference, n_candidate, sources``.
     """
-    x, y = _rows(real, "real"), _rows(synthetic, "synthetic")
+    x, y = stats.real_rows(real, "real"), stats.real_rows(synthetic, "synthetic")
     a, b = _names(real_sources, len(x)), _names(synthetic_sources, len(y))
     if min(len(set(a)) // 2, len(set(b))) < folds:
         raise ValueError(
@@ -280,11 +276,10 @@ def two_sample_auc(
         names = np.random.default_rng([number, 2]).permutation(sorted(set(a)))
         first = np.isin(a, names[: len(names) // 2])
         floor.append(_mean_auc(_probed(x[first], x[~first], a[first], a[~first], folds, number)))
+    half, kinds = len(x) // 2, ["synthetic", "real against real"]
+    table = pd.DataFrame({"comparison": kinds, "auc": [_mean_auc(parts), float(np.mean(floor))]})
     ends = [_auc_interval(parts, repeats, seed), np.quantile(floor, [0.025, 0.975])]
-    table = pd.DataFrame(ends, columns=["ci_low", "ci_high"])
-    table.insert(0, "auc", [_mean_auc(parts), float(np.mean(floor))])
-    table.insert(0, "comparison", ["synthetic", "real against real"])
-    half = len(x) // 2
+    table[["ci_low", "ci_high"]] = ends
     sizes = {"n_reference": [len(x), half], "n_candidate": [len(y), len(x) - half]}
     return table.assign(**sizes, sources=[len(set(a) | set(b)), len(set(a))])
 
@@ -388,16 +383,8 @@ def best_by_clap(candidates, generated, clap="laion-clap", path=""):
 # --- checks at the door ---------------------------------------------------------------------------
 
 
-def _rows(x, name):
-    x = np.asarray(x, dtype=np.float64)
-    if (wrong := ~np.isfinite(x).all(axis=1)).any():
-        first = f"the first is row {wrong.argmax()}: leave these clips out"
-        raise ValueError(f"{wrong.sum()} rows of {name} are not finite, {first}")
-    return x
-
-
 def _unit(x, name):
-    x = _rows(x, name)
+    x = stats.real_rows(x, name)
     lengths = np.linalg.norm(x, axis=1, keepdims=True)
     if not lengths.all():
         raise ValueError(f"row {lengths.argmin()} of {name} is zero: it has no direction")
@@ -412,4 +399,4 @@ def _names(names, n):
 
 
 def _values(values):
-    return _rows(np.reshape(values, (-1, 1)), "values")[:, 0]
+    return stats.real_rows(np.reshape(values, (-1, 1)), "values")[:, 0]

@@ -1,8 +1,7 @@
 """Intervals, paired tests and their correction; and with them the reading of a study's results.
 
 The first half takes plain numbers, the second the tables that :func:`esc.run_study` leaves. An arm is
-named by its text, such as ``"real"`` or ``"both:1"``. No claim about arms should be made without its
-row of :func:`compare`.
+named by its text, such as ``"real"`` or ``"both:1"``.
 """
 
 import warnings
@@ -15,20 +14,29 @@ from soundscapes_utils import store
 
 _EXACT_PAIRS = 14  # 2^14 = 16,384 sign patterns are enumerated faster than 10,000 are drawn well
 _AT_ONCE = 10_000_000  # numbers drawn at a time: thousands of clips would else fill gigabytes
+_FEW = 30  # values of which the bootstrap's interval covers less than 93 % (benchmarks/calibration.py)
 
 
-def _vector(values, name, least):
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or len(values) < least:
-        raise ValueError(f"{name}: expected one row of at least {least} numbers, got {values.shape}")
-    if not np.isfinite(values).all():
-        bad = int((~np.isfinite(values)).sum())
-        raise ValueError(f"{name}: {bad} of {len(values)} values are not finite; drop them first")
+def real_rows(values, name, ndim=2, least=0):
+    """float64 numbers or rows of them, of an array or tensor: real, finite, at least so many."""
+    try:
+        values = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+        if np.iscomplexobj(values):
+            raise TypeError("they are complex")
+        values = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected real numbers: {error}") from error
+    if values.ndim != ndim or 0 in values.shape[1:] or len(values) < least:
+        shape = "(rows, dim)" if ndim == 2 else "(numbers,)"
+        raise ValueError(f"{name}: needs at least {least} of shape {shape}, got {values.shape}")
+    if (wrong := ~np.isfinite(values).all(axis=tuple(range(1, ndim)))).any():
+        which = f"{wrong.sum()} of {len(values)} are not finite, the first is row {wrong.argmax()}"
+        raise ValueError(f"{name}: {which}; leave them out")
     return values
 
 
 def _pair(a, b, name, least):
-    a, b = _vector(a, f"{name}, first row", least), _vector(b, f"{name}, second row", least)
+    a, b = (real_rows(v, f"{name}, {i} row", 1, least) for v, i in ((a, "first"), (b, "second")))
     if len(a) != len(b):
         raise ValueError(f"{name}: {len(a)} values against {len(b)}; pair them first")
     return a, b
@@ -52,7 +60,8 @@ def bootstrap_ci(values, statistic=np.mean, n=2000, confidence=0.95, seed=0):
     Returns
     -------
     tuple of float
-        Lower and upper end; the percentile interval where BCa is undefined (few tied values).
+        Lower and upper end; the percentile interval where BCa is undefined (few tied values), and
+        Student's t of the mean of fewer than 30 values, where a bootstrap covers less (of three, 71 %).
 
     Examples
     --------
@@ -60,12 +69,23 @@ def bootstrap_ci(values, statistic=np.mean, n=2000, confidence=0.95, seed=0):
     >>> low < 0.632 < high
     True
     """
-    values = _vector(values, "bootstrap_ci", 2)
+    values = real_rows(values, "bootstrap_ci", 1, 2)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
     if np.ptp(values) == 0:
         return float(statistic(values)), float(statistic(values))
+    if statistic is np.mean and len(values) < _FEW:
+        error = values.std(ddof=1) / np.sqrt(len(values))
+        return _student(values.mean(), error, len(values) - 1, confidence)[:2]
     return _bias_corrected((values,), statistic, n, confidence, seed)
+
+
+def _student(mean, error, freedom, confidence=0.95):
+    """Ends of Student's t interval, and the two-sided p-value of a mean of zero."""
+    from scipy.stats import t
+
+    half = error * t.ppf((1 + confidence) / 2, freedom)
+    return float(mean - half), float(mean + half), float(2 * t.sf(abs(mean) / error, freedom))
 
 
 def _bias_corrected(samples, statistic, n, confidence, seed):
@@ -98,30 +118,22 @@ def nested_bootstrap_ci(values, folds, sources, n=2000, confidence=0.95, seed=0)
     one, clips of one recording would make the interval too narrow. `values`, `folds` and `sources`
     have one entry per clip. With one fold the interval says nothing about other folds.
     """
-    values = _vector(values, "nested_bootstrap_ci", 2)
+    values = real_rows(values, "nested_bootstrap_ci", 1, 2)
     if not len(values) == len(folds) == len(sources):
-        raise ValueError(
-            f"nested_bootstrap_ci: {len(values)} values, {len(folds)} folds, {len(sources)} "
-            "sources; each value needs one of either"
-        )
-    fold = np.unique(np.asarray(folds), return_inverse=True)[1]
-    source = np.unique(np.asarray(sources), return_inverse=True)[1]
-    pairs, place = np.unique(fold * (source.max() + 1) + source, return_inverse=True)
-    if len(pairs) < 2:
+        sizes = f"{len(values)} values, {len(folds)} folds, {len(sources)} sources"
+        raise ValueError(f"nested_bootstrap_ci: {sizes}; each value needs one of either")
+    keys = [np.asarray(folds), np.asarray(sources)]
+    sums = pd.Series(values).groupby(keys).agg(["sum", "size"])
+    if len(sums) < 2:
         raise ValueError("nested_bootstrap_ci: all values are of one source; it needs two")
-    sums, sizes = np.bincount(place, values), np.bincount(place)
-    owner = pairs // (source.max() + 1)
-    rng, n_folds = np.random.default_rng(seed), fold.max() + 1
-    drawn = rng.multinomial(n_folds, np.full(n_folds, 1 / n_folds), size=n)
-    total, count = np.zeros(n), np.zeros(n)
-    for i in range(n_folds):
-        mine = np.flatnonzero(owner == i)
+    parts = [part.to_numpy() for _, part in sums.groupby(level=0)]
+    rng, totals = np.random.default_rng(seed), np.zeros((n, 2))
+    drawn = rng.multinomial(len(parts), np.full(len(parts), 1 / len(parts)), size=n)
+    for times, part in zip(drawn.T, parts, strict=True):
         # a fold drawn twice draws its sources twice, which is one multinomial of twice as many
-        times = rng.multinomial(drawn[:, i] * len(mine), np.full(len(mine), 1 / len(mine)))
-        total += times @ sums[mine]
-        count += times @ sizes[mine]
+        totals += rng.multinomial(times * len(part), np.full(len(part), 1 / len(part))) @ part
     tail = (1 - confidence) / 2
-    low, high = np.quantile(total / count, [tail, 1 - tail])
+    low, high = np.quantile(totals[:, 0] / totals[:, 1], [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -137,15 +149,16 @@ def paired_test(a, b, n=10_000, seed=0):
     Parameters
     ----------
     a, b : array_like, shape (pairs,)
-        Scores of two systems on the same folds, runs or clips, in the same order; at least two.
+        Scores of two systems on the same independent things (recordings, folds), in the same
+        order; at least two. Says nothing of other trainings, which :func:`compare` can.
 
     Returns
     -------
     dict
         ``n`` pairs; ``difference``, the mean of a − b; ``ci_low`` and ``ci_high``, its 95 %
-        bootstrap interval; ``effect``, difference over the differences' SD (Cohen's d_z; infinite
-        where all differences agree); ``p_value``, two-sided; ``exact``. With k pairs no p-value
-        can be below 2^(1−k): five folds never reach .05.
+        interval as of :func:`bootstrap_ci`; ``effect``, difference over the differences' SD (Cohen's
+        d_z; infinite where all differences agree); ``p_value``, two-sided; ``exact``. With k pairs no
+        p-value can be below 2^(1−k): five folds never reach .05.
 
     Examples
     --------
@@ -186,28 +199,28 @@ def _sign_flip_p(differences, n, seed):
     return (as_extreme + 1) / (n + 1)
 
 
-def mcnemar(a, b):
-    """McNemar's exact test: do two classifiers err equally often on the same clips?
+def mcnemar(a, b, sources=None):
+    """McNemar's exact test: do two classifiers err equally often on the same recordings?
 
-    `a` and `b` say whether each classifier recognised each clip. Only clips that one of them alone
-    recognised tell them apart (``only_a, only_b``); under the null hypothesis each is a fair coin.
-    ``odds_ratio`` is only_a over only_b, with Clopper and Pearson's 95 % interval.
+    `a` and `b` say whether each classifier recognised each clip, `sources` which recording it is cut
+    from (else each is one of its own). Only recordings of which one recognised more clips tell the two
+    apart (``only_a, only_b`` of ``n``); under the null hypothesis each is a fair coin. ``odds_ratio`` is
+    only_a over only_b, with Clopper and Pearson's 95 % interval. It holds for these two trainings.
     """
     from scipy.stats import binomtest
 
     a, b = _pair(a, b, "mcnemar", 1)
     if not np.isin(np.concatenate([a, b]), (0, 1)).all():
         raise ValueError("mcnemar: values must be true or false; take one run, not a mean of runs")
-    only_a, only_b = int((a > b).sum()), int((b > a).sum())
-    counts = {"n": len(a), "only_a": only_a, "only_b": only_b}
+    gain = pd.Series(a - b).groupby(np.arange(len(a)) if sources is None else list(sources)).sum()
+    only_a, only_b = int((gain > 0).sum()), int((gain < 0).sum())
+    counts = {"n": len(gain), "only_a": only_a, "only_b": only_b}
     counts["difference"] = float((a - b).mean())
     if only_a + only_b == 0:
         return counts | {"odds_ratio": 1.0, "odds_low": 0.0, "odds_high": np.inf, "p_value": 1.0}
     test = binomtest(only_a, only_a + only_b)
-    interval = test.proportion_ci(method="exact")
-    shares = {"odds_ratio": only_a / (only_a + only_b)}
-    shares |= {"odds_low": interval.low, "odds_high": interval.high}
-    odds = {name: float(p / (1 - p)) if p < 1 else np.inf for name, p in shares.items()}
+    odds = [float(p / (1 - p)) if p < 1 else np.inf for p in (test.statistic, *test.proportion_ci())]
+    odds = dict(zip(("odds_ratio", "odds_low", "odds_high"), odds, strict=True))
     return counts | odds | {"p_value": float(test.pvalue)}
 
 
@@ -215,54 +228,17 @@ def holm(p_values):
     """Correct the p-values of several tests so that all of them together err rarely.
 
     Those below 0.05 hold together with at most 5 % risk that any of them is false, however the tests
-    depend on each other (Holm, Scandinavian Journal of Statistics 6, 1979).
+    depend on each other (Holm, Scandinavian Journal of Statistics 6, 1979). NaN is no test.
     """
-    p = _vector(p_values, "holm", 1)
+    adjusted = np.array(p_values, dtype=np.float64)
+    tested = np.flatnonzero(~np.isnan(adjusted))
+    p = real_rows(adjusted[tested], "holm", 1)
     if (p < 0).any() or (p > 1).any():
         raise ValueError(f"holm: p-values lie between 0 and 1, got {p.min():g} to {p.max():g}")
     order = np.argsort(p, kind="stable")
     steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(steps, 1.0)
+    adjusted[tested[order]] = np.minimum(steps, 1.0)
     return adjusted
-
-
-def correlation(x, y, method="spearman", n=10_000, seed=0):
-    """Correlation ("spearman" or "pearson") of two columns of at least four items.
-
-    Gives ``n, r``, its 95 % bootstrap interval over items ``ci_low, ci_high`` (BCa), and ``p_value`` of
-    `n` random pairings, two-sided. With ten classes |r| below 0.6 does not exclude 0.
-    """
-    x, y = _pair(x, y, "correlation", 4)
-    if method not in ("spearman", "pearson"):
-        raise ValueError(f"method must be 'spearman' or 'pearson', got {method!r}")
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        raise ValueError("correlation: a column is constant, nothing can go with it")
-
-    def statistic(a, b, axis=-1):
-        return _row_correlation(a, b, method == "spearman")
-
-    low, high = _bias_corrected((x, y), statistic, n, 0.95, seed)
-    r = float(statistic(x, y))
-    shuffled = np.random.default_rng(seed).permuted(np.tile(y, (n, 1)), axis=1)
-    # the slack keeps pairings that are equal on paper from being told apart by rounding
-    as_extreme = int((np.abs(statistic(x, shuffled)) >= abs(r) - 1e-12).sum())
-    p_value = (as_extreme + 1) / (n + 1)
-    return {"n": len(x), "r": round(r, 12), "ci_low": low, "ci_high": high, "p_value": p_value}
-
-
-def _row_correlation(a, b, ranked):
-    """Of all resamples at once, which scipy's own functions would take one by one."""
-    if ranked:
-        from scipy.stats import rankdata
-
-        a, b = rankdata(a, axis=-1), rankdata(b, axis=-1)
-    a = a - a.mean(axis=-1, keepdims=True)
-    b = b - b.mean(axis=-1, keepdims=True)
-    spread = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
-    # a resample that drew one item over and over shows no association
-    safe = np.where(spread > 1e-300, spread, 1.0)
-    return np.where(spread > 1e-300, (a * b).sum(axis=-1) / safe, 0.0)
 
 
 # --- reading a study -----------------------------------------------------------------------------
@@ -277,9 +253,9 @@ def summarise(results):
     """Mean accuracy of each arm and model of a table *results*, with two intervals.
 
     `n` counts trained classifiers (folds × runs). `half_width`, 1.96·SD/√runs of the runs' means over
-    the folds, is how the paper draws its error bars (NaN of one run); `ci_low, ci_high` are a 95 %
-    bootstrap interval over all classifiers (NaN of one). Both tell how training scatters; what other
-    recordings could give say :func:`intervals`. Clips and optimiser steps are means.
+    the folds, is how the paper draws its error bars (NaN of one run; of three it covers 81 %, not 95);
+    `ci_low, ci_high` are a 95 % interval over all classifiers (NaN of one), of fewer than 30 Student's.
+    Both tell how training scatters, not what other recordings could give (:func:`intervals`).
     """
     rows = []
     keys = ["arm", "ratio", "model", "backend", "prompt_family"]
@@ -287,6 +263,7 @@ def summarise(results):
         values = part["accuracy"].to_numpy()
         runs = part.groupby("run")["accuracy"].mean()
         low, high = bootstrap_ci(values) if len(values) > 1 else (np.nan, np.nan)
+        low, high = np.clip([low, high], 0.0, 1.0)
         rows.append(
             dict(zip(keys, group, strict=True))
             | {"n": len(values), "n_runs": len(runs), "accuracy": values.mean()}
@@ -305,9 +282,9 @@ def _half_width(runs):
 def intervals(predictions, clips=None):
     """Accuracy of each arm and model, with the paper's interval and with one for other recordings.
 
-    Of ``predictions.csv``; with `clips`, clips of one `source_id` are drawn together. `accuracy` is the
-    mean over folds, then runs; `half_width` as in :func:`summarise`; `ci_low, ci_high`, 95 % bootstrap
-    over folds and, within them, sources.
+    Of ``predictions.csv``; clips of one `source_id` (of `clips`, or told there) are drawn together.
+    `accuracy` is the mean over folds, then runs; `half_width`, how training scatters, as in
+    :func:`summarise`; `ci_low, ci_high`, 95 % over folds and, within, sources, given these trainings.
     """
     table = _recognised(predictions, clips)
     rows = []
@@ -331,52 +308,42 @@ def _recognised(predictions, clips):
     ids = predictions["clip_id"].astype(str)
     right = (predictions["label"] == predictions["predicted"]).astype(float)
     names = [arm_name(*row) for row in zip(predictions["arm"], predictions["ratio"], strict=True)]
-    source = ids
-    if clips is not None:
-        source = ids.map(dict(zip(clips["clip_id"].astype(str), clips["source_id"], strict=True)))
+    known, source = predictions if clips is None else clips, ids
+    if "source_id" in known:
+        source = ids.map(dict(zip(known["clip_id"].astype(str), known["source_id"], strict=True)))
         if source.isna().any():
             raise ValueError(
-                f"{source.isna().sum()} tested clips are not in the table of clips, such as "
+                f"{source.isna().sum()} tested clips have no source in the table of clips, such as "
                 f"{ids[source.isna()].iloc[0]!r}; give the table that the arms were run on"
             )
     return predictions.assign(clip_id=ids, right=right, name=names, source_id=source)
 
 
-_PAIRS = {
-    "clip": ["fold", "clip_id"],
-    "source": ["fold", "source_id"],
-    "fold": ["fold"],
-    "run": ["fold", "run"],
-}
+_PAIRS = {"clip": "clip_id", "source": "source_id", "fold": "fold", "run": "run"}
 
 
-def compare(predictions, pairs=None, *, of="arm", by="clip", clips=None):
+def compare(predictions, pairs=None, *, of="arm", by=None, clips=None):
     """Test arms (or models) against each other on the same recordings, corrected for their number.
 
-    Parameters
-    ----------
-    predictions : pandas.DataFrame
-        ``predictions.csv`` of :func:`esc.run_study`.
-    pairs : list of (str, str), optional
-        What is compared with what, such as ``[("both:1", "repeat:1")]``; by default every arm with
-        ``"real"``.
-    of : {"arm", "model"}
-        Whether `pairs` names arms, tested model by model, or models, tested arm by arm.
-    by : {"clip", "source", "fold", "run"}
-        What makes a pair of scores. Clips, and recordings with all clips cut from them (which needs
-        the table `clips`), answer for other recordings; folds also for other trainings, but five of
-        them reach no p-value below 0.06; runs for other seeds on these recordings.
+    `predictions` is ``predictions.csv`` of :func:`esc.run_study`; `pairs` such as ``[("both:1",
+    "repeat:1")]``, by default every arm with ``"real"``, names arms, tested model by model, or (`of`
+    "model") models, tested arm by arm. `by` makes the pairs of scores: "source", recordings with all
+    clips cut from them, by default where `clips` or the predictions tell the `source_id`; else "clip",
+    which holds if each is a recording of its own (else 9 to 15 % false positives); "fold", of which five
+    reach no p below 0.06; "run". Where every training was repeated, squared standard errors over
+    recordings and over runs add, and p is the larger of this t test's and the permutation's. Three runs
+    leave it two degrees of freedom: if training scatters more than recordings, only four standard errors
+    are shown.
 
-    Returns
-    -------
-    pandas.DataFrame
-        `arm, ratio, model, against`, what :func:`paired_test` says (`difference` of the accuracies
-        is the first minus the second), `p_holm` over all rows, and `verdict`: "better", "worse" or
-        "no difference shown" at 5 %.
+    Returns `arm, ratio, model, against`, what :func:`paired_test` says (`difference` of the accuracies
+    is the first minus the second), `by`, what the answer is `given`, such as "these trainings", `p_holm`
+    over all rows, and `verdict`: "better", "worse" or "no difference shown" at 5 %.
     """
-    if by not in _PAIRS or (by == "source" and clips is None):
+    told = "source_id" in (predictions if clips is None else clips)
+    by = by or ("source" if told else "clip")
+    if by not in _PAIRS or (by == "source" and not told):
         raise ValueError(f"by is one of {', '.join(_PAIRS)}, got {by!r}; 'source' needs clips")
-    table = _recognised(predictions, clips)
+    table, unit = _recognised(predictions, clips), list(dict.fromkeys(["fold", _PAIRS[by]]))
     column, within = {"arm": ("name", "model"), "model": ("model", "name")}[of]
     if pairs is None:
         pairs = [(name, "real") for name in table["name"].unique() if name != "real"]
@@ -385,11 +352,11 @@ def compare(predictions, pairs=None, *, of="arm", by="clip", clips=None):
     arms = table.drop_duplicates("name").set_index("name")[["arm", "ratio"]]
     rows = []
     for one, other in pairs:
-        scores = _paired(table, column, one, other, [within, *_PAIRS[by]])
+        scores = _paired(table, column, one, other, [within, *unit])
         for value, part in scores.groupby(within, sort=False):
             name, model = (one, value) if of == "arm" else (value, one)
             place = arms.loc[str(name)].to_dict() | {"model": model, "against": str(other)}
-            rows.append(place | paired_test(part["a"], part["b"]))
+            rows.append(place | _tested(part, unit) | {"by": by})
     table = pd.DataFrame(rows).assign(p_holm=holm([row["p_value"] for row in rows]))
     direction = np.where(table["difference"] > 0, "better", "worse")
     table["verdict"] = np.where(table["p_holm"] < 0.05, direction, "no difference shown")
@@ -397,7 +364,7 @@ def compare(predictions, pairs=None, *, of="arm", by="clip", clips=None):
 
 
 def _paired(table, column, one, other, keys):
-    """Mean of `right` of two arms or models on what both have; columns a and b."""
+    """Mean of `right` of two arms or models on what both have, by `keys` and run; columns a and b."""
     # only what both were tested on with the same training counts on either side
     each = list(dict.fromkeys([*keys, "fold", "run", "clip_id"]))
     sides = [
@@ -407,38 +374,53 @@ def _paired(table, column, one, other, keys):
     pairs = pd.concat(sides, axis=1, join="inner", keys=["a", "b"])
     if pairs.empty:
         raise ValueError(f"{one} and {other} share no test clip; were both run?")
-    return pairs.groupby(keys, sort=False).mean()
+    return pairs.groupby(list(dict.fromkeys([*keys, "run"])), sort=False).mean()
+
+
+def _tested(pairs, unit):
+    """Paired test over `unit`, and over trainings where all of it was tested by each of several runs."""
+    each = pairs.groupby(unit, sort=False).mean()
+    found = paired_test(each["a"], each["b"])
+    if unit[-1] in ("fold", "run"):
+        return found | {"given": "" if unit[-1] == "fold" else "these recordings"}
+    gain = pairs.assign(gain=pairs["a"] - pairs["b"]).pivot_table("gain", unit, "run")
+    gain = gain.dropna(axis=1).to_numpy()
+    n, runs = gain.shape
+    if runs < 2:
+        return found | {"given": "these trainings"}
+    by_unit, by_run = gain.mean(axis=1), gain.mean(axis=0)
+    parts = np.array([by_unit.var(ddof=1) / n, by_run.var(ddof=1) / runs])
+    # both hold the scatter of single answers: half goes (without all of it, few runs err too often)
+    double = gain - by_unit[:, None] - by_run + gain.mean()
+    double = (double**2).sum() / ((n - 1) * (runs - 1) * n * runs)
+    if (square := max(parts[0], parts.sum() - double / 2)) > 0:
+        freedom = parts.sum() ** 2 / (parts**2 / [n - 1, runs - 1]).sum()
+        low, high, p = _student(found["difference"], np.sqrt(square), freedom)
+        found |= {"ci_low": low, "ci_high": high, "p_value": max(p, found["p_value"]), "exact": False}
+    return found | {"given": ""}
 
 
 def class_deltas(predictions, arm, model, against="real", clips=None):
     """How much each class gains or loses from one arm, such as ``"both:1"``, to another.
 
     `accuracy, accuracy_against` and their `difference` are means over sources, so that each recording
-    counts once; `ci_low, ci_high`, a 95 % bootstrap interval over folds and sources; `p_value` over
-    sources (NaN of a single one); `p_holm` over the classes.
+    counts once; `ci_low, ci_high`, their 95 % interval, `p_value` (NaN of a single one) and `given` as
+    of :func:`compare`; `p_holm` over the classes.
     """
     table = _recognised(predictions[predictions["model"] == model], clips)
-    keys = ["label", "fold", "source_id", "clip_id"]
-    pairs = _paired(table, "name", arm, against, keys).reset_index()
+    unit = ["fold", "source_id"]
+    tested = ["ci_low", "ci_high", "p_value", "given"]
+    pairs = _paired(table, "name", arm, against, ["label", *unit, "clip_id"])
     rows = []
     for label, part in pairs.groupby("label"):
         # clips of one recording resemble each other: they are one observation
-        each = part.groupby(["fold", "source_id"])[["a", "b"]].mean().reset_index()
-        change = each["a"] - each["b"]
-        low = high = p_value = np.nan
-        if len(each) > 1:
-            low, high = nested_bootstrap_ci(change, each["fold"], each["source_id"])
-            p_value = paired_test(each["a"], each["b"])["p_value"]
-        rows.append(
-            {"label": label, "n": len(part), "n_sources": len(each), "accuracy": each["a"].mean()}
-            | {"accuracy_against": each["b"].mean(), "difference": change.mean()}
-            | {"ci_low": low, "ci_high": high, "p_value": p_value}
-        )
-    table = pd.DataFrame(rows).assign(p_holm=np.nan)
-    tested = table["p_value"].notna()
-    if tested.any():
-        table.loc[tested, "p_holm"] = holm(table.loc[tested, "p_value"])
-    return table
+        each, n = part.groupby(unit).mean(), part.groupby([*unit, "clip_id"]).ngroups
+        row = {"label": label, "n": n, "n_sources": len(each), "accuracy": each["a"].mean()}
+        row |= {"accuracy_against": each["b"].mean(), "difference": (each["a"] - each["b"]).mean()}
+        found = _tested(part, unit) if len(each) > 1 else {}
+        rows.append(row | {name: found.get(name, np.nan) for name in tested})
+    table = pd.DataFrame(rows)
+    return table.assign(p_holm=holm(table["p_value"]))
 
 
 def confusion(predictions, arm, model):
@@ -450,43 +432,6 @@ def confusion(predictions, arm, model):
     classes = sorted(set(table["label"]))
     counts = pd.crosstab(part["label"], part["predicted"])
     return counts.reindex(index=classes, columns=classes, fill_value=0)
-
-
-def confusion_difference(predictions, arm, model, against="real"):
-    """What one arm takes each class for more often than another: difference of the shares, −1 to 1."""
-    counts = [confusion(predictions, name, model) for name in (arm, against)]
-    shares = [table.div(table.sum(axis=1).clip(lower=1), axis=0) for table in counts]
-    return shares[0] - shares[1]
-
-
-def choice_on_test(predictions, clips=None, n=2000, seed=0):
-    """What it adds to an accuracy to have chosen the best classifier on the same test clips.
-
-    The recordings are halved at random, `n` times. The classifier that is best on one half is scored
-    there (`chosen_here`), as somebody does who chooses on the test clips, and on the other half
-    (`elsewhere`), as is right; `bias` is the difference. Candidates are all arms, models and runs that
-    were tested on all clips. After Cawley and Talbot, JMLR 11 (2010).
-    """
-    table = _recognised(predictions, clips)
-    each = ["fold", "source_id", "clip_id"]
-    right = table.pivot_table(
-        index=each, columns=["arm", "ratio", "model", "run"], values="right"
-    ).dropna(axis=1)
-    # half of a recording would tell what the other half is
-    source = right.groupby(each[:2], sort=False).ngroup().to_numpy()
-    sources, candidates = source.max(initial=-1) + 1, right.shape[1]
-    if min(sources, candidates) < 2:
-        raise ValueError(f"{candidates} classifiers on {sources} recordings: a choice needs two of each")
-    rng, scores = np.random.default_rng(seed), right.to_numpy()
-    half = np.tile(np.arange(sources) < sources // 2, (n, 1))
-    first = rng.permuted(half, axis=1)[:, source]
-    here, there = (side @ scores / side.sum(axis=1, keepdims=True) for side in (first, ~first))
-    best = here.argmax(axis=1)
-    chosen, elsewhere = (part[np.arange(n), best].mean() for part in (here, there))
-    return pd.Series(
-        {"candidates": candidates, "clips": len(right), "sources": sources}
-        | {"chosen_here": chosen, "elsewhere": elsewhere, "bias": chosen - elsewhere}
-    )
 
 
 def linear_probe(seed=0):
@@ -516,9 +461,9 @@ def class_consistency(train, generated, held_out, seed=0):
         by_class = right.groupby(labels).agg(["mean", "size"])
         by_class.loc["all"] = right.mean(), len(right)
         columns |= {name: by_class["mean"], f"n_{name}": by_class["size"]}
-    table = pd.DataFrame(columns).rename_axis("label")
+    table = pd.DataFrame(columns)
     # "all" last, whatever the classes are called
-    table = pd.concat([table.drop("all"), table.loc[["all"]]])
+    table = table.loc[[*table.index.drop("all"), "all"]]
     counts = dict.fromkeys(["n_held_out", "n_generated"], "Int64")
     order = ["label", "held_out", "generated", *counts]
     return table.astype(counts).rename_axis("label").reset_index()[order]

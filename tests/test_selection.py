@@ -43,7 +43,7 @@ def test_several_texts_of_a_class_are_averaged_and_prompts_only_move_the_score()
         ({"labels": ["a", "a"], "classes": ["a", "a"]}, "they name a, not a second one"),
         ({"labels": ["a"]}, "2 rows, but 1 names"),
         ({"audio": np.zeros((2, 2))}, "row 0 of audio is zero"),
-        ({"audio": np.full((2, 2), np.nan)}, "2 rows of audio are not finite, the first is row 0"),
+        ({"audio": np.full((2, 2), np.nan)}, "audio: 2 of 2 are not finite, the first is row 0"),
         ({"text": np.eye(3)[:2]}, "size 3 is different from 2"),
         ({"prompts": np.eye(3)}, "shapes"),
     ],
@@ -139,8 +139,21 @@ def test_random_drop_follows_seed_and_class_alone_and_takes_everyone_in_turn():
 def test_too_few_clips_and_bad_values_are_named():
     with pytest.raises(ValueError, match="3 clips of b are to be kept, there are 1"):
         selection.keep_random(["a", "a", "a", "b"], 3)
-    with pytest.raises(ValueError, match="1 rows of values are not finite"):
+    with pytest.raises(ValueError, match="values: 1 of 2 are not finite"):
         selection.keep_best(["a", "a"], [1, np.nan], 1)
+
+
+def test_complex_values_are_refused_and_tensors_taken():
+    import torch
+
+    with pytest.raises(ValueError, match="values: expected real numbers: they are complex"):
+        selection.keep_best(["a", "a"], np.array([1j, 2]), 1)
+    for rows in (np.eye(2) * 1j, [["x", "y"], ["y", "x"]]):
+        with pytest.raises(ValueError, match="audio: expected real numbers"):
+            selection.clap_scores(rows, ["a", "b"], np.eye(2), ["a", "b"])
+    graded = torch.eye(2, requires_grad=True)
+    found = selection.clap_scores(graded, ["a", "b"], np.eye(2), ["a", "b"])
+    assert found.clap_score.tolist() == [1, 1]
 
 
 # --- choose a filter -----------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Intervals against closed forms and simulation, tests against scipy and enumeration; and tables of
 a study, held to closed forms and scikit-learn."""
 
+import importlib.util
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -43,9 +45,31 @@ def test_bootstrap_ci_takes_statistics_without_axis():
 
 
 def test_bootstrap_ci_is_seeded():
-    values = np.random.default_rng(3).normal(size=20)
+    values = np.random.default_rng(3).normal(size=40)
     assert stats.bootstrap_ci(values, seed=4) == stats.bootstrap_ci(values, seed=4)
     assert stats.bootstrap_ci(values, seed=4) != stats.bootstrap_ci(values, seed=5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(numbers, min_size=2, max_size=29), st.sampled_from([0.8, 0.95, 0.99]))
+def test_of_few_values_the_interval_of_a_mean_is_students(values, confidence):
+    low, high = stats.bootstrap_ci(values, confidence=confidence)
+    error = reference.sem(values)
+    expected = reference.t.interval(confidence, len(values) - 1, np.mean(values), error or 1e-300)
+    assert (low, high) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    paired = stats.paired_test(values, np.zeros(len(values)), n=20)
+    assert (paired["ci_low"], paired["ci_high"]) == stats.bootstrap_ci(values)
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_interval_of_few_runs_covers_their_mean(n):
+    row = dict.fromkeys(RESULT, 0) | {"arm": "real", "model": "sbcnn", "backend": ""}
+    values = np.random.default_rng(n).normal(0.5, 0.03, (300, n))
+    places = [row | {"model": str(i), "run": run} for i, run in np.ndindex(*values.shape)]
+    table = pd.DataFrame(places).assign(accuracy=values.ravel())
+    found = stats.summarise(table)
+    # 95 % nominal; a binomial of 300 lies within 272 and 296 with probability > .999
+    assert 272 <= found["ci_low"].le(0.5).mul(found["ci_high"].ge(0.5)).sum() <= 296
 
 
 @pytest.mark.parametrize("values", [[2.0, 2.0, 2.0], [0.0, 0.0, 1.0], [1.0, 2.0]])
@@ -183,6 +207,24 @@ def test_mcnemar_of_a_published_table():
     assert result["p_value"] == pytest.approx(reference.chi2.sf(17.36, 1), rel=0.3)
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(1, 4)), min_size=2, max_size=9))
+def test_mcnemar_counts_recordings_not_their_clips(recordings):
+    a, b, times = (np.array(column) for column in zip(*recordings, strict=True))
+    names = [f"s{i}" for i in range(len(a))]
+    found = stats.mcnemar(*(np.repeat(v, times) for v in (a, b, names)))
+    expected = stats.mcnemar(a, b)
+    keys = ["n", "only_a", "only_b", "odds_ratio", "odds_low", "odds_high", "p_value"]
+    assert [found[key] for key in keys] == [expected[key] for key in keys]
+    assert found["difference"] == pytest.approx(np.repeat(a * 1.0 - b, times).mean())
+
+
+def test_mcnemar_of_recordings_whose_clips_differ():
+    # s0: a one clip more; s1: as many; s2: b two more
+    found = stats.mcnemar([1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1], ["s0", "s0", "s1", "s1", "s2", "s2"])
+    assert (found["n"], found["only_a"], found["only_b"], found["p_value"]) == (3, 1, 1, 1.0)
+
+
 def test_mcnemar_takes_single_runs_only():
     with pytest.raises(ValueError, match="mean of runs"):
         stats.mcnemar([1, 0.5], [0, 1])
@@ -205,40 +247,14 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p_values, level):
     assert (adjusted <= np.minimum(1, np.array(p_values) * len(p_values)) + 1e-12).all()
 
 
+def test_holm_leaves_out_what_was_not_tested():
+    np.testing.assert_allclose(stats.holm([0.01, np.nan, 0.04]), [0.02, np.nan, 0.04])
+    assert np.isnan(stats.holm([np.nan])).all()
+
+
 def test_holm_refuses_what_is_no_p_value():
     with pytest.raises(ValueError, match="between 0 and 1"):
         stats.holm([0.2, 1.2])
-
-
-@pytest.mark.parametrize("method", ["spearman", "pearson"])
-def test_correlation_equals_scipy(method):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=12).round(1)
-    y = 0.8 * x + rng.normal(size=12).round(1)
-    found = stats.correlation(x, y, method, n=2000)
-    whole = getattr(reference, f"{method}r")(x, y)
-    assert found["r"] == pytest.approx(whole.statistic, abs=1e-9)
-    assert found["p_value"] == pytest.approx(whole.pvalue, abs=0.02)
-    assert found["ci_low"] < found["r"] < found["ci_high"]
-
-
-def test_correlations_interval_is_close_to_fishers():
-    rng = np.random.default_rng(3)
-    x = rng.normal(size=150)
-    y = x + rng.normal(size=150)
-    found = stats.correlation(x, y, "pearson", n=3000)
-    fisher = reference.pearsonr(x, y).confidence_interval()
-    assert (found["ci_low"], found["ci_high"]) == pytest.approx(tuple(fisher), abs=0.04)
-
-
-def test_correlation_of_few_or_constant_items():
-    assert np.isfinite(list(stats.correlation([1, 2, 3, 4], [4, 3, 2, 1], n=200).values())).all()
-    with pytest.raises(ValueError, match="at least 4"):
-        stats.correlation([1, 2, 3], [1, 2, 3])
-    with pytest.raises(ValueError, match="constant"):
-        stats.correlation([1, 2, 3, 4], [5, 5, 5, 5])
-    with pytest.raises(ValueError, match="spearman"):
-        stats.correlation([1, 2, 3, 4], [1, 2, 3, 5], "kendall")
 
 
 def test_as_many_clips_as_urbansound8k_has_fit_into_memory():
@@ -281,9 +297,12 @@ def test_summary_by_hand():
     (found,) = stats.summarise(results).to_dict("records")
     assert (found["n"], found["n_runs"]) == (6, 3) and found["accuracy"] == pytest.approx(0.7)
     assert found["half_width"] == pytest.approx(1.96 * 0.1 / np.sqrt(3))
-    assert 0.4 <= found["ci_low"] < 0.7 < found["ci_high"] <= 1.0
+    half = reference.t.ppf(0.975, 5) * np.sqrt(0.28 / 5 / 6)
+    assert (found["ci_low"], found["ci_high"]) == pytest.approx((0.7 - half, 0.7 + half))
+    # of two classifiers next to nothing is known: all that an accuracy can be
     one_run = stats.summarise(results.head(2))
-    assert np.isnan(one_run["half_width"].item()) and one_run["ci_low"].item() == 0.4
+    assert np.isnan(one_run["half_width"].item())
+    assert one_run[["ci_low", "ci_high"]].to_numpy().tolist() == [[0, 1]]
     alone = stats.summarise(results.head(1))
     assert alone[["half_width", "ci_low", "ci_high"]].isna().all(axis=None)
 
@@ -398,7 +417,7 @@ def test_intervals_by_hand():
     assert (row["n_folds"], row["n_runs"], row["n_clips"], row["n_sources"]) == (2, 3, 40, 20)
     assert row["ci_low"] < row["accuracy"] < row["ci_high"]
     assert np.isnan(stats.intervals(predictions[predictions["run"] == 0])["half_width"]).all()
-    with pytest.raises(ValueError, match="not in the table of clips, such as 'c39'"):
+    with pytest.raises(ValueError, match="no source in the table of clips, such as 'c39'"):
         stats.intervals(predictions, clips.iloc[:39])
 
 
@@ -417,6 +436,128 @@ def test_sources_need_the_clips():
         stats.compare(study()[0], by="source")
 
 
+def test_recordings_are_the_unit_wherever_they_are_known():
+    predictions, clips = study(n_sources=40)
+    known = predictions.merge(clips[["clip_id", "source_id"]])
+    by_source = stats.compare(predictions, by="source", clips=clips)
+    assert by_source["by"].item() == "source" and by_source["n"].item() == 40
+    for table, options in ((predictions, {"clips": clips}), (known, {})):
+        pd.testing.assert_frame_equal(stats.compare(table, **options), by_source)
+    by_clip = stats.compare(predictions)
+    assert by_clip["by"].item() == "clip" and by_clip["n"].item() == 80
+    # so do all others that read predictions
+    arguments = ("both:1", "sbcnn")
+    pd.testing.assert_frame_equal(
+        stats.class_deltas(known, *arguments), stats.class_deltas(predictions, *arguments, clips=clips)
+    )
+    pd.testing.assert_frame_equal(stats.intervals(known), stats.intervals(predictions, clips))
+    with pytest.raises(ValueError, match="clips have no source"):
+        stats.compare(known.assign(source_id=known["source_id"].where(known["clip_id"] != "c3")))
+
+
+def runs_of(right, clips_each=1):
+    """Predictions of two arms from `right` [runs, recordings, arms], each recording some clips."""
+    rows = [
+        {"clip_id": f"{s}-{c}", "source_id": f"s{s}", "fold": 5, "run": run, "model": "cnn",
+         "label": "a", "arm": ["both", "real"][arm], "ratio": 1.0 - arm,
+         "predicted": "a" if right[run][s][arm] else "b"}
+        for run, s, arm in np.ndindex(*np.shape(right)) for c in range(clips_each)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_where_only_training_scatters_a_test_is_one_of_trainings():
+    # each training of "both" gets either all recordings right or none; "real" always half of them
+    right = np.zeros((3, 20, 2), bool)
+    right[:, ::2, 1] = True
+    right[:2, :, 0] = True
+    # what a recording gains differs, but on average over recordings the trainings give 0.5, 0.5, −0.5
+    found = stats.compare(runs_of(right)).iloc[0]
+    level = right[..., 0] * 1.0 - right[..., 1]
+    of_runs, of_recordings = level.mean(axis=1), level.mean(axis=0)
+    squares = np.array([of_recordings.var(ddof=1) / 20, of_runs.var(ddof=1) / 3])
+    freedom = squares.sum() ** 2 / (squares**2 / [19, 2]).sum()
+    low, high = reference.t.interval(0.95, freedom, level.mean(), np.sqrt(squares.sum()))
+    assert (found["ci_low"], found["ci_high"]) == pytest.approx((low, high))
+    expected = 2 * reference.t.sf(level.mean() / np.sqrt(squares.sum()), freedom)
+    assert found["p_value"] == pytest.approx(expected) and expected > 0.5
+    assert found["given"] == "" and not found["exact"]
+    # all of three trainings better, but one more than the others: few recordings do not matter
+    same = np.zeros((3, 20, 2), bool)
+    for run, better in enumerate((4, 8, 20)):
+        same[run, :better, 0] = True
+    assert stats.paired_test(same[..., 0].mean(0), np.zeros(20))["p_value"] < 0.001
+    assert stats.compare(runs_of(same))["p_value"].item() > 0.05
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(2, 5), st.integers(4, 12), st.integers(1, 3), st.integers(0, 10_000))
+def test_repeated_trainings_never_make_a_test_bolder(runs, recordings, each, seed):
+    rng = np.random.default_rng(seed)
+    right = rng.random((runs, recordings, 2)) < rng.random((runs, 1, 2))
+    found = stats.compare(runs_of(right, each)).iloc[0]
+    sides = right.mean(axis=0)
+    given = stats.paired_test(sides[:, 0], sides[:, 1])
+    assert found["p_value"] >= given["p_value"] - 1e-12
+    assert (found["n"], found["difference"]) == (recordings, pytest.approx(given["difference"]))
+    # in another order, with the arms exchanged
+    turned = stats.compare(runs_of(right[::-1, ::-1, ::-1], each)).iloc[0]
+    assert turned["p_value"] == pytest.approx(found["p_value"])
+    assert (turned["ci_low"], -turned["ci_high"]) == pytest.approx((-found["ci_high"], found["ci_low"]))
+    alone = stats.compare(runs_of(right[:1], each)).iloc[0]
+    assert alone["given"] == "these trainings"
+    first = stats.paired_test(right[0, :, 0], right[0, :, 1])
+    assert (alone["p_value"], alone["ci_low"]) == (first["p_value"], first["ci_low"])
+
+
+def test_what_was_not_repeated_everywhere_is_given_these_trainings():
+    right = np.random.default_rng(0).random((3, 10, 2)) < 0.5
+    whole = runs_of(right)
+    # the second and third training of one recording are missing: only the first is of all
+    part = whole[(whole["run"] == 0) | (whole["source_id"] != "s4")]
+    assert stats.compare(part)["given"].item() == "these trainings"
+    assert stats.compare(whole, by="run")["given"].item() == "these recordings"
+    deltas = stats.class_deltas(whole, "both:1", "cnn")
+    row = stats.compare(whole).iloc[0]
+    for name in ("ci_low", "ci_high", "p_value", "given"):
+        assert deltas[name].item() == row[name]
+
+
+def test_simulated_rates_keep_the_limits():
+    file = Path(__file__).parents[1] / "benchmarks" / "calibration.py"
+    spec = importlib.util.spec_from_file_location("benchmark_calibration", file)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    # some seconds for the few simulations of each setting that show what lies far outside
+    table = benchmark.calibrate(benchmark.SECTIONS, 6)
+    assert set(table["what"]) == {"null KAD", "coverage", "false positives", "power"}
+    assert "no" not in set(table["keeps"]), table[table["keeps"] == "no"].to_string()
+
+
+def complex_or_graded(x):
+    import torch
+
+    return {
+        "complex": np.asarray(x) * 1j,
+        "tensor": torch.tensor(x, dtype=torch.double, requires_grad=True),
+    }
+
+
+def test_complex_numbers_are_refused_and_tensors_taken():
+    a, b = [0.1, 0.5, 0.7, 0.9], [0.2, 0.1, 0.9, 0.4]
+    for function in (
+        stats.bootstrap_ci,
+        lambda v: stats.paired_test(v, b),
+        lambda v: stats.nested_bootstrap_ci(v, [1, 1, 2, 2], [1, 2, 3, 4]),
+    ):
+        strange = complex_or_graded(a)
+        assert function(strange["tensor"]) == function(a)
+        with pytest.raises(ValueError, match="expected real numbers: they are complex"):
+            function(strange["complex"])
+    with pytest.raises(ValueError, match="expected real numbers"):
+        stats.bootstrap_ci(["one", "two"])
+
+
 def test_all_arms_are_corrected_together():
     predictions, _ = study(n_sources=40, runs=3)
     other = predictions[predictions["arm"] == "both"].assign(arm="mixed", ratio=2.0)
@@ -433,9 +574,6 @@ def test_classes_are_told_apart():
     table = stats.class_deltas(predictions, "both:1", "sbcnn", clips=clips).set_index("label")
     assert table.loc["a", "difference"] > 0 > table.loc["b", "difference"]
     assert table.loc["b", "ci_high"] < 0 and table.loc["b", "p_holm"] < 0.05
-    difference = stats.confusion_difference(predictions, "both:1", "sbcnn")
-    np.testing.assert_allclose(np.diag(difference), table["difference"])
-    np.testing.assert_allclose(difference.sum(axis=1), 0, atol=1e-12)
     alone = predictions[predictions["clip_id"].isin(["c0", "c2", "c4"])]
     table = stats.class_deltas(alone, "both:1", "sbcnn").set_index("label")
     assert np.isnan(table.loc["b", ["ci_low", "p_value", "p_holm"]].astype(float)).all()
@@ -457,38 +595,6 @@ def test_clips_of_one_recording_are_one_observation():
     assert row["difference"] == 0.75 and row["p_value"] == 2 / 2**3
     (alone,) = stats.class_deltas(predictions, "both:1", "svm").to_dict("records")
     assert alone["n_sources"] == 16 and alone["p_value"] < 0.01
-
-
-def test_choosing_among_equals_adds_what_the_largest_of_them_has_by_luck():
-    rng = np.random.default_rng(0)
-    clips = pd.DataFrame({"clip_id": [f"c{i}" for i in range(200)], "fold": 5, "label": "a"})
-    parts = []
-    for run in range(10):
-        predicted = rng.permutation(np.repeat(["a", "b"], 100))
-        parts.append(clips.assign(predicted=predicted, arm="real", ratio=0.0, run=run))
-    found = stats.choice_on_test(pd.concat(parts).assign(model="sbcnn"), n=4000)
-    assert (found["candidates"], found["clips"]) == (10, 200)
-    # all are right on half of the clips; a drawn half of them deviates by √(0.25 / 199), the other
-    # half by as much the other way, and the largest of 10 normals lies 1.54 SD above their mean
-    assert found["bias"] == pytest.approx(2 * 1.54 * np.sqrt(0.25 / 199), rel=0.05)
-    assert found["bias"] == pytest.approx(found["chosen_here"] - found["elsewhere"])
-    with pytest.raises(ValueError, match="1 classifiers on 200 recordings"):
-        stats.choice_on_test(parts[0].assign(model="sbcnn"))
-
-
-def test_a_choice_halves_recordings_not_their_clips():
-    # ten clips of each of 20 recordings, all right or all wrong: as 20 clips that stand for ten
-    rng = np.random.default_rng(0)
-    clips = pd.DataFrame({"source_id": np.repeat([f"s{i}" for i in range(20)], 10), "label": "a"})
-    clips = clips.assign(clip_id=[f"c{i}" for i in range(200)], fold=5)
-    tests = [clips.drop(columns="source_id").assign(arm="real", ratio=0.0, run=i, model="svm",
-             predicted=np.repeat(rng.permutation(list("ab" * 10)), 10)) for i in range(6)]  # fmt: skip
-    predictions = pd.concat(tests)
-    found = stats.choice_on_test(predictions, clips, n=4000)
-    one = predictions[predictions["clip_id"].isin(clips["clip_id"][::10])]
-    assert (found["clips"], found["sources"]) == (200, 20)
-    assert found["bias"] == pytest.approx(stats.choice_on_test(one, n=4000)["bias"], abs=0.01)
-    assert found["bias"] > 2 * stats.choice_on_test(predictions, n=4000)["bias"]
 
 
 def test_confusion_equals_scikit_learns():
