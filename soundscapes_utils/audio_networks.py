@@ -74,16 +74,8 @@ class _Block(nn.Module):
 class PANN(nn.Module):
     """CNN14 or Wavegram-Logmel-CNN14 up to the tagger: 32 × `width` numbers, 2,048 as published.
 
-    Kong et al., IEEE/ACM TASLP 28, 2020, Table 1, and their released models.
-
-    Parameters
-    ----------
-    sample_rate : {32_000, 16_000}
-        Hz.
-    wavegram : bool, default False
-        Whether a wavegram goes with the log-mel.
-    width : int, default 64
-        Channels of the first block.
+    Kong et al., IEEE/ACM TASLP 28, 2020, Table 1, and their released models: at 32,000 or 16,000 Hz,
+    with or without a wavegram beside the log-mel, of `width` channels in the first block.
     """
 
     def __init__(self, sample_rate=32_000, wavegram=False, width=64):

@@ -153,23 +153,12 @@ def caption_columns(table):
 def prompts(labels, family="simple", n=1, seed=0):
     """Write the prompts of each class for a text-to-audio model.
 
-    Parameters
-    ----------
-    labels : iterable of str
-        Each class once.
-    family : str or path-like
-        ``"label"``: the bare class name. ``"simple"``, ``"gpt"``: the two prompts of Ronchini et
-        al., word for word. ``"varied"``: different sentences without repetition. ``"task"``:
-        number, place, distance and microphone, in rounds. Or a table (.csv, .parquet) of columns
-        ``label, prompt`` that a person or a language model has written; its stem is the family.
-    n, seed : int
-        Prompts per class (the families of one sentence repeat it); order of "varied" and "task".
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns ``label, prompt, prompt_family``; a class's rows depend on its name, the family
-        and the seed alone.
+    Families: "label", the bare class name; "simple", "gpt", the two prompts of Ronchini et al., word for
+    word; "varied", different sentences without repetition; "task", number, place, distance and
+    microphone, in rounds; or a table (CSV) of columns ``label, prompt`` that a person or a language
+    model has written, whose stem is the family. `n` prompts per class (the families of one sentence
+    repeat it); `seed` orders "varied" and "task". Columns ``label, prompt, prompt_family``; a class's
+    rows depend on its name, the family and the seed alone.
     """
     labels = list(labels)
     if n < 1 or not labels or len(set(labels)) < len(labels):
@@ -177,11 +166,9 @@ def prompts(labels, family="simple", n=1, seed=0):
     if family in FAMILIES:
         rows = [(label, text, family) for label in labels for text in _texts(label, family, n, seed)]
         return pd.DataFrame(rows, columns=["label", "prompt", "prompt_family"])
-    if Path(family).suffix not in (".csv", ".parquet"):
-        raise ValueError(
-            f"unknown prompt family {family!r}; choose one of {', '.join(FAMILIES)}, or a table "
-            "of prompts (.csv or .parquet)"
-        )
+    if Path(family).suffix != ".csv":
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"unknown prompt family {family!r}; choose one of {known}, or a table (.csv)")
     return _written_prompts(Path(family), labels, n)
 
 
@@ -220,6 +207,8 @@ def _texts(label, family, n, seed):
         rounds = (_sentences(PHRASES["form", "task"], slots, rng) for _ in itertools.count())
         return list(itertools.islice(itertools.chain.from_iterable(rounds), n))
     usual = {"clause": words["clause"][0], "noun": words["noun"][0], "x": doing}
+    for slot in ("close", "away", "outside"):  # where a class that is heard so far off can be
+        usual[slot] = PHRASES.get((slot, words["range"]), PHRASES[slot, "any"])[0]
     templates = np.random.default_rng([seed, key]).permutation(VARIED_TEMPLATES)
     first = list(dict.fromkeys(template.format(**usual) for template in templates))
     slots["rest"] = PHRASES["rest", "any"]
@@ -290,14 +279,8 @@ def diversity(table, embed):
 
 
 def _mean_distance(group, embed):
-    texts = list(dict.fromkeys(group["prompt"]))
-    vectors = np.asarray(embed(texts), dtype=np.float64)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit, means = dict(zip(texts, vectors, strict=True)), []
-    for _, of_class in group.groupby("label")["prompt"]:
-        if (n := len(of_class)) > 1:
-            # the sum over all pairs is the squared length of the sum, less the n pairs with itself;
-            # repeated prompts must not end a rounding below zero
-            total = np.sum([unit[text] for text in of_class], axis=0)
-            means.append(max(0.0, 1 - (total @ total - n) / (n * (n - 1))))
+    from scipy.spatial.distance import pdist
+
+    classes = [list(texts) for _, texts in group.groupby("label")["prompt"] if len(texts) > 1]
+    means = [pdist(np.asarray(embed(texts), float), "cosine").mean() for texts in classes]
     return float(np.mean(means)) if means else float("nan")

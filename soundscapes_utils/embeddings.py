@@ -1,8 +1,7 @@
 """Embeddings of clips behind one protocol, cached by the content of what they embed.
 
-Every clip becomes one row: the network (or statistic) sees it as mono at its own rate (the mean of
-the channels, resampled by soxr's "HQ" recipe), cut into windows from a fixed start, so that the same
-clip always gives the same row; what it returns for the windows is averaged over the clip.
+Every clip becomes one row: the network (or statistic) sees it as mono at its own rate, cut into windows
+from a fixed start; what it returns for the windows is averaged over the clip.
 """
 
 import contextlib
@@ -336,7 +335,7 @@ def _open_mini_clap(card, path):
         return ldm.embed_audio(clap, [y], card.sample_rate)[0].numpy()
 
     dim = len(network(np.zeros(card.sample_rate, np.float32)))
-    version = f"{clap.sample_rate} {_digest(clap.audio_encoder)}"
+    version = f"{clap.front_end} {_digest(clap.audio_encoder)}"
     return {"dim": dim, "version": version, "network": network}
 
 
@@ -432,20 +431,17 @@ def _open_laion(card, path):
     if Path(path).is_file():
         return _open_laion_file(path)
     from torch.nn.functional import normalize
-    from transformers import ClapFeatureExtractor
 
     from soundscapes_utils import ldm
 
-    name = path or ldm.HUB_CLAP
-    net = ldm.load_clap(name).audio_encoder
-    with ldm.quiet():
-        extractor = ClapFeatureExtractor.from_pretrained(name)
+    clap = ldm.load_clap(path or ldm.HUB_CLAP)
+    net = clap.audio_encoder
 
     def forward(y):
         # each window is as long as the network's own, so that neither option has anything to do; the
         # default of un-fused checkpoints' files, fusion, would make four pictures of it
         options = {"truncation": "rand_trunc", "padding": "repeatpad", "return_tensors": "pt"}
-        features = extractor(list(y.cpu().numpy()), sampling_rate=card.sample_rate, **options)
+        features = clap.extractor(list(y.cpu().numpy()), sampling_rate=card.sample_rate, **options)
         features = features["input_features"].to(y.device, y.dtype)
         return normalize(net(input_features=features).audio_embeds, dim=-1)
 

@@ -7,8 +7,7 @@ the test fold, and validation clips those of the fold after it, as in Ronchini, 
 Antonacci (arXiv 2403.17864, below: the paper).
 
 A trained classifier is a *trial* (arm, model, fold, run). :func:`plan_study` says which clips each one
-sees, :func:`run_study` trains those that are not kept yet, side by side. A trial is kept as soon as it
-is done, under a key of all that went into it.
+sees, :func:`run_study` trains those that are not kept yet, under a key of all that goes into it.
 """
 
 import csv
@@ -95,10 +94,8 @@ class Arm(NamedTuple):
             or (kind in _WHOLE_RATIO and not arm.ratio.is_integer())
             or (source and kind not in _NEED_SYNTHETIC)
         ):
-            raise ValueError(
-                f"cannot read the arm {text!r}: use 'real', 'both:1' or 'synthetic:1' (synthetic clips "
-                "for each real one), 'mixed:2' (folds replaced), or a control of help(esc.Arm)"
-            )
+            forms = "'real', 'both:1', 'synthetic:1', 'mixed:2' (folds replaced), or see help(esc.Arm)"
+            raise ValueError(f"cannot read the arm {text!r}: use {forms}")
         return arm
 
     @property
@@ -167,11 +164,8 @@ def plan_study(clips, generated, study):
     bind a row: it is used only for the test fold `held_out_fold` (of a generator trained without that
     fold), or only where the recording `made_from` is among the real training clips.
 
-    Raises
-    ------
-    LeakError
-        The column `heard` says that a generator was trained on the fold that its clips are tested on
-        (ESC-10 is a part of ESC-50). Where it was trained on the validation fold, `note` says so.
+    LeakError: the column `heard` says that a generator was trained on the fold that its clips are tested
+    on (ESC-10 is a part of ESC-50). Where it was trained on the validation fold, `note` says so.
     """
     tables = _tables(generated, study.arms)
     synthetic = pd.concat(tables.values(), ignore_index=True) if tables else None

@@ -9,9 +9,6 @@ On one device, and on several (on CPUs too)::
 
     python -m soundscapes_utils finetune config.yaml -p steps 2000
     accelerate launch --multi_gpu --num_processes 2 -m soundscapes_utils finetune config.yaml
-
-From a notebook or a script, `finetune` and `launch` do the same. The settings of Gaurav et al. are in
-``notebooks/profiles/paper.yaml``.
 """
 
 import functools
@@ -22,6 +19,8 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -31,16 +30,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
-from . import audio, captions, embeddings, fad, generation, ldm, metadata, store
+from . import audio, captions, embeddings, fad, ldm, metadata, store
 
 _CARD = Path(__file__).with_name("finetuned_card.md")
 # clips whose latents share a file of the cache; a killed run loses at most these
 CLIPS_PER_FILE = 64
-# segments are the loudest of this many random positions
-_TRIES = 4
 # clips of the validation split that samples are scored against: more gain little and take long
 _REFERENCE_CLIPS = 512
 # a validation loss of this many times that of the start is not training any more
@@ -51,6 +48,7 @@ _RANGES = {
     "validation_steps validation_segments",
     (0, math.inf): "learning_rate lr_warmup_steps segment_s snr_gamma",
     (1e-9, math.inf): "max_grad_norm",
+    (2, math.inf): "n_samples",  # of one there is no score
     (0, 1): "text_condition_probability conditioning_dropout ema_decay decay_start",
 }
 # where things lie, what is said of them, how memory is saved: a run goes on when these change
@@ -183,6 +181,7 @@ def finetune(config):
     key = _run_key(config, clips)
     if result := _finished(config, key):
         return result
+    clips = _usable(config, clips)
     accelerator = _accelerator(config)
     pipe = ldm.load_pipeline(config.checkpoint, str(accelerator.device))
     data = load_data(pipe, config, clips, accelerator)
@@ -263,8 +262,9 @@ def launch(config, processes=1):
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     ours = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
     ours |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    ours["PYTHONIOENCODING"] = "utf-8"
     pipes, lines = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, []
-    with subprocess.Popen(command, env=ours, text=True, **pipes) as process:
+    with subprocess.Popen(command, env=ours, encoding="utf-8", **pipes) as process:
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)
@@ -441,75 +441,63 @@ def load_data(pipe, config, clips=None, accelerator=None):
     """
     from tqdm.auto import tqdm
 
-    clips = _read_clips(config) if clips is None else clips
+    clips = _usable(config, _read_clips(config)) if clips is None else clips
     folder = Path(config.cache_dir or _next_to(config, "cache"))
-    made_from = [ldm.checkpoint_digest(ldm.resolve(config.checkpoint)), config.seed, _TRIES]
-    made_from += [config.segment_s, config.segments_per_clip]
-    made_from, jobs = [*made_from, ldm.checkpoint_info(config.checkpoint)["audio_encoder"]], {}
+    tower = ldm.local_folder(ldm.checkpoint_info(config.checkpoint)["audio_encoder"])
+    made_from = [ldm.checkpoint_digest(ldm.resolve(config.checkpoint)), ldm.checkpoint_digest(tower)]
+    made_from += [ldm.load_clap(str(config.checkpoint)).front_end, config.seed, ldm.TRIES]
+    made_from, jobs = [*made_from, config.segment_s, config.segments_per_clip], {}
     for split, rows in clips.groupby("split", sort=False):
         texts = rows[captions.caption_columns(rows)].fillna("")
         content = store.content_key(made_from, texts.to_numpy().tolist())
-        jobs[folder / f"{split}-text-{content}.safetensors"] = split, _text_tensors, (pipe, texts)
+        jobs[folder / f"{split}-text-{content}.safetensors"] = split, ldm.text_tensors, (pipe, texts)
         for start in range(0, len(rows), CLIPS_PER_FILE):
             part = rows["path"].iloc[start : start + CLIPS_PER_FILE]
             content = store.content_key(made_from, start, [store.file_digest(p) for p in part])
             file = folder / f"{split}-{start:06d}-{content}.safetensors"
-            jobs[file] = split, _sound_tensors, (pipe, config, part, start)
+            jobs[file] = split, ldm.sound_tensors, (pipe, config, part, start)
     if accelerator is not None and accelerator.num_processes > 1:
         for file in list(jobs)[accelerator.process_index :: accelerator.num_processes]:
-            _cached(file, *jobs[file][1:])
+            ldm.cached_tensors(file, *jobs[file][1:])
         accelerator.wait_for_everyone()
     parts = {split: {} for split in clips["split"]}
     for file, (split, *make) in tqdm(jobs.items(), desc="latents", disable=None, leave=False):
-        for name, value in _cached(file, *make).items():
+        for name, value in ldm.cached_tensors(file, *make).items():
             parts[split].setdefault(name, []).append(value)
     return {split: {k: torch.cat(v) for k, v in part.items()} for split, part in parts.items()}
-
-
-def _cached(file, make, arguments):
-    if not file.is_file():
-        store.write_atomic(file, save(make(*arguments)))
-    return load_file(file)
-
-
-def _sound_tensors(pipe, config, paths, start):
-    clap = ldm.load_clap(str(config.checkpoint))
-    clap.audio_encoder.to(pipe.device)
-    # each of the U-Net's levels but the last halves the latent once more
-    unit = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    frames = max(1, round(config.segment_s * ldm.SAMPLE_RATE / ldm.HOP / unit)) * unit
-    latents, sounds, owner = [], [], []
-    for i, path in enumerate(paths, start=start):
-        y, _ = audio.load_audio(path, ldm.SAMPLE_RATE)
-        rng = np.random.default_rng([config.seed, i])
-        # of a clip that is no longer than a segment there is only one
-        for _ in range(config.segments_per_clip if len(y) > frames * ldm.HOP else 1):
-            segment = audio.loudest_segment(y, frames * ldm.HOP, _TRIES, rng)
-            latents.append(ldm.encode_mel(pipe, ldm.waveform_to_mel(segment, frames)[None]))
-            sounds.append(ldm.embed_audio(clap, [segment], ldm.SAMPLE_RATE))
-            owner.append(i)
-    clap.audio_encoder.to("cpu")  # others share this tower
-    return {"latents": torch.cat(latents), "audio": torch.cat(sounds), "clip": torch.tensor(owner)}
-
-
-def _text_tensors(pipe, rows):
-    texts = [[text for text in row if text] for row in rows.to_numpy().tolist()]
-    widest = max(map(len, texts))
-    padded = [row + [""] * (widest - len(row)) for row in texts]
-    distinct = sorted({text for row in padded for text in row} | {""})
-    vectors = dict(zip(distinct, ldm.embed_text(pipe, distinct), strict=True))
-    text = torch.stack([torch.stack([vectors[text] for text in row]) for row in padded])
-    n_text = torch.tensor([len(row) for row in texts])
-    return {"text": text, "n_text": n_text, "empty": vectors[""][None].clone()}
 
 
 def _read_clips(config):
     """Read the set: ``split, path, caption, …`` of the splits that are needed."""
     clips = metadata.read_clips(config.dataset_root)
     splits = ("train", "val", "test") if config.test_segments else ("train", "val")
-    if missing := sorted({"train", "val"} - set(clips["split"])):
-        raise TrainingError(f"{config.dataset_root}: no clips in its split {missing[0]!r}")
     return clips[clips["split"].isin(splits)].reset_index(drop=True)
+
+
+def _usable(config, clips):
+    """Set aside what cannot be trained on, with reasons in ``<out_dir>.logs/set_aside.csv``."""
+    worded = clips[captions.caption_columns(clips)].fillna("").map(str.strip).any(axis=1)
+    with ThreadPoolExecutor() as pool:
+        faults = np.where(worded, list(pool.map(_fault, clips["path"])), "has no caption")
+    why = ""
+    if (bad := faults != "").any():
+        aside = clips.loc[bad, ["split", "path"]].assign(reason=faults[bad])
+        file = store.write_table(aside, _next_to(config, "logs") / "set_aside.csv")
+        why = f"{len(aside)} of {len(clips)} clips are set aside, see {file} ({faults[bad][0]})"
+        warnings.warn(why, stacklevel=3)
+        clips = clips[~bad].reset_index(drop=True)
+    if missing := sorted({"train", "val"} - set(clips["split"])):
+        raise TrainingError(f"{config.dataset_root}: no clips in its split {missing[0]!r} {why}".strip())
+    return clips
+
+
+def _fault(path):
+    """Why a sound cannot be trained on, or nothing."""
+    try:
+        audio.load_audio(path, silent_ok=False)
+    except audio.AudioError as error:
+        return str(error)
+    return ""
 
 
 def _next_to(config, what):
@@ -520,7 +508,7 @@ def _run_key(config, clips):
     """Identity of a run: its settings without places, its sounds by content, its checkpoint."""
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_TRAINED}
     texts = clips[["split", *captions.caption_columns(clips)]].fillna("").to_numpy().tolist()
-    sounds = [store.file_digest(path) for path in clips["path"]]
+    sounds = [store.file_digest(path) if Path(path).is_file() else "" for path in clips["path"]]
     weights = ldm.checkpoint_digest(ldm.resolve(config.checkpoint))
     return store.content_key(settings, weights, texts, sounds)
 
@@ -544,6 +532,7 @@ class _Run:
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
         self.ema, self.best = self.weights(), self.weights()
         self.step, self.best_step, self.log, self.scores = 0, 0, [], []
+        self.info = _info(config, clips)
 
     def weights(self):
         return {name: value.detach().clone() for name, value in self.trained.items()}
@@ -699,11 +688,15 @@ class _Run:
         if not self.state.is_file():
             return
         groups = {}
-        with safe_open(self.state, "pt", device=str(self.accelerator.device)) as stored:
-            note = json.loads(stored.metadata()["note"])
-            for name in stored.keys():  # noqa: SIM118, it is not a dict
-                group, _, rest = name.partition(":")
-                groups.setdefault(group, {})[rest] = stored.get_tensor(name)
+        try:
+            with safe_open(self.state, "pt", device=str(self.accelerator.device)) as stored:
+                note = json.loads(stored.metadata()["note"])
+                for name in stored.keys():  # noqa: SIM118, it is not a dict
+                    group, _, rest = name.partition(":")
+                    groups.setdefault(group, {})[rest] = stored.get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            warnings.warn(f"{self.state}: damaged ({error}); training starts anew", stacklevel=2)
+            return
         self.load(groups.pop("model"))
         self.ema, self.best = groups.pop("ema"), groups.pop("best")
         moments = {int(i): part for i, part in groups.items()}
@@ -751,11 +744,14 @@ def _sample(pipe, config, prompts):
 
 def _finished(config, key):
     note = Path(config.out_dir) / "training.json"
-    content = json.loads(note.read_text()) if note.is_file() else {}
-    if content.get("key") != key:
-        return None
-    log, scores = (pd.DataFrame(content[name]) for name in ("log", "scores"))
-    return FinetuneResult(Path(config.out_dir), log, content["best_step"], scores)
+    try:
+        content = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        if content.get("key") != key:
+            return None
+        log, scores = (pd.DataFrame(content[name]) for name in ("log", "scores"))
+        return FinetuneResult(Path(config.out_dir), log, content["best_step"], scores)
+    except (ValueError, AttributeError, KeyError) as error:
+        warnings.warn(f"{note}: damaged ({error!r}); made again", stacklevel=3)
 
 
 def _save_result(run):
@@ -765,25 +761,30 @@ def _save_result(run):
         run.unet.fuse_lora()
         run.unet.unload_lora()
     run.unet.eval()
-    base, clips = ldm.checkpoint_info(config.checkpoint), run.clips
-    ours = config.info.get("heard", {})
-    if "heard" not in config.info and {"dataset", "fold"} <= set(clips):
-        ours = clips[clips["split"] == "train"].groupby("dataset")["fold"].unique()
-    both = base["heard"], {name: [int(fold) for fold in folds] for name, folds in ours.items()}
-    heard = {n: sorted({f for part in both for f in part.get(n, [])}) for n in both[0] | both[1]}
-    info = base | config.info | {"heard": heard}
+    note = {"key": run.key, "best_step": run.best_step, "log": run.log, "scores": run.scores}
+    texts = {"training.json": json.dumps(note), ldm.CARD_FILE: _card(run, run.info)}
     # a published tower that came from the hub is found there again
     comes_along = (Path(ldm.resolve(config.checkpoint)) / "audio_encoder").is_dir()
-    tower = ldm.load_clap(str(config.checkpoint)).audio_encoder if comes_along else None
-    note = {"key": run.key, "best_step": run.best_step, "log": run.log, "scores": run.scores}
-    texts = {"training.json": json.dumps(note), ldm.CARD_FILE: _card(run, info)}
-    ldm.save_checkpoint(run.pipe, config.out_dir, info, tower, extra=texts)
+    clap = ldm.load_clap(str(config.checkpoint)) if comes_along else None
+    if clap and clap.extractor:
+        texts["audio_encoder/preprocessor_config.json"] = clap.front_end
+    ldm.save_checkpoint(run.pipe, config.out_dir, run.info, clap and clap.audio_encoder, extra=texts)
+
+
+def _info(config, clips):
+    """The note of what is trained: ``heard`` holds the folds of the start and those of the set."""
+    base = ldm.checkpoint_info(config.checkpoint)
+    rows = clips[clips["split"] == "train"].reindex(columns=["dataset", "fold"]).dropna()
+    ours = config.info.get("heard", rows.groupby("dataset")["fold"].unique())
+    both = base["heard"], {name: [int(fold) for fold in folds] for name, folds in ours.items()}
+    heard = {n: sorted({f for part in both for f in part.get(n, [])}) for n in both[0] | both[1]}
+    return base | config.info | {"heard": heard}
 
 
 def _card(run, info):
     """Write the model card: data, licence, steps, scores with floors."""
     config, start = run.config, Path(run.config.checkpoint)
-    licence = _licence(config.checkpoint)
+    licence = ldm.licence(config.checkpoint)
     kept = [row for row in run.log if row["step"] == run.kept[1]]
     losses = pd.DataFrame([run.log[0], *kept]).filter(regex="step|(val|test)_loss_ema$").round(4)
     return _CARD.read_text(encoding="utf-8").format(
@@ -799,14 +800,6 @@ def _card(run, info):
         losses=losses.to_string(index=False),
         scores=_score_lines(pd.DataFrame([r for r in run.scores if r["step"] == run.kept[1]])),
     )
-
-
-def _licence(checkpoint):
-    """The licence of the checkpoint that training starts from: as known, or as its card says."""
-    card = Path(ldm.resolve(checkpoint)) / ldm.CARD_FILE
-    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
-    said = [line.removeprefix("license:").strip() for line in lines if line.startswith("license:")]
-    return generation.CHECKPOINTS["licence"].get(str(checkpoint), (said or ["unknown"])[0])
 
 
 def note_scores(checkpoint, scores):
@@ -842,8 +835,16 @@ def _check(config):
             if not low <= getattr(config, name) <= high:
                 bounds = f"at least {low:g}" if high == math.inf else f"from {low} to {high}"
                 raise TrainingError(f"{name} must be {bounds}; got {getattr(config, name)}")
-    if config.sample_epochs and config.n_samples < 2:
-        raise TrainingError("a score needs two samples or more: raise n_samples")
+    ldm.pipeline_index(config.checkpoint, ldm.PIPELINE)
+    try:
+        if config.wandb_project:
+            import wandb
+
+            if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+                raise ValueError("no key")
+    except Exception as error:  # no package, no key, a wrong one, no network
+        remedy = "run `wandb login`, set WANDB_MODE=offline, or leave wandb_project empty"
+        raise TrainingError(f"wandb_project: W&B cannot be used ({error}); {remedy}") from None
 
 
 def read_config(file, changes=()):
@@ -854,9 +855,9 @@ def read_config(file, changes=()):
     import yaml
 
     try:
-        values = yaml.safe_load(Path(file).read_text()) or {}
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
         values |= {name: yaml.safe_load(value) for name, value in changes}
-    except (OSError, TypeError, yaml.YAMLError) as error:
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise TrainingError(f"{file}: not a YAML file of names and values ({error})") from error
     for option in fields(FinetuneConfig):
         value = values.get(option.name)

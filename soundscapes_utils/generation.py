@@ -4,9 +4,6 @@ A clip depends on nothing but its row in the plan. Its noise is drawn from its o
 through the model whose shape does not depend on what else is waiting. So it has the same bytes
 alone, in a batch, in another order, in a shard or after an interruption: on one machine, with one
 number of threads and one set of options.
-
-:func:`plan_clips` writes the rows, :func:`get_backend` opens a model, :func:`generate_clips` makes
-what is missing.
 """
 
 import functools
@@ -39,36 +36,22 @@ REJECTED_COLUMNS = ["clip_id", "label", "prompt", "backend", "checkpoint", "seed
 PEAK = 10 ** (-1 / 20)  # clips are written with their peak at −1 dB of full scale, or below
 SILENT_PEAK = 10 ** (-60 / 20)  # a clip below this is silent
 CLIPPED_RUN, CLIPPED_SHARE = 3, 0.001  # flat tops: their shortest run, their share of a clip
+AUDIOCRAFT_LUFS, AUDIOCRAFT_FLOOR = -14.0, 2e-3  # audiocraft's level, and the RMS below which none
 
 # --- what there is: options of each back-end, settings of the studies, public checkpoints ---------
 
-_ANY = {"guidance_scale": None, "device": None, "clips_per_pass": 1}
-_DIFFUSERS = {**_ANY, "steps": None, "eta": None, "dtype": "float32"}
-_DIFFUSERS |= {"offload": None, "compile": False}
-_AUDIOGEN = {**_ANY, "guidance_scale": 3.0, "top_k": 250, "temperature": 1.0}
-BACKENDS = {  # None: as the checkpoint's note says (audioldm), else the pipeline's own default
-    "audioldm": {"checkpoint": "builtin", **_DIFFUSERS},
-    "audioldm2": {"checkpoint": "cvssp/audioldm2", **_DIFFUSERS},
-    "audiogen": {"checkpoint": "facebook/audiogen-medium", **_AUDIOGEN},
-    "stable-audio": {"checkpoint": "stabilityai/stable-audio-open-1.0", **_DIFFUSERS},
-    "auto": {"checkpoint": None, **_DIFFUSERS},  # any other text-to-audio pipeline of diffusers
-}
-PRESETS = {  # audiocraft writes at −14 LUFS; the challenge system keeps the best of three by CLAP
-    "ronchini2024-audioldm2": {"backend": "audioldm2", "steps": 200, "guidance_scale": 3.5}
-    | {"dtype": "float16", "duration_s": 4.0},
-    "ronchini2024-audiogen": {"backend": "audiogen", "top_k": 250, "temperature": 1.0}
-    | {"guidance_scale": 3.0, "duration_s": 4.0, "loudness": -14.0},
-    "gaurav2024-audioldm": {"backend": "audioldm", "checkpoint": "cvssp/audioldm-s-full-v2"}
-    | {"steps": 200, "guidance_scale": 3.5, "eta": 0.0, "duration_s": 4.0, "candidates": 3},
-}
+# Options of each back-end (null: as the checkpoint's note says, else the pipeline's own default).
+# Presets hold what the works wrote, levels too; the challenge system keeps the best of three by CLAP.
+# Pipelines are diffusers' classes; ragged are tokenizers that do not pad all prompts to one length (of
+# other pipelines any may be).
+_TABLES = json.loads(Path(__file__).with_name("backends.json").read_text(encoding="utf-8"))
+BACKENDS, PRESETS, _PIPELINES, _RAGGED = _TABLES.values()
 # public checkpoints; parameters in millions, of the parts that a generation needs
 CHECKPOINTS = store.read_table(Path(__file__).with_name("checkpoints.csv")).set_index("checkpoint")
 
 # how pipelines of diffusers call the seconds and the settings
 _SECONDS = ["audio_length_in_s", "audio_end_in_s", "audio_duration_s", "audio_duration", "duration"]
 _SETTINGS = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale", "eta": "eta"}
-# tokenizers that do not pad all prompts to one length; of other pipelines it may be any of them
-_RAGGED = {"AudioLDMPipeline": [], "StableAudioPipeline": [], "AudioLDM2Pipeline": ["tokenizer_2"]}
 
 
 class GenerationError(store.DataError):
@@ -108,8 +91,7 @@ class _InPasses:
 
     The last pass is filled up with copies, and clips share a pass only if their prompts have equal
     lengths in tokens where these reach the sound. With one clip per pass a clip is bit by bit
-    independent of its batch. With more, its place may round it differently: with the tiny models of
-    the tests by about 1e-5 of full scale in float32, by less than 0.05 in half precision.
+    independent of its batch. With more, its place may round it differently, in half precision most.
     """
 
     name: str
@@ -272,17 +254,14 @@ def get_backend(name, **options):
         ``checkpoint``: a folder or hub name, or ``"builtin"``. ``device``: a torch device, else a
         GPU if there is one. ``guidance_scale``: weight of the prompt. ``clips_per_pass``: more is
         faster, on a GPU by far, and less exact. Pipelines of diffusers: ``steps``, ``eta``,
-        ``dtype`` ("float32", "float16", "bfloat16"), ``offload`` ("model" or "sequential": parts
-        wait in main memory until the GPU needs them), ``compile``. AudioGen: ``top_k``,
-        ``temperature``. None stands for what was left out.
+        ``dtype`` ("float32", "float16", "bfloat16"). AudioGen: ``top_k``, ``temperature``.
+        None stands for what was left out.
 
     Raises
     ------
-    GenerationError
-        If the name, an option or the checkpoint is unknown.
+    GenerationError, ldm.CheckpointError
+        If the name or an option is unknown; if the checkpoint does not open.
 
-    Examples
-    --------
     >>> backend = get_backend("audioldm", checkpoint="builtin", steps=2, device="cpu")
     >>> [clip.shape for clip in backend.generate(["a dog barking"], [0], 1.28)]
     [(20480,)]
@@ -294,6 +273,8 @@ def get_backend(name, **options):
             return getattr(importlib.import_module(module), attribute)(**options)
         except (ImportError, AttributeError) as error:
             raise GenerationError(f"backend {name!r} cannot be made: {error}") from error
+    from . import ldm
+
     whole = preset(name)
     known = BACKENDS.get(whole["backend"])
     names = ", ".join([*BACKENDS, *PRESETS])
@@ -304,31 +285,19 @@ def get_backend(name, **options):
     _require(options["checkpoint"], "backend auto needs a checkpoint: a folder or a hub name")
     _require(options["clips_per_pass"] >= 1, "clips_per_pass must be at least 1")
     opener = _open_audiogen if whole["backend"] == "audiogen" else _open_diffusers
-    with _opening(options["checkpoint"]):
+    checkpoint = options["checkpoint"]
+    if not ldm.local_folder(checkpoint).exists():
+        _say_licence(checkpoint)
+    with ldm.opening(checkpoint, f"a model of backend {whole['backend']}"):
         return opener(whole["backend"], options)
 
 
-@contextmanager
-def _opening(checkpoint):
-    """Say licence and size of a public checkpoint; one clear error if it cannot be opened."""
-    from . import ldm
-
-    if checkpoint != "builtin" and not Path(checkpoint).exists():
-        about = "licence and size not known here, see its page"
-        if checkpoint in CHECKPOINTS.index:
-            about = "licence {licence}, {download_gb} GB".format(**CHECKPOINTS.loc[checkpoint])
-        print(f"{checkpoint}: {about}", file=sys.stderr)
-    try:
-        with ldm.quiet():
-            yield
-    except store.DataError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise GenerationError(
-            f"{checkpoint}: cannot be opened ({error}). Check the name, that its licence is "
-            "accepted on the hub where it asks for that, and that the hub can be reached "
-            "(HF_HUB_OFFLINE unset) or its files are in the cache."
-        ) from error
+def _say_licence(checkpoint):
+    """Say licence and size of a public checkpoint before it is fetched."""
+    about = "licence and size not known here, see its page"
+    if checkpoint in CHECKPOINTS.index:
+        about = "licence {licence}, {download_gb} GB".format(**CHECKPOINTS.loc[checkpoint])
+    print(f"{checkpoint}: {about}", file=sys.stderr)
 
 
 def _open_diffusers(name, options):
@@ -340,53 +309,54 @@ def _open_diffusers(name, options):
     known = ("float32", "float16", "bfloat16")
     _require(dtype in known, f"unknown dtype {dtype!r}: choose one of {', '.join(known)}")
     source, info = ldm.resolve(checkpoint), ldm.checkpoint_info(checkpoint)
+    index = ldm.pipeline_index(checkpoint, _PIPELINES.get(name))
     if name == "audioldm":
         pipe = ldm.load_pipeline(checkpoint, "cpu").to(dtype=getattr(torch, dtype))
     else:
-        pipe = _load_pipeline(source, getattr(torch, dtype))
+        pipe = _load_pipeline(source, index, getattr(torch, dtype))
     takes = inspect.signature(pipe.__call__).parameters
     _require(
         "prompt" in takes and set(takes) & set(_SECONDS),
         f"{checkpoint}: {type(pipe).__name__} is not a text-to-audio pipeline; it must take a "
         f"prompt and one of {', '.join(_SECONDS)}",
     )
-    if options["compile"]:
-        denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-        denoiser.to(memory_format=torch.channels_last).compile()
     pipe.set_progress_bar_config(disable=True)
-    device, offload = _device(options["device"]), options["offload"]
-    if offload:
-        possible = offload in ("model", "sequential") and device != "cpu"
-        _require(possible, "offload is 'model' or 'sequential', and needs a GPU")
-        getattr(pipe, f"enable_{offload}_cpu_offload")(device=device)
-    else:
-        pipe.to(device)
+    pipe.to(_device(options["device"]))
     settings = {key: options[key] for key in (*_SETTINGS, "clips_per_pass", "dtype")}
     for key, argument in _SETTINGS.items():
-        if settings[key] is None and argument in takes:
+        acts = argument in takes
+        _require(acts or settings[key] is None, f"{checkpoint}: its pipeline has no option {key}")
+        if settings[key] is None and acts:
             settings[key] = info[key] if name == "audioldm" else takes[argument].default
-    # compiled code rounds differently
-    settings |= {"compile": True} if options["compile"] else {}
     settings["weights"] = ldm.checkpoint_digest(source)
     about = name, _short_name(checkpoint), _sample_rate(pipe), settings
     return DiffusersBackend(*about, pipe, info.get("heard", {}), "negative_prompt" in takes)
 
 
-def _load_pipeline(source, dtype):
+def _load_pipeline(source, index, dtype):
     """Open any pipeline; Stable Audio's sampler of diffusers needs torchsde, this one does not."""
     import torch
     from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler
+    from transformers import GPT2LMHeadModel
+
+    from . import ldm
 
     class CosineSDESolver(EDMDPMSolverMultistepScheduler):
         def precondition_noise(self, sigma):
             return torch.as_tensor(sigma).atan() / math.pi * 2
 
-    sampler = DiffusionPipeline.load_config(source).get("scheduler")
-    if sampler != ["diffusers", "CosineDPMSolverMultistepScheduler"]:
-        return DiffusionPipeline.from_pretrained(source, dtype=dtype)
-    pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, scheduler=None)
-    solver = {"subfolder": "scheduler", "algorithm_type": "sde-dpmsolver++"}
-    pipe.register_modules(scheduler=CosineSDESolver.from_pretrained(source, **solver))
+    weights = functools.partial(ldm.weight_options, source)
+    parts, own = {}, [part for part, names in index.items() if isinstance(names, list)]
+    if index.get("language_model") == ["transformers", "GPT2Model"]:
+        # as published; the pipeline calls what only the model with a head has
+        options = {"subfolder": "language_model", "dtype": dtype, **weights(["language_model"])}
+        parts["language_model"] = GPT2LMHeadModel.from_pretrained(source, **options)
+    swapped = index.get("scheduler") == ["diffusers", "CosineDPMSolverMultistepScheduler"]
+    parts |= {"scheduler": None} if swapped else {}
+    pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **weights(own), **parts)
+    if swapped:
+        solver = {"subfolder": "scheduler", "algorithm_type": "sde-dpmsolver++"}
+        pipe.register_modules(scheduler=CosineSDESolver.from_pretrained(source, **solver))
     return pipe
 
 
@@ -409,21 +379,41 @@ def _sample_rate(pipe):
 
 
 def _short_name(checkpoint):
+    from . import ldm
+
     # a folder is called by its own name: tables should not depend on where a project lies
-    path = Path(checkpoint)
-    return path.resolve().name if path.is_dir() else str(checkpoint)
+    path = ldm.local_folder(checkpoint)
+    return path.absolute().name if checkpoint != "builtin" and path.is_dir() else str(checkpoint)
 
 
 def _open_audiogen(name, options):
     from . import ldm
 
-    checkpoint, device = str(options.pop("checkpoint")), _device(options.pop("device"))
-    model = _import_audiocraft().models.AudioGen.get_pretrained(checkpoint, device=device)
+    checkpoint, device = options.pop("checkpoint"), _device(options.pop("device"))
+    _require(
+        checkpoint != "builtin", "checkpoint builtin is an AudioLDM: backend audiogen has no use of it"
+    )
+    about = name, _short_name(checkpoint)
+    checkpoint = str(ldm.local_folder(checkpoint))
+    with _tensors_only():
+        model = _import_audiocraft().models.AudioGen.get_pretrained(checkpoint, device=device)
     # audiocraft decides: half precision on a GPU
     settings = options | {"dtype": "float32" if device == "cpu" else "float16"}
     settings["weights"] = ldm.checkpoint_digest(checkpoint)
-    about = name, _short_name(checkpoint), model.sample_rate, settings
-    return AudioGenBackend(*about, model, takes_negative_prompts=False)
+    return AudioGenBackend(*about, model.sample_rate, settings, model, takes_negative_prompts=False)
+
+
+@contextmanager
+def _tensors_only():
+    """Let audiocraft's pickles hold tensors and texts, whatever the environment would allow."""
+    import torch
+
+    original = torch.load
+    torch.load = lambda *args, **options: original(*args, **{**options, "weights_only": True})
+    try:
+        yield
+    finally:
+        torch.load = original
 
 
 def _import_audiocraft():
@@ -439,91 +429,6 @@ def _import_audiocraft():
         del sys.modules["laion_clap"]
         sys.modules.update(before)
     return audiocraft
-
-
-# --- what a model is made of, and what it does on its way -----------------------------------------
-
-
-_PARTS = {  # in the order in which a prompt passes through them
-    "text_encoder": ("CLAP text tower", "prompt to a vector"),
-    "text_encoder_2": ("T5", "prompt to a list of vectors"),
-    "projection_model": ("projection", "both to one width"),
-    "language_model": ("GPT-2", "these to a description of the sound"),
-    "unet": ("U-Net", "noise to a latent, step by step"),
-    "transformer": ("transformer", "noise to a latent, step by step"),
-    "lm": ("language model", "one token of sound after another"),
-    "compression_model": ("EnCodec", "tokens to a waveform"),
-    "vae": ("VAE decoder", "latent to mel or waveform"),
-    "vocoder": ("vocoder", "log-mel to a waveform"),
-}
-
-
-def model_parts(backend):
-    """List the networks that a prompt passes through: part, does, millions (of parameters)."""
-    pipe = getattr(backend, "pipe", None)
-    networks = getattr(pipe, "components", {})
-    if isinstance(backend, AudioGenBackend):
-        # audiocraft keeps a frozen T5 where torch does not see it
-        text = pipe.lm.condition_provider.conditioners["description"].t5
-        networks = {name: getattr(pipe, name) for name in ("lm", "compression_model")}
-        networks["text_encoder_2"] = text
-    rows = [
-        (*about, sum(weights.numel() for weights in networks[name].parameters()) / 1e6)
-        for name, about in _PARTS.items()
-        if name in networks
-    ]
-    return pd.DataFrame(rows, columns=["part", "does", "millions"])
-
-
-def denoising_steps(backend, prompt, seed, duration_s, at, view="latent"):
-    """Decode a clip after several steps of its sampling (from 1): from noise to sound.
-
-    `view` "latent" is what is there after a step, "estimate" the network's guess, at that step, of
-    where all will end. Returns "after n of N steps" to float32 [samples], its peak at −1 dB; of
-    other models than AudioLDM and AudioLDM 2 the finished clip only.
-    """
-    import torch
-
-    from . import ldm
-
-    possible = min(at) >= 1 and view in ("latent", "estimate")
-    _require(possible, f"step {min(at)}, view {view!r}: steps count from 1, views are two")
-    pipe = getattr(backend, "pipe", None)
-    if not hasattr(pipe, "mel_spectrogram_to_waveform"):
-        return {"as made": _to_peak(backend.generate([prompt], [seed], duration_s)[0])}
-    with _watched(pipe.scheduler, view) as latents:
-        finished = backend.generate([prompt], [seed], duration_s)[0]
-    sounds = {}
-    for step in sorted({min(step, len(latents)) for step in at}):
-        with torch.no_grad():
-            mel = pipe.vae.decode(latents[step - 1] / pipe.vae.config.scaling_factor).sample
-        y = audio.fix_length(ldm.vocode(pipe, mel)[0], len(finished), "pad")
-        sounds[f"after {step} of {len(latents)} steps"] = _to_peak(y.astype(np.float32))
-    return sounds
-
-
-@contextmanager
-def _watched(scheduler, view):
-    """Note what a scheduler returns at every step; diffusers' own callback shows no estimates."""
-    latents, original = [], scheduler.step
-    name = "prev_sample" if view == "latent" else "pred_original_sample"
-
-    # the pipeline reads from the signature what the scheduler understands
-    @functools.wraps(original)
-    def step(*arguments, **options):
-        result = original(*arguments, **options)
-        latents.append(getattr(result, name)[:1].detach().clone())
-        return result
-
-    scheduler.step = step
-    try:
-        yield latents
-    finally:
-        del scheduler.step
-
-
-def _to_peak(y):
-    return y * np.float32(PEAK / max(float(np.abs(y).max()), 1e-9))
 
 
 # --- plans ----------------------------------------------------------------------------------------
@@ -548,8 +453,6 @@ def plan_clips(
     `dataset` and `seed` are part of each clip's identity, see `clip_seed`. Returns `PLAN_COLUMNS`.
     A clip is the same in a longer plan and in a shorter one.
 
-    Examples
-    --------
     >>> plan_clips(["dog", "rain"], 1, duration_s=2.56).clip_id.tolist()
     ['dog-simple-0000', 'rain-simple-0000']
     """
@@ -615,9 +518,9 @@ def generate_clips(plan, backend, out_dir, batch_size=None, max_attempts=3, loud
         Clips per call of the back-end; by default 16, or eight passes where that is more.
     max_attempts : int
         Seeds tried per clip.
-    loudness : "peak", "none" or float
-        Level of the files: peak at −1 dB of full scale; the model's own; or LUFS (ITU-R BS.1770),
-        less where the peak would pass −1 dB.
+    loudness : "peak", "none", "audiocraft" or float
+        Level of the files: peak at −1 dB of full scale; the model's own; −14 LUFS through a tanh, as
+        audiocraft writes; or LUFS (ITU-R BS.1770), less where the peak would pass −1 dB.
     shard : str, optional
         "i/n": every n-th row of the plan, from the i-th; all n together make the same files as one
         call. Under ``accelerate launch`` each process makes its share, and all return all of it.
@@ -631,13 +534,11 @@ def generate_clips(plan, backend, out_dir, batch_size=None, max_attempts=3, loud
     """
     from tqdm import tqdm
 
-    _check_plan(plan, loudness)
+    plan = _checked(plan, loudness, max_attempts)
     if shard is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         with _team() as share:
             generate_clips(plan, backend, out_dir, batch_size, max_attempts, loudness, share)
-    # a plan that was read from a file may have NaN where a text was empty
-    plan = store.shard(plan, shard)[PLAN_COLUMNS].fillna({"negative_prompt": ""})
-    records = store.Records(out_dir, "clips")
+    plan, records = store.shard(plan, shard), store.Records(out_dir, "clips")
     # a bar on a terminal; in notebooks and logs a line a minute
     rare = {} if sys.stderr.isatty() else dict.fromkeys(["delay", "mininterval", "maxinterval"], 60)
     pending, made = plan.to_dict("records"), {}
@@ -649,15 +550,26 @@ def generate_clips(plan, backend, out_dir, batch_size=None, max_attempts=3, loud
         batches = _batches(missing, backend, batch_size)
         for batch in tqdm(batches, desc=f"calls of {backend.checkpoint}", **rare):
             _make_batch(batch, backend, records, loudness)
-        entries = {row["clip_id"]: records.entries[row["key"]] for row in requests}
-        made |= {clip_id: entry for clip_id, entry in entries.items() if not entry["reason"]}
+        entries = [records.entries[row["key"]] for row in requests]
+        fit = [(row, e) for row, e in zip(requests, entries, strict=True) if not e.get("reason")]
+        made |= {row["clip_id"]: row | {"lufs": entry.get("lufs")} for row, entry in fit}
         pending = [row for row in pending if row["clip_id"] not in made]
     _report_failures(pending, plan, out_dir, max_attempts)
     rows = [made[clip_id] for clip_id in plan["clip_id"] if clip_id in made]
-    table = pd.DataFrame(rows, columns=GENERATED_COLUMNS)
-    table["path"] = [str(Path(out_dir) / name) for name in table["path"]]
+    return _described(pd.DataFrame(rows, columns=[*GENERATED_COLUMNS, "key"]), backend, out_dir)
+
+
+def _described(table, backend, out_dir):
+    """Say of clips what follows from this call; from the records comes what was measured only."""
+    from . import ldm
+
+    table["path"] = [str(Path(out_dir) / f"{key}.wav") for key in table.pop("key")]
+    heard = ldm.format_heard(getattr(backend, "heard", {}))
+    about = {"dataset": "generated", "heard": heard, "backend": backend.name}
+    about |= {"checkpoint": backend.checkpoint, "sample_rate": backend.sample_rate}
+    about |= {key: backend.settings.get(key) for key in ("guidance_scale", "steps")}
     numbers = dict.fromkeys(["fold", "guidance_scale", "lufs", "score"], float)
-    return table.astype(numbers | {"steps": "Int64"})
+    return table.assign(source_id=table["clip_id"], **about).astype(numbers | {"steps": "Int64"})
 
 
 @contextmanager
@@ -672,18 +584,21 @@ def _team():
     state.wait_for_everyone()
 
 
-def _check_plan(plan, loudness):
-    absent = ", ".join(column for column in PLAN_COLUMNS if column not in plan)
-    _require(not absent, f"the plan lacks the columns {absent}; see plan_clips")
+def _checked(plan, loudness, max_attempts):
+    """The columns of a plan, with values that can be used; the one check before anything is made."""
+    kinds = {"clip_id": "a name", "label": "text", "prompt": "text", "prompt_family": "text"}
+    store.check_rows(plan, "plan", **kinds, seed="whole", duration_s="positive")
     _require(len(plan), "the plan has no rows: ask for at least one class and one clip")
-    names = plan["clip_id"].astype(str)
-    twice = ", ".join(names[names.duplicated()][:1])
+    twice = ", ".join(plan["clip_id"][plan["clip_id"].duplicated()][:1])
     _require(not twice, f"clip_id {twice} appears twice in the plan")
-    paths = [name for name in names if Path(name).name != name]
-    _require(not paths, f"clip_id {paths[:1]} is not a file name: leave out slashes")
+    _require(max_attempts >= 1, f"max_attempts is {max_attempts}: give at least 1")
     level = isinstance(loudness, int | float) and -70 < loudness <= 0
-    forms = "'peak', 'none', or LUFS from -70 to 0, such as -23.0"
-    _require(loudness in ("peak", "none") or level, f"loudness is {loudness!r}: give {forms}")
+    forms = "'peak', 'none', 'audiocraft', or LUFS from -70 to 0, such as -23.0"
+    known = loudness in ("peak", "none", "audiocraft") or level
+    _require(known, f"loudness is {loudness!r}: give {forms}")
+    # a plan that was read from a file may have NaN where a text was empty, and 4.0 for the seed 4
+    plan = plan.reindex(columns=PLAN_COLUMNS).fillna({"negative_prompt": ""})
+    return plan.astype({"seed": int, "duration_s": float})
 
 
 def _request(row, attempt, backend, loudness):
@@ -698,12 +613,10 @@ def _request(row, attempt, backend, loudness):
 
 
 def _is_known(row, records):
-    """Whether a request was made before, or rejected."""
-    entry = records.entries.get(row["key"])
-    if entry is None or entry["reason"]:
-        return entry is not None
-    path = records.folder.parent / entry["path"]
-    return path.is_file() and path.stat().st_size == entry["bytes"]
+    """Whether a request was made before and its file is as it was written, or was rejected."""
+    entry = records.entries.get(row["key"], {})
+    path = records.folder.parent / f"{row['key']}.wav"
+    return bool(entry.get("reason")) or store.is_unchanged(path, entry.get("stamp"))
 
 
 def _batches(rows, backend, batch_size):
@@ -721,47 +634,52 @@ def _batches(rows, backend, batch_size):
 
 def _make_batch(batch, backend, records, loudness):
     """Make clips, write those that are fit, and note each with its reason if it is not."""
-    from . import ldm
-
     columns = ([row[key] for row in batch] for key in ("prompt", "seed", "negative_prompt"))
     prompts, seeds, negative_prompts = columns
     sounds = backend.generate(prompts, seeds, batch[0]["duration_s"], negative_prompts)
-    heard = ldm.format_heard(getattr(backend, "heard", {}))
-    about = {"dataset": "generated", "heard": heard, "backend": backend.name}
-    about |= {"checkpoint": backend.checkpoint, "sample_rate": backend.sample_rate}
-    about |= {key: backend.settings.get(key) for key in ("guidance_scale", "steps")}
     for row, y in zip(batch, sounds, strict=True):
-        gain, reason = _level(y, backend.sample_rate, loudness)
+        y, gain, reason = _levelled(y, backend.sample_rate, loudness)
         entry = {key: row[key] for key in PLAN_COLUMNS}
-        entry |= about | {"source_id": row["clip_id"], "reason": reason}
+        entry |= {"backend": backend.name, "checkpoint": backend.checkpoint, "reason": reason}
         if not reason:
-            y = y * np.float32(gain)
             path = records.folder.parent / f"{row['key']}.wav"
             audio.save_audio(path, y, backend.sample_rate)
             lufs = audio.loudness(y, backend.sample_rate)
-            entry |= {"path": path.name, "bytes": path.stat().st_size, "loudness": loudness}
-            entry |= {"lufs": round(lufs, 2) if math.isfinite(lufs) else None, "gain": gain}
+            entry |= {"stamp": store.file_stamp(path), "loudness": loudness, "gain": gain}
+            entry |= {"lufs": round(lufs, 2) if math.isfinite(lufs) else None}
         records.add(row["key"], entry)
 
 
-def _level(y, rate, loudness):
-    """The gain that brings a clip to its level, and the reason if the clip is not fit."""
+def _levelled(y, rate, loudness):
+    """A clip at its level, the gain that it took, and the reason if the clip is not fit."""
     if not np.isfinite(y).all():
-        return None, "not finite"
+        return y, None, "not finite"
     # a constant offset makes no sound
     if np.abs(y - y.mean()).max() < SILENT_PEAK:
-        return None, "silent"
+        return y, None, "silent"
     if _flat_share(y) > CLIPPED_SHARE:
-        return None, "clipped"
-    peak = float(np.abs(y).max())
-    if loudness == "none":
-        return 1.0, "beyond full scale" if peak > 1 else ""
-    if loudness == "peak":
-        return PEAK / peak, ""
-    lufs = audio.loudness(y, rate)
-    if not math.isfinite(lufs):
-        return None, "below -70 LUFS"
-    return min(PEAK / peak, 10 ** ((loudness - lufs) / 20)), ""
+        return y, None, "clipped"
+    peak, audiocraft = float(np.abs(y).max()), loudness == "audiocraft"
+    if loudness == "none" or (audiocraft and np.sqrt(np.mean(y**2)) < AUDIOCRAFT_FLOOR):
+        return y, 1.0, "beyond full scale" if peak > 1 else ""
+    gain = PEAK / peak
+    if loudness != "peak":
+        lufs = (_audiocraft_loudness if audiocraft else audio.loudness)(y, rate)
+        if not math.isfinite(lufs):
+            return y, None, "below -70 LUFS"
+        wanted = 10 ** (((AUDIOCRAFT_LUFS if audiocraft else loudness) - lufs) / 20)
+        gain = wanted if audiocraft else min(gain, wanted)
+    y = y * np.float32(gain)
+    return np.tanh(y) if audiocraft else y, gain, ""
+
+
+def _audiocraft_loudness(y, rate):
+    # torchaudio's measure, which limits what its filters make louder than full scale
+    import torch
+    from torchaudio.functional import loudness
+
+    y = audio.fix_length(y, max(len(y), round(0.4 * rate)))  # the standard's shortest
+    return loudness(torch.from_numpy(y)[None], rate).item()
 
 
 def _flat_share(y):
@@ -790,4 +708,4 @@ def _report_failures(pending, plan, out_dir, max_attempts):
 def rejected_clips(out_dir):
     """List the outputs in a folder that were rejected, with their reasons: `REJECTED_COLUMNS`."""
     entries = store.Records(out_dir, "clips").entries.values()
-    return pd.DataFrame([e for e in entries if e["reason"]], columns=REJECTED_COLUMNS)
+    return pd.DataFrame([e for e in entries if e.get("reason")], columns=REJECTED_COLUMNS)

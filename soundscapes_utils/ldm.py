@@ -12,8 +12,11 @@ import functools
 import importlib
 import itertools
 import json
+import re
 import shutil
-from contextlib import contextmanager
+import uuid
+import warnings
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +25,12 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 
-from . import audio, store
+from . import audio, captions, store
 
 SAMPLE_RATE = 16_000
 HOP = 160
@@ -34,16 +39,10 @@ BUILTIN_CHECKPOINT = Path(__file__).resolve().parents[1] / "data" / "checkpoints
 INFO_FILE = "soundscapes.json"
 CARD_FILE = "README.md"
 HUB_CLAP = "laion/clap-htsat-unfused"
-HUB_INFO = {
-    "training_dataset": "AudioCaps, AudioSet, BBC Sound Effects, Freesound",
-    "heard": {},
-    "sample_rate": SAMPLE_RATE,
-    "clip_s": 10.24,
-    "steps": 200,
-    "guidance_scale": 3.5,
-    "eta": 0.0,
-    "audio_encoder": HUB_CLAP,
-}
+PIPELINE = "AudioLDMPipeline"
+HUB_INFO = {"training_dataset": "AudioCaps, AudioSet, BBC Sound Effects, Freesound", "heard": {}}
+HUB_INFO |= {"sample_rate": SAMPLE_RATE, "clip_s": 10.24, "steps": 200, "guidance_scale": 3.5}
+HUB_INFO |= {"eta": 0.0, "audio_encoder": HUB_CLAP}
 # the libraries whose classes a checkpoint's model_index.json may name
 _LIBRARIES = ("diffusers", "transformers", "soundscapes_utils.ldm")
 # tensors without knowledge in them, which some releases of transformers save and others do not
@@ -53,6 +52,12 @@ _TEXT_HALF = ("text_model.", "text_projection.", "logit_scale")
 _AUDIO_HALF = ("audio_model.", "audio_projection.", "logit_scale")
 # tokens of captions that one pass of the text tower takes
 _TOKENS_PER_PASS = 2**17
+# a text has the same direction in both towers of a pair, but for rounding
+_SAME_DIRECTION = 0.99
+# segments are the loudest of this many random positions
+TRIES = 4
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_KNOWN = store.read_table(Path(__file__).with_name("checkpoints.csv")).set_index("checkpoint")
 
 
 class CheckpointError(store.DataError):
@@ -62,9 +67,15 @@ class CheckpointError(store.DataError):
 # --- open ----------------------------------------------------------------------------------------
 
 
+def local_folder(name):
+    """Find the folder that "builtin" or a path means; relative ones lie in the project, else here."""
+    path = BUILTIN_CHECKPOINT if name == "builtin" else store.project_path(name)
+    return path if path.exists() else Path(name)
+
+
 def resolve(checkpoint):
     """Turn ``"builtin"``, a folder or a hub name into what diffusers opens: a folder or a hub name."""
-    path = BUILTIN_CHECKPOINT if checkpoint == "builtin" else Path(checkpoint)
+    path = local_folder(checkpoint)
     if (path / "model_index.json").is_file():
         return str(path)
     hub_like = str(checkpoint).count("/") == 1 and not str(checkpoint).startswith((".", "/", "~"))
@@ -83,17 +94,30 @@ def checkpoint_info(checkpoint):
     ``{"esc10": [2, 3, 4]}``; ``sample_rate, clip_s, steps, guidance_scale, eta, audio_encoder``.
     """
     note = Path(resolve(checkpoint)) / INFO_FILE
-    info = json.loads(note.read_text()) if note.is_file() else {}
-    folds = info.pop("training_folds", [])
-    if "heard" not in info and folds:  # notes from before there was this entry
-        names = info["training_dataset"].split(";")
-        info["heard"] = {name.strip().removeprefix("mixes of "): folds for name in names}
-    return {**HUB_INFO, **info}
+    try:
+        info = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        folds = info.pop("training_folds", [])
+        if "heard" not in info and folds:  # notes from before there was this entry
+            names = info["training_dataset"].split(";")
+            info["heard"] = {name.strip().removeprefix("mixes of "): folds for name in names}
+        format_heard(info.get("heard", {}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{note}: damaged ({error!r}); copy or make it again") from error
+    tower = _KNOWN["audio_encoder"].get(str(checkpoint)) or HUB_CLAP
+    return {**HUB_INFO, "audio_encoder": tower, **info}
+
+
+def licence(checkpoint):
+    """The licence of a checkpoint: as is known of a public one, or as its card says."""
+    card = Path(resolve(checkpoint)) / CARD_FILE
+    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
+    said = [line.removeprefix("license:").strip() for line in lines if line.startswith("license:")]
+    return _KNOWN["licence"].get(str(checkpoint), (said or ["unknown"])[0])
 
 
 def format_heard(heard):
     """Write the folds that a model was trained on as the column ``heard`` of a table holds them."""
-    parts = [f"{name}:{','.join(map(str, sorted(heard[name])))}" for name in sorted(heard)]
+    parts = [f"{name}:{','.join(map(str, sorted(map(int, heard[name]))))}" for name in sorted(heard)]
     return ";".join(parts)
 
 
@@ -131,10 +155,9 @@ def load_pipeline(checkpoint, device=None):
     """
     from diffusers import AudioLDMPipeline
 
-    source = resolve(checkpoint)
-    with _opening(checkpoint, "an AudioLDM checkpoint"):
+    source, index, parts = resolve(checkpoint), pipeline_index(checkpoint, PIPELINE), {}
+    with opening(checkpoint, "an AudioLDM checkpoint"):
         # the networks one by one: the pipeline would only warn of keys that do not fit
-        index, parts = AudioLDMPipeline.load_config(source), {}
         for part in ("unet", "vae", "text_encoder", "vocoder"):
             library, name = index[part]
             if library in _LIBRARIES:
@@ -145,27 +168,58 @@ def load_pipeline(checkpoint, device=None):
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def pipeline_index(checkpoint, kind=None):
+    """Read a pipeline's ``model_index.json``; one of another class than `kind` is refused by name."""
+    from diffusers import DiffusionPipeline
+
+    with opening(checkpoint, "a pipeline of diffusers"):
+        index = DiffusionPipeline.load_config(resolve(checkpoint))
+        found = index.get("_class_name")
+    if kind not in (None, found):
+        raise CheckpointError(f"{checkpoint}: is an {found}; {kind} is needed here")
+    return index
+
+
+def weight_options(source, parts):
+    """Say how the weights in a folder's `parts` are opened: never pickled, as the variant they are.
+
+    Of the hub's pickles diffusers and transformers take tensors only.
+    """
+    options = {}
+    for part in parts:
+        files = [path.name for path in Path(source, part).glob("*.*")]
+        names = [name for name in files if name.endswith(".safetensors")]
+        if pickled := [name for name in files if name.endswith(_PICKLED) and not names]:
+            raise CheckpointError(
+                f"{Path(source, part, pickled[0])}: pickled weights, which can run any code as they are "
+                "opened; give safetensors, as save_pretrained writes them"
+            )
+        variants = [re.search(r"\.(fp16|bf16|fp32)[.-]", name) for name in names]
+        if names and all(variants):
+            options["variant"] = variants[0][1]
+    return options
+
+
 @contextmanager
-def _opening(name, what):
+def opening(name, what):
     """Say what could not be opened and what to do, whichever library found it."""
     try:
         with quiet():
             yield
-    except CheckpointError:
+    except store.DataError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # libraries have errors of their own for what is damaged
         raise CheckpointError(
             f"{name}: cannot be opened as {what} ({str(error).strip().partition(chr(10))[0][:200]}). "
-            "Check the name, and that the hub can be reached (HF_HUB_OFFLINE unset) or its files are "
-            "in the local cache."
+            "Check the name, that its licence is accepted on the hub where it asks for that, and that "
+            "the hub can be reached (HF_HUB_OFFLINE unset) or its files are in the local cache."
         ) from error
 
 
 def _load_network(network, source, part, elsewhere=()):
     """Load one network; keys that begin as `elsewhere` says rightly belong to another one."""
-    model, info = network.from_pretrained(
-        source, subfolder=part, dtype=torch.float32, output_loading_info=True
-    )
+    options = {"subfolder": part, "dtype": torch.float32, **weight_options(source, [part])}
+    model, info = network.from_pretrained(source, output_loading_info=True, **options)
     faults = []
     for kind in ("missing", "unexpected", "mismatched"):
         names = (str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"])
@@ -184,21 +238,25 @@ def _load_network(network, source, part, elsewhere=()):
 
 @contextmanager
 def quiet():
-    """Keep diffusers and transformers silent: no loading bars, no notes, errors only.
+    """Keep diffusers and transformers silent: no loading bars, notes or questions, errors only.
 
     AudioLDM is marked deprecated in diffusers and is what is studied here.
     """
     from diffusers.utils import logging as diffusers_log
+    from transformers import dynamic_module_utils as foreign_code
     from transformers.utils import logging as transformers_log
 
     logs = (diffusers_log, transformers_log)
     before = [log.get_verbosity() for log in logs]
+    # without time for an answer nobody is asked whether a checkpoint's own code may run: it may not
+    patience, foreign_code.TIME_OUT_REMOTE_CODE = foreign_code.TIME_OUT_REMOTE_CODE, 0
     for log in logs:
         log.set_verbosity_error()
         log.disable_progress_bar()
     try:
         yield
     finally:
+        foreign_code.TIME_OUT_REMOTE_CODE = patience
         for log, verbosity in zip(logs, before, strict=True):
             log.set_verbosity(verbosity)
             log.enable_progress_bar()
@@ -219,8 +277,9 @@ class Clap:
         from transformers import AutoTokenizer
 
         source, part = self._text
-        with _opening(source, "a CLAP text tower"):
-            tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer" if part else "")
+        options = {"subfolder": "tokenizer" if part else "", "trust_remote_code": False}
+        with opening(source, "a CLAP text tower"):
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
         # tokenizers without a limit name 10³⁰; the tower's own counts two places for padding
         limit = self.text_encoder.config.max_position_embeddings - 2
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
@@ -231,7 +290,7 @@ class Clap:
         """The text tower, on the CPU."""
         from transformers import ClapTextModelWithProjection
 
-        with _opening(self._text[0], "a CLAP text tower"):
+        with opening(self._text[0], "a CLAP text tower"):
             return _load_network(ClapTextModelWithProjection, *self._text, _AUDIO_HALF)
 
     @functools.cached_property
@@ -240,11 +299,11 @@ class Clap:
         from transformers import ClapAudioModelWithProjection
 
         source, part = self._audio
-        file = Path(source, part, "config.json")
-        small = file.is_file() and "_class_name" in json.loads(file.read_text())
-        with _opening(source, "a CLAP audio tower (0.6 GB on the Hugging Face hub)"):
-            network = AudioTower if small else ClapAudioModelWithProjection
+        with opening(source, "a CLAP audio tower (0.6 GB on the Hugging Face hub)"):
+            network = ClapAudioModelWithProjection if self.extractor else AudioTower
             model = _load_network(network, source, part, _TEXT_HALF)
+            if self._audio != self._text:
+                self._check_pair(model.config.projection_dim)
         if getattr(model.config, "enable_fusion", False):
             raise CheckpointError(
                 f"{source}: a fused CLAP, which takes random crops of a clip and gives another row "
@@ -252,10 +311,49 @@ class Clap:
             )
         return model
 
+    def _check_pair(self, width):
+        """Refuse an audio tower that was trained with another text tower than this one."""
+        (source, _), config = self._audio, Path(*self._text, "config.json")
+        if source == self._text[0]:  # saved together: of the text tower no more than this is opened
+            own = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+            fits = own.get("projection_dim", width) == width
+        elif fits := width == self.text_encoder.config.projection_dim:
+            texts = [row["phrase"] for row in captions.EVENTS.values()][:10]
+            ours, theirs = (embed_text(c, texts) for c in (self, Clap(self._audio, self._audio)))
+            fits = float((ours * theirs).sum(dim=1).min()) >= _SAME_DIRECTION
+        if not fits:
+            raise CheckpointError(
+                f"{source}: its texts lie elsewhere than those of {self._text[0]}: the towers were not "
+                f"trained together. Name the right CLAP as audio_encoder in its {INFO_FILE}."
+            )
+
+    @functools.cached_property
+    def extractor(self):
+        """The front end of a published audio tower, as its file says, else LAION's; None of a small."""
+        from transformers import ClapFeatureExtractor
+
+        source, part = self._audio
+        config, own = (Path(source, part, f"{kind}config.json") for kind in ("", "preprocessor_"))
+        with opening(source, "a CLAP audio tower"):
+            if config.is_file() and "_class_name" in json.loads(config.read_text(encoding="utf-8")):
+                return None
+            try:
+                return ClapFeatureExtractor.from_pretrained(source, subfolder=part)
+            except OSError:
+                if own.exists():
+                    raise
+                # LAION's front end begins at 50 Hz, the default of transformers at 0
+                return ClapFeatureExtractor(frequency_min=50)
+
+    @property
+    def front_end(self):
+        """What is done to a waveform before the audio tower, as text: for keys of what is cached."""
+        return self.extractor.to_json_string() if self.extractor else "log-mel of AudioLDM"
+
     @property
     def sample_rate(self):
         """Hz, of the waveforms that the audio tower takes."""
-        return SAMPLE_RATE if isinstance(self.audio_encoder, AudioTower) else 48_000
+        return self.extractor.sampling_rate if self.extractor else SAMPLE_RATE
 
     @property
     def device(self):
@@ -267,24 +365,24 @@ class Clap:
 def load_clap(name="builtin"):
     """Open the pair that conditions a checkpoint of AudioLDM, or a CLAP of transformers, as a `Clap`.
 
-    Names are of folders or of the hub; a tower raises `CheckpointError` where it does not open.
+    Names are of folders or of the hub; a tower raises `CheckpointError` where it does not open, or
+    where it does not belong to the other.
     """
-    if (Path(name) / "config.json").is_file() or not _is_pipeline(source := resolve(name)):
-        return Clap((str(name), ""), (str(name), ""))
-    if (Path(source) / "audio_encoder").is_dir():
+    folder = local_folder(name)
+    whole = (folder / "config.json").is_file()
+    if not folder.exists():
+        resolve(name)
+        try:  # on the hub
+            pipeline_index(name)
+        except CheckpointError:
+            whole = True
+    if whole:
+        return Clap((str(folder), ""), (str(folder), ""))
+    source = resolve(name)
+    if (folder / "audio_encoder").is_dir():
         return Clap((source, "text_encoder"), (source, "audio_encoder"))
-    return Clap((source, "text_encoder"), (checkpoint_info(name)["audio_encoder"], ""))
-
-
-def _is_pipeline(source):
-    from diffusers import DiffusionPipeline
-
-    try:
-        with quiet():
-            DiffusionPipeline.load_config(source)
-    except OSError:
-        return False
-    return True
+    tower = local_folder(checkpoint_info(name)["audio_encoder"])
+    return Clap((source, "text_encoder"), (str(tower), ""))
 
 
 # --- encode, decode, embed -----------------------------------------------------------------------
@@ -355,22 +453,57 @@ def embed_audio(clap, waveforms, sample_rate):
             row = tower(waveform_to_mel(y, max(16, len(y) // HOP))[None].to(device))
         else:
             # un-fused checkpoints accept no other truncation, and that one would crop at random
-            y, options = y[: 10 * clap.sample_rate], {"truncation": "rand_trunc"}
-            features = _clap_extractor()(
-                y, sampling_rate=clap.sample_rate, return_tensors="pt", **options
-            )
+            options = {"truncation": "rand_trunc", "padding": "repeatpad", "return_tensors": "pt"}
+            y = y[: clap.extractor.nb_max_samples]
+            features = clap.extractor(y, sampling_rate=clap.sample_rate, **options)
             row = tower(input_features=features["input_features"].to(device)).audio_embeds
             row = F.normalize(row.float(), dim=-1)
         rows.append(row[0].cpu())
     return torch.stack(rows)
 
 
-@functools.lru_cache(maxsize=1)
-def _clap_extractor():
-    from transformers import ClapFeatureExtractor
+def cached_tensors(file, make, arguments):
+    """Read tensors that are kept as safetensors, or make and keep them; damaged ones are made again."""
+    if file.is_file():
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            warnings.warn(f"{file}: damaged ({error}); made again", stacklevel=2)
+    store.write_atomic(file, save(make(*arguments)))
+    return load_file(file)
 
-    # LAION's front end begins at 50 Hz, the default of transformers at 0
-    return ClapFeatureExtractor(frequency_min=50)
+
+def sound_tensors(pipe, config, paths, start):
+    """Encode and embed the segments of sounds as a `FinetuneConfig` asks: latents, audio, clip."""
+    clap = load_clap(str(config.checkpoint))
+    clap.audio_encoder.to(pipe.device)
+    # each of the U-Net's levels but the last halves the latent once more
+    unit = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    frames = max(1, round(config.segment_s * SAMPLE_RATE / HOP / unit)) * unit
+    latents, sounds, owner = [], [], []
+    for i, path in enumerate(paths, start=start):
+        y, _ = audio.load_audio(path, SAMPLE_RATE)
+        rng = np.random.default_rng([config.seed, i])
+        # of a clip that is no longer than a segment there is only one
+        for _ in range(config.segments_per_clip if len(y) > frames * HOP else 1):
+            segment = audio.loudest_segment(y, frames * HOP, TRIES, rng)
+            latents.append(encode_mel(pipe, waveform_to_mel(segment, frames)[None]))
+            sounds.append(embed_audio(clap, [segment], SAMPLE_RATE))
+            owner.append(i)
+    clap.audio_encoder.to("cpu")  # others share this tower
+    return {"latents": torch.cat(latents), "audio": torch.cat(sounds), "clip": torch.tensor(owner)}
+
+
+def text_tensors(pipe, rows):
+    """Embed the captions of clips, one row a clip, and the empty text: text, n_text, empty."""
+    texts = [[text for text in row if text] for row in rows.to_numpy().tolist()]
+    widest = max(map(len, texts))
+    padded = [row + [""] * (widest - len(row)) for row in texts]
+    distinct = sorted({text for row in padded for text in row} | {""})
+    vectors = dict(zip(distinct, embed_text(pipe, distinct), strict=True))
+    text = torch.stack([torch.stack([vectors[text] for text in row]) for row in padded])
+    n_text = torch.tensor([len(row) for row in texts])
+    return {"text": text, "n_text": n_text, "empty": vectors[""][None].clone()}
 
 
 # --- the parts of the small model ----------------------------------------------------------------
@@ -520,7 +653,7 @@ def build_small(texts, seed=0, projection_dim=128, channels=(64, 128, 192)):
     from diffusers import AudioLDMPipeline, DDIMScheduler, UNet2DConditionModel
     from transformers import ClapTextConfig, ClapTextModelWithProjection
 
-    sizes = json.loads(Path(__file__).with_name("small_audioldm.json").read_text())
+    sizes = json.loads(Path(__file__).with_name("small_audioldm.json").read_text(encoding="utf-8"))
     torch.manual_seed(seed)
     tokenizer = _train_tokenizer(texts)
     config = ClapTextConfig(
@@ -574,26 +707,28 @@ def save_checkpoint(pipe, out_dir, info, tower=None, half=False, extra=None):
     further files by name; `half` stores float16 weights. Returns the folder.
     """
     out_dir = Path(out_dir)
-    part, old = (out_dir.with_name(out_dir.name + end) for end in (".part", ".old"))
-    shutil.rmtree(part, ignore_errors=True)
+    own = f".{uuid.uuid4().hex[:8]}"  # two writers of one folder must not share a half-written one
+    part, old = (out_dir.with_name(f".{out_dir.name}{own}.{end}") for end in ("part", "old"))
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     if half:
         pipe, tower = copy.deepcopy((pipe, tower))  # rounding must not reach the caller's weights
     dtype = torch.float16 if half else torch.float32
-    with quiet():
-        pipe.to(dtype=dtype).save_pretrained(part)
-        if tower is not None:
-            tower.to(dtype).save_pretrained(part / "audio_encoder")
-    for path in part.rglob("*.json"):
-        # diffusers notes the folder that a part came from: another machine has no use for it
-        content = json.loads(path.read_text())
-        if content.pop("_name_or_path", None):
-            path.write_text(json.dumps(content, indent=2) + "\n")
-    for name, text in {INFO_FILE: json.dumps(info, indent=2) + "\n", **(extra or {})}.items():
-        (part / name).write_text(text)
-    shutil.rmtree(old, ignore_errors=True)
-    if out_dir.exists():
-        out_dir.rename(old)
-    part.rename(out_dir)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        with quiet():
+            pipe.to(dtype=dtype).save_pretrained(part)
+            if tower is not None:
+                tower.to(dtype).save_pretrained(part / "audio_encoder")
+        for path in part.rglob("*.json"):
+            # diffusers notes the folder that a part came from: another machine has no use for it
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.pop("_name_or_path", None):
+                path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name, text in {INFO_FILE: json.dumps(info, indent=2) + "\n", **(extra or {})}.items():
+            (part / name).write_text(text, encoding="utf-8")
+        with suppress(FileNotFoundError):
+            out_dir.rename(old)
+        part.rename(out_dir)
+    finally:
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
     return out_dir

@@ -64,13 +64,7 @@ def _identity(clips):
 
 
 def train_builtin(out_dir, data_dir, clips_per_class=120, scenes_per_class=25, config=None):
-    """Train the built-in checkpoint on a pool of procedural sounds, kept in ``data_dir``.
-
-    Returns
-    -------
-    Path
-        ``out_dir``.
-    """
+    """Train the built-in checkpoint on a pool of procedural sounds, kept in ``data_dir``."""
     pool, config = Path(data_dir) / "pretraining", config or MiniConfig()
     procedural.write_events(pool / "events", clips_per_class, config.seed, pool="pretraining")
     procedural.write_scenes(pool / "scenes", scenes_per_class, config.seed, pool="pretraining")
@@ -157,7 +151,7 @@ def _captioned(events):
     for i in range(min(map(len, texts.values()))):
         name = "caption" if i == 0 else f"caption_{i + 1}"
         events = events.assign(**{name: [texts[label][i] for label in events["label"]]})
-    return events.assign(path=[str(Path(path).resolve()) for path in events["path"]])
+    return events.assign(path=[str(Path(path).absolute()) for path in events["path"]])
 
 
 def _make_start(pairs, start, config, info):

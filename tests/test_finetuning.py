@@ -556,7 +556,7 @@ def test_splits_of_a_table_share_no_source(config, sounds, checkpoint):
 def test_wrong_tables_name_the_fault(config, sounds):
     folder, table = sounds
     for wrong, words in [
-        (table.rename(columns={"caption": "text"}), "has no column caption"),
+        (table.rename(columns={"caption": "words"}), "has no column caption"),
         (table.assign(split="training"), "no clips in its split 'train'"),
         (table.assign(split="train"), "no clips in its split 'val'"),
         (table.assign(split=["train", "val"] * 6), "sources in more than one split: s0"),
@@ -682,7 +682,7 @@ def test_run_goes_on_with_more_parts_after_memory_was_full(config, plain, tmp_pa
         ({"train": "half"}, "train must be one of"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"gradient_accumulation_steps": 3}, "batch_size 4 must be a multiple of its 3 parts"),
-        ({"sample_epochs": 1, "n_samples": 1}, "two samples"),
+        ({"sample_epochs": 1, "n_samples": 1}, "n_samples must be at least 2"),
         ({"learning_rate": float("nan")}, "learning_rate must be at least 0"),
         ({"conditioning_dropout": 10}, "conditioning_dropout must be from 0 to 1; got 10"),
         ({"max_grad_norm": 0}, "max_grad_norm must be at least 1e-09; got 0"),
@@ -796,3 +796,133 @@ def test_launched_processes_tell_what_went_wrong(config, monkeypatch, capsys):
     assert "at work" in capsys.readouterr().out
     file = Path(config.out_dir + ".logs") / "config.yaml"
     assert finetuning.read_config(file) == config
+
+
+# --- what can be known before anything is trained, and what can be made again --------------------
+
+
+def test_checkpoints_that_are_no_audioldm_are_refused_at_once(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(metadata, "read_clips", lambda *_: pytest.fail("the set was read"))
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for kind in ("AudioLDM2Pipeline", "StableAudioPipeline"):
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+        with pytest.raises(store.DataError, match=f"two: is an {kind}; AudioLDMPipeline is needed"):
+            finetuning.finetune(replace(config, checkpoint=str(folder)))
+
+
+@pytest.mark.parametrize("why", ["no key", "no package"])
+def test_weights_and_biases_that_cannot_be_used_are_refused_at_once(config, tmp_path, monkeypatch, why):
+    import wandb
+
+    monkeypatch.setattr(metadata, "read_clips", lambda *_: pytest.fail("the set was read"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    wandb.teardown()
+    if why == "no package":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(finetuning.TrainingError, match=r"wandb_project: .*wandb login"):
+        finetuning.finetune(replace(config, wandb_project="soundscapes"))
+
+
+def test_bad_rows_of_a_table_are_set_aside_and_the_rest_trains(config, sounds):
+    folder, table = sounds
+    table["split"] = ["train"] * 6 + ["val"] * 6
+    table["caption_2"] = "a long hiss"
+    table.loc[0, ["caption", "caption_2"]] = ""
+    table.loc[1, ["caption", "caption_2"]] = " "
+    table.loc[2, "caption"] = ""  # has another
+    (folder / "3.wav").write_bytes(b"no sound")
+    (folder / "4.wav").unlink()
+    audio.save_audio(folder / "8.wav", np.zeros(8_000), 16_000)
+    config = replace(table_config(config, folder, table), sample_epochs=1, n_samples=2)
+    with pytest.warns(UserWarning, match=r"5 of 12 clips are set aside, see .*set_aside\.csv"):
+        result = finetuning.finetune(config)
+    card = (result.checkpoint / "README.md").read_text()
+    assert "'train': 2" in card and "'val': 5" in card
+    aside = store.read_table(f"{config.out_dir}.logs/set_aside.csv")
+    assert [Path(path).stem for path in aside["path"]] == ["0", "1", "3", "4", "8"]
+    assert aside["reason"][:2].tolist() == ["has no caption"] * 2 and aside["split"][4] == "val"
+    for place, word in ((2, "3.wav"), (3, "no such file"), (4, "silent")):
+        assert word in aside["reason"][place]
+
+
+def test_a_set_of_bad_rows_alone_says_what_is_wrong_with_them(config, sounds):
+    folder, table = sounds
+    table["split"] = ["train"] * 6 + ["val"] * 6
+    config = table_config(config, folder, table.assign(caption=""))
+    with pytest.warns(UserWarning), pytest.raises(store.DataError, match=r"12 of 12 .*has no caption"):
+        finetuning.finetune(config)
+    assert len(store.read_table(f"{config.out_dir}.logs/set_aside.csv")) == 12
+    for name in table["path"][6:]:
+        (folder / name).write_bytes(b"")
+    config = table_config(config, folder, table)
+    with pytest.warns(UserWarning), pytest.raises(store.DataError, match="no clips in its split 'val'"):
+        finetuning.finetune(config)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: b"x" * len(b)])
+def test_damaged_files_of_the_cache_are_made_again(config, checkpoint, damage):
+    pipe = ldm.load_pipeline(checkpoint, device="cpu")
+    whole = finetuning.load_data(pipe, config)
+    files = sorted(Path(config.out_dir + ".cache").glob("*.safetensors"))
+    assert len(files) == 4
+    before = [file.read_bytes() for file in files]
+    files[0].write_bytes(damage(before[0]))
+    files[1].write_bytes(damage(before[1]))
+    with pytest.warns(UserWarning, match="damaged .*made again") as told:
+        again = finetuning.load_data(pipe, config)
+    assert len([w for w in told if "damaged" in str(w.message)]) == 2
+    assert [file.read_bytes() for file in files] == before
+    assert all(torch.equal(again[s][k], whole[s][k]) for s in whole for k in whole[s])
+
+
+def test_damaged_notes_and_states_are_made_again(config, plain, tmp_path, monkeypatch):
+    config = replace(config, out_dir=str(tmp_path / "parted"))
+    die_at(5, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        finetuning.finetune(config)
+    monkeypatch.undo()
+    (state,) = Path(config.out_dir + ".states").glob("*.safetensors")
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="damaged .*training starts anew"):
+        result = finetuning.finetune(config)
+    pd.testing.assert_frame_equal(result.log[NUMBERS], plain.log[NUMBERS], atol=1e-6)
+    die_at(0, monkeypatch)
+    for text in ("", "{", "[]", json.dumps({"key": 1})):
+        (result.checkpoint / "training.json").write_text(text)
+        with pytest.raises(KeyboardInterrupt):  # it is trained again
+            finetuning.finetune(config)
+
+
+def test_two_trainers_share_a_cache(config, checkpoint, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    pipes = [ldm.load_pipeline(checkpoint, device="cpu") for _ in range(2)]
+    shared = replace(config, cache_dir=str(tmp_path / "cache"))
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(finetuning.load_data, pipes, [shared, replace(shared, out_dir="other")])
+    assert all(torch.equal(one[s][k], other[s][k]) for s in one for k in one[s])
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_front_end_of_a_published_tower_keys_the_cache_and_goes_along(config, checkpoint, tmp_path):
+    from transformers import ClapFeatureExtractor
+
+    pipe = ldm.load_pipeline(checkpoint, device="cpu")
+    tower = tiny_checkpoints.audio_tower(projection_dim=128)
+    start = ldm.save_checkpoint(pipe, tmp_path / "published", {}, tower)
+    ClapFeatureExtractor(frequency_min=300).save_pretrained(start / "audio_encoder")
+    result = finetuning.finetune(replace(config, checkpoint=str(start), steps=1))
+    clap = ldm.load_clap(str(result.checkpoint))
+    assert clap.extractor.frequency_min == 300
+
+
+def test_clips_without_a_fold_do_not_end_a_training(config, sounds):
+    folder, table = sounds
+    table = table.assign(dataset="esc10", fold=[1, "", 2, "", 3, "", *[4] * 6])
+    table["split"] = ["train"] * 6 + ["val"] * 6
+    result = finetuning.finetune(table_config(config, folder, table))
+    assert ldm.checkpoint_info(result.checkpoint)["heard"] == {"esc10": [1, 2, 3]}

@@ -1,5 +1,7 @@
 """The pieces of AudioLDM against independent computations and through diffusers' own loading."""
 
+import contextlib
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -36,7 +38,7 @@ def small():
 @pytest.fixture(scope="module")
 def saved(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints") / "small"
-    return ldm.save_checkpoint(small[0], folder, {"training_folds": [2]}, small[1])
+    return ldm.save_checkpoint(small[0], folder, {"heard": {"noise": [2]}}, small[1])
 
 
 def test_latent_is_the_whitened_pca_of_the_patches(small):
@@ -389,11 +391,12 @@ def test_own_audio_tower_comes_with_the_checkpoint(small, saved):
 
 
 def test_published_audio_tower_is_used_where_the_folder_holds_one(small, tmp_path):
-    folder = ldm.save_checkpoint(small[0], tmp_path / "published", {}, tiny_checkpoints.audio_tower())
+    tower = tiny_checkpoints.audio_tower(projection_dim=128)
+    folder = ldm.save_checkpoint(small[0], tmp_path / "published", {}, tower)
     y = np.random.default_rng(0).normal(size=16_000).astype(np.float32)
     clap = ldm.load_clap(str(folder))
     embedding = ldm.embed_audio(clap, [y], 16_000)
-    assert embedding.shape == (1, 16)
+    assert embedding.shape == (1, 128)
     assert float(embedding.norm()) == pytest.approx(1, abs=1e-5)
     # transformers would take 10 s of a longer sound at random
     longer = np.random.default_rng(0).normal(size=164_000).astype(np.float32)
@@ -445,7 +448,8 @@ def test_clap_of_transformers_gives_both_towers(small, tmp_path):
     from transformers import ClapConfig, ClapFeatureExtractor, ClapModel
 
     audio_config = tiny_checkpoints.audio_tower().config
-    model = ClapModel(ClapConfig(text_config=small[0].text_encoder.config, audio_config=audio_config,
+    text_config = copy.deepcopy(small[0].text_encoder.config)
+    model = ClapModel(ClapConfig(text_config=text_config, audio_config=audio_config,
                                  projection_dim=16)).eval()  # fmt: skip
     model.save_pretrained(tmp_path / "clap")
     small[0].tokenizer.save_pretrained(tmp_path / "clap")
@@ -491,3 +495,213 @@ def test_builtin_checkpoint_is_small_free_of_pickle_and_documented():
     assert "train-mini" in (folder / "README.md").read_text()
     # its sounds come from a pool of their own, of which no study has a clip
     assert json.loads((folder / ldm.INFO_FILE).read_text())["heard"] == {}
+
+
+# --- checkpoints as they are published ----------------------------------------------------------
+
+
+def whole_clap(folder, text_encoder, tokenizer, **front_end):
+    """A CLAP of transformers around a text tower, and its front end if one is given."""
+    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel
+
+    width = text_encoder.config.projection_dim
+    parts = {"audio_config": tiny_checkpoints.audio_tower(width).config, "projection_dim": width}
+    # a CLAP writes its width into the configuration that it is given
+    parts["text_config"] = copy.deepcopy(text_encoder.config)
+    model = ClapModel(ClapConfig(**parts)).eval()
+    model.text_model.load_state_dict(text_encoder.text_model.state_dict())
+    model.text_projection.load_state_dict(text_encoder.text_projection.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if front_end:
+        ClapFeatureExtractor(**front_end).save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("front_end", [{}, {"frequency_min": 50}, {"frequency_min": 300, "top_db": 60}])
+def test_clap_hears_through_the_front_end_that_was_published_with_it(small, tmp_path, front_end):
+    from transformers import ClapFeatureExtractor
+
+    pipe, folder = small[0], tmp_path / "clap"
+    model = whole_clap(folder, pipe.text_encoder, pipe.tokenizer, **front_end)
+    clap = ldm.load_clap(str(folder))
+    y = np.random.default_rng(0).normal(size=48_000).astype(np.float32)
+    extractor = ClapFeatureExtractor(**{"frequency_min": 50, **front_end})
+    options = {"truncation": "rand_trunc", "sampling_rate": 48_000, "return_tensors": "pt"}
+    with torch.no_grad():
+        found = model.audio_model(input_features=extractor(y, **options)["input_features"])
+        wanted = torch.nn.functional.normalize(model.audio_projection(found.pooler_output), dim=-1)
+    torch.testing.assert_close(ldm.embed_audio(clap, [y], 48_000), wanted)
+    # what is cached under one front end is no other's
+    own = ldm.load_clap.__wrapped__(str(folder)).front_end
+    assert own == clap.front_end and json.loads(own)["frequency_min"] == extractor.frequency_min
+    damage = folder / "preprocessor_config.json"
+    damage.write_text("{")
+    with pytest.raises(ldm.CheckpointError, match="cannot be opened as a CLAP audio tower"):
+        _ = ldm.load_clap.__wrapped__(str(folder)).audio_encoder
+
+
+def test_towers_that_were_not_trained_together_are_refused(small, tmp_path):
+    from transformers import ClapTextModelWithProjection
+
+    pipe = small[0]
+    whole_clap(tmp_path / "its own", pipe.text_encoder, pipe.tokenizer)
+    torch.manual_seed(5)
+    other = ClapTextModelWithProjection(pipe.text_encoder.config).eval()
+    whole_clap(tmp_path / "another", other, pipe.tokenizer)
+    nearly = ClapTextModelWithProjection(pipe.text_encoder.config).eval()
+    nearly.load_state_dict(pipe.text_encoder.state_dict())
+    with torch.no_grad():  # one bias of many
+        nearly.text_projection.linear2.bias += 1.0
+    whole_clap(tmp_path / "nearly", nearly, pipe.tokenizer)
+    tiny_checkpoints.clap(tmp_path / "narrow")
+    tower = tiny_checkpoints.audio_tower(128)
+    tower.save_pretrained(tmp_path / "half")
+    for name in ("its own", "another", "nearly", "narrow", "half"):
+        info = {"audio_encoder": str(tmp_path / name)}
+        clap = ldm.load_clap(str(ldm.save_checkpoint(pipe, tmp_path / f"with {name}", info)))
+        if name == "its own":
+            assert clap.audio_encoder.config.projection_dim == 128
+            continue
+        with pytest.raises(ldm.CheckpointError, match=f"{name}: .*(trained together|text tower)"):
+            _ = clap.audio_encoder
+    narrow = ldm.save_checkpoint(pipe, tmp_path / "in it", {}, tiny_checkpoints.audio_tower(16))
+    with pytest.raises(ldm.CheckpointError, match="not trained together"):
+        _ = ldm.load_clap(str(narrow)).audio_encoder
+
+
+def test_known_checkpoints_name_their_towers():
+    towers = {n: ldm.checkpoint_info(f"cvssp/audioldm{n}")["audio_encoder"] for n in ("", "-m-full")}
+    assert towers[""] == ldm.HUB_CLAP != towers["-m-full"]
+    assert ldm.checkpoint_info("somebody/else")["audio_encoder"] == ldm.HUB_CLAP
+
+
+def renamed(folder, out, change):
+    """A copy of a checkpoint, its files of weights under other names."""
+    import shutil
+
+    shutil.copytree(folder, out)
+    for file in out.rglob("*.safetensors"):
+        change(file)
+    return out
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_weights_of_a_variant_open_where_there_are_no_others(saved, tmp_path, variant):
+    def rename(file):
+        file.rename(file.with_suffix(f".{variant}.safetensors"))
+
+    folder = renamed(saved, tmp_path / "half", rename)
+    ours, whole = (ldm.load_pipeline(place, device="cpu").unet for place in (folder, saved))
+    assert all(map(torch.equal, ours.parameters(), whole.parameters()))
+    assert ldm.load_clap(str(folder)).audio_encoder.config.projection_dim == 128
+
+
+def test_pipelines_of_another_class_are_refused_by_name(saved, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(saved, tmp_path / "two")
+    index = json.loads((folder / "model_index.json").read_text())
+    for kind in ("AudioLDM2Pipeline", "MusicLDMPipeline"):
+        (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}))
+        with pytest.raises(ldm.CheckpointError, match=f"two: is an {kind}; AudioLDMPipeline is needed"):
+            ldm.load_pipeline(folder)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_pickled_weights_are_refused_unopened(saved, tmp_path, monkeypatch, force):
+    if force:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    trap = tmp_path / "opened"
+
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (trap,)
+
+    def to_pickle(file):
+        names = {"model": "pytorch_model.bin"}
+        torch.save({"x": Trap()}, file.with_name(names.get(file.stem, f"{file.stem}.bin")))
+        file.unlink()
+
+    folder = renamed(saved, tmp_path / "pickled", to_pickle)
+    message = "pickled weights, which can run any code.*give safetensors"
+    for opened in (ldm.load_pipeline, lambda place: ldm.load_clap(str(place)).audio_encoder):
+        with pytest.raises(ldm.CheckpointError, match=message):
+            opened(folder)
+    assert not trap.exists()
+
+
+def test_a_checkpoints_own_code_is_neither_run_nor_asked_about(saved, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    trap, folder = tmp_path / "ran", shutil.copytree(saved, tmp_path / "own code")
+    code = f"from pathlib import Path\nPath({str(trap)!r}).touch()\n"
+    for part in ("tokenizer", "unet", "text_encoder"):
+        (folder / part / "evil.py").write_text(code)
+    note = folder / "tokenizer/tokenizer_config.json"
+    known = json.loads(note.read_text())
+    auto = {"auto_map": {"AutoTokenizer": ["evil.Own", "evil.Own"]}}
+    note.write_text(json.dumps(known | auto))
+    rows = ldm.embed_text(ldm.load_clap(str(folder)), ["a dog"])
+    torch.testing.assert_close(rows, ldm.embed_text(ldm.load_clap(str(saved)), ["a dog"]))
+    assert ldm.load_pipeline(folder, device="cpu")
+    # a class that nobody knows, in a part that the pipeline opens by itself
+    note.write_text(json.dumps(known | auto | {"tokenizer_class": "Own"}))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "AutoTokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with contextlib.suppress(ldm.CheckpointError):
+        ldm.load_pipeline(folder)
+    with contextlib.suppress(ldm.CheckpointError):
+        _ = ldm.load_clap.__wrapped__(str(folder)).tokenizer
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"heard": 5}', '{"heard": {"esc10": ["x"]}}'])
+def test_damaged_notes_name_their_file(saved, tmp_path, text):
+    import shutil
+
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    (folder / ldm.INFO_FILE).write_text(text)
+    with pytest.raises(ldm.CheckpointError, match=rf"copy/{ldm.INFO_FILE}: damaged"):
+        ldm.checkpoint_info(folder)
+    (folder / "model_index.json").write_text(text)
+    with pytest.raises(ldm.CheckpointError, match=r"copy: (cannot be opened|is an None)"):
+        ldm.load_pipeline(folder)
+
+
+def test_cut_weights_are_one_clear_error(saved, tmp_path):
+    folder = renamed(saved, tmp_path / "cut", lambda file: file.write_bytes(file.read_bytes()[:-100]))
+    with pytest.raises(ldm.CheckpointError, match="cut: cannot be opened"):
+        ldm.load_pipeline(folder)
+
+
+def test_relative_paths_are_taken_from_the_project_and_then_from_here(saved, tmp_path, monkeypatch):
+    import shutil
+
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    shutil.copytree(saved, project / "runs" / "models" / "mine")
+    (project / "notebooks").mkdir()
+    (project / "pyproject.toml").touch()
+    shutil.copytree(saved, elsewhere / "models")
+    (elsewhere / "runs" / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(project / "notebooks")
+    assert Path(ldm.resolve("runs/models/mine")) == project / "runs/models/mine"
+    assert ldm.checkpoint_info("runs/models/mine")["heard"] == {"noise": [2]}
+    monkeypatch.chdir(elsewhere)
+    assert Path(ldm.resolve("models")).samefile(elsewhere / "models")
+
+
+def test_two_that_save_one_folder_do_not_share_a_half_written_one(small, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def save(steps):
+        return ldm.save_checkpoint(small[0], tmp_path / f"{steps % 2}", {"steps": steps}, small[1])
+
+    stray = tmp_path / "0.part"
+    stray.mkdir()
+    (stray / "of another process").touch()
+    with ThreadPoolExecutor(2) as pool:
+        assert [ldm.checkpoint_info(folder)["steps"] for folder in pool.map(save, (0, 1))] == [0, 1]
+    assert list(stray.iterdir()) and not list(tmp_path.glob(".*"))

@@ -125,9 +125,16 @@ def test_clips_under_other_labels_folds_or_sources_make_another_model(pool, tmp_
         events.assign(label=events["label"].to_numpy()[::-1]),
         events.assign(fold=events["fold"].to_numpy()[::-1]),
         events.assign(source_id=[f"s{i}" for i in range(len(events))]),
+        events.assign(fold=events["fold"] % 5 + 1),  # what was trained on is now the test fold
+        events.assign(label=np.random.default_rng(0).permutation(events["label"])),
     ):
         minimodel.get_checkpoint("mini", changed, events, scenes, **options)
-    assert len(set(made)) == 4
+    for places in (scenes.assign(fold=scenes["fold"] % 5 + 1), scenes[::-1]):
+        minimodel.get_checkpoint("mini", events, events, places, **options)
+    minimodel.get_checkpoint("mini", events, events[:-1], scenes, **options)
+    assert len(set(made)) == 9
+    minimodel.get_checkpoint("mini", events.assign(path=list(events["path"])), events, scenes, **options)
+    assert len(set(made)) == 9
 
 
 def test_model_of_the_pool_knows_no_fold_of_any_study(tmp_path):

@@ -296,8 +296,11 @@ def audioldm(folder, seed=0):
     return Path(folder)
 
 
-def audioldm2(folder, seed=0):
-    """Write a tiny AudioLDM 2 checkpoint; return its folder."""
+def audioldm2(folder, seed=0, as_published=False):
+    """Write a tiny AudioLDM 2 checkpoint; return its folder.
+
+    The published one names its language model without the head that the pipeline calls.
+    """
     import torch
     from diffusers import AudioLDM2Pipeline, AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
     from transformers import ClapFeatureExtractor, GPT2Config, GPT2LMHeadModel
@@ -335,6 +338,11 @@ def audioldm2(folder, seed=0):
         vocoder=_vocoder(),
     )
     pipe.save_pretrained(folder)
+    if as_published:
+        pipe.language_model.transformer.save_pretrained(Path(folder) / "language_model")
+        index = Path(folder) / "model_index.json"
+        parts = json.loads(index.read_text()) | {"language_model": ["transformers", "GPT2Model"]}
+        index.write_text(json.dumps(parts))
     return Path(folder)
 
 
