@@ -3,7 +3,20 @@
 # Needs bash and Python 3.11 or 3.12; see --help.
 set -euo pipefail
 
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# What belongs to the caller (its Python's settings, a cluster's modules, the folder that one stands in)
+# reaches neither the private environment nor the question which project is meant.
+for name in $(compgen -e PYTHON) $(compgen -e JUPYTER) $(compgen -e IPYTHON) CDPATH MPLBACKEND \
+    MATPLOTLIBRC PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT UV_TARGET UV_PREFIX UV_PYTHON UV_PROJECT; do
+    case "$name" in PYTHON | PYTHONPYCACHEPREFIX) ;; *) unset "$name" ;; esac
+done
+export PYTHONSAFEPATH=1 PYTHONNOUSERSITE=1
+
+script="${BASH_SOURCE[0]}"
+while [ -L "$script" ]; do
+    target="$(readlink "$script")"
+    case "$target" in /*) script="$target" ;; *) script="$(dirname "$script")/$target" ;; esac
+done
+here="$(cd "$(dirname "$script")" && pwd -P)"
 venv="$here/.venv"
 python="$venv/bin/python"
 stamp="$venv/set-up-complete"
@@ -109,8 +122,8 @@ find_uv() {
         uv=(uv)
     else
         "$python" -m uv --version >/dev/null 2>&1 ||
-            "$python" -m pip install --quiet --disable-pip-version-check uv ||
-            fail "could not install uv with pip: is the network there?"
+            "$python" -m pip install --quiet --disable-pip-version-check uv >"$venv/pip.log" 2>&1 ||
+            fail "could not install uv with pip: is the network there? ($venv/pip.log says more)"
         uv=("$python" -m uv)
     fi
 }
@@ -122,9 +135,8 @@ set_up() {
         base="$(find_python)" || exit 1
         echo "Making $venv with $base"
         rm -rf "$venv"
-        mkdir -p "$venv"
-        touch "$begun"
-        "$base" -m venv "$venv" || fail "could not make $venv (is the disk full?)"
+        { mkdir -p "$venv" && touch "$begun" && "$base" -m venv "$venv"; } 2>/dev/null ||
+            fail "could not make $venv: may this folder be written, and is there room?"
     fi
     touch "$begun"
     rm -f "$stamp"
@@ -136,7 +148,7 @@ set_up() {
         fail "the installation stopped (network? disk?); give the same command again to go on"
     fi
     # setuptools comes with the lock: building the package itself fetches nothing.
-    "${uv[@]}" pip install --quiet --python "$python" --no-deps --no-build-isolation -e "$here" ||
+    (cd "$venv" && "${uv[@]}" pip install --no-config --quiet --python "$python" --no-deps --no-build-isolation -e "$here") ||
         fail "could not install the package from $here"
     local differs
     differs="$(check_lock)" || fail "what is installed differs from requirements.txt (give the same command
@@ -154,10 +166,9 @@ run_tests() {
     "$python" -m ruff check .
     "$python" -m ruff format --check .
     [ $# -eq 0 ] || exec "$python" -m pytest "$@"
-    # Units first: they say in minutes what the notebooks would say in twenty. Two at a time, each
-    # with one thread, as threads that compete for cores are slower than one.
-    OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist loadfile tests/test_*.py
-    exec "$python" -m pytest tests/notebooks
+    # Notebooks beside units, each with one thread, as threads that compete for cores are slower than one.
+    OMP_NUM_THREADS=1 exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+        tests/notebooks tests/test_*.py
 }
 
 case "${1:-}" in
@@ -169,8 +180,6 @@ esac
 
 is_set_up || set_up
 export JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1
-# Many containers set it: every kernel would then compile torch and transformers anew, half a minute each.
-unset PYTHONDONTWRITEBYTECODE
 case "${1:-}" in
 setup) [ $# -eq 1 ] || fail "setup takes no arguments" ;;
 test)

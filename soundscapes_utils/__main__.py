@@ -23,6 +23,7 @@ some calls
 """
 
 import argparse
+import csv
 import os
 import signal
 import sys
@@ -30,26 +31,37 @@ import textwrap
 import time
 from pathlib import Path
 
-# an option that may be given several times, each with a name and a value
-_PAIRS = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
-
 
 def main(argv=None):
     """Run the command line; return 0, 1 after a failed notebook, 2 for a wrong call, 130 if stopped.
 
-    Examples
-    --------
     >>> main(["run", "qick"])
     2
     """
     options = _parser().parse_args(argv)
     try:
-        return options.action(options) or 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        code = options.action(options) or 0
+        sys.stdout.flush()
+        return code
+    except (Exception, KeyboardInterrupt) as error:
+        # a library may have turned the interruption into an error of its own
+        if _STOPS or isinstance(error, KeyboardInterrupt):
+            if os.environ.get("RANK", "0") == "0":
+                print("\ninterrupted: the same command again goes on from here", file=sys.stderr)
+            return 130
+        if isinstance(error, BrokenPipeError):  # who read the output has seen enough
+            return 141
+        if not isinstance(error, (ValueError, OSError)):
+            raise
+        from .pipeline import in_words
+
+        print("error:", *in_words(error).split(), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+
+
+# what the kinds of options in commands.csv are for argparse
+_KINDS = {"": {}, "whole": {"type": int}, "switch": {"action": "store_true"}, "optional": {"nargs": "?"}}
+_KINDS["pairs"] = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
 
 
 def _parser():
@@ -60,32 +72,20 @@ def _parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    for action, text, fill in (
-        (_run, "run a profile, or go on with it", _run_options),
-        (_report, "make the report of a run again", _report_options),
-        (_profiles, "list the profiles and what they need", _profiles_options),
-        (_publish, "outputs of a quick run into notebooks/, figures and README", _publish_options),
-        (_mix, "render a table of mixes, or a part of it", _mix_options),
-        (_generate, "make the clips of a plan, or a part of it", _generate_options),
-        (_finetune, "fine-tune AudioLDM on captioned sounds", _finetune_options),
-        (_train_mini, "make the small checkpoint again", _train_mini_options),
-    ):
-        name = action.__name__.strip("_").replace("_", "-")
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        fill(command.add_argument)
-        command.set_defaults(action=action)
+    text = (Path(__file__).parent / "commands.csv").read_text(encoding="utf-8")
+    for row in csv.DictReader(text.splitlines()):
+        name, option = row["command"], row["option"]
+        if not option:  # the first row of a command says what it does
+            about = f"{row['help'][0].upper()}{row['help'][1:]}."
+            command = commands.add_parser(name, help=row["help"], description=about)
+            command.set_defaults(action=globals()[f"_{name.replace('-', '_')}"])
+            continue
+        given = {key: row[key] for key in ("default", "metavar", "help") if row[key]}
+        command.add_argument(option, **_KINDS[row["kind"]], **given)
     return parser
 
 
 # --- runs and their pages ------------------------------------------------------------------------
-
-
-def _run_options(add):
-    add("profile", nargs="?", default="quick")
-    add("-p", **_PAIRS, help="parameter of every notebook that has one of that name")
-    add("--name", help="folder under runs/; the profile's name by default")
-    add("--only", metavar="NN", help="run this one notebook, changed or not")
-    add("--fresh", action="store_true", help="skip nothing")
 
 
 def _run(options):
@@ -106,13 +106,6 @@ def _run(options):
     print(f"\nReport: {page}")
 
 
-def _report_options(add):
-    add("run_dir", help="for example runs/quick")
-    add("--table", help="instead, a page to listen to: name of a run's table, or a CSV file")
-    add("--per-class", type=int, default=24, metavar="N", help="clips on either side of that page")
-    add("--open", action="store_true", help="show it in the browser")
-
-
 def _report(options):
     import webbrowser
 
@@ -127,26 +120,18 @@ def _report(options):
         webbrowser.open(page.as_uri())
 
 
-def _profiles_options(add):
-    add("name", nargs="?", help="show all parameters of this profile")
-
-
 def _profiles(options):
-    from . import pipeline
+    from . import pipeline, store
 
     if options.name:
         for stem, values in pipeline.resolve_parameters(options.name).items():
             print(stem, *(f"  {name} = {value!r}" for name, value in values.items()), sep="\n")
         return
-    for name, profile in pipeline.profile_table().iterrows():
+    for name, profile in pipeline.profile_table(store.project_root(pipeline.PACKAGE)).iterrows():
         print(name)
         print(textwrap.indent(textwrap.fill(profile.pop("description"), 94), "  "))
         for key, text in profile.items():
             print(f"  {key + ':':8}{text}")
-
-
-def _publish_options(add):
-    add("run_dir", nargs="?", default="runs/quick")
 
 
 def _publish(options):
@@ -160,17 +145,6 @@ def _publish(options):
 # --- one step alone ------------------------------------------------------------------------------
 
 
-def _mix_options(add):
-    add("table", help="CSV file of the plan, such as runs/quick/tables/mixes.csv")
-    add("out_dir", help="gets the mixes, and mixes.csv once all are there")
-    add("--events", help="CSV file of the events of mixes with several")
-    add("--sample-rate", type=int, default=16_000, metavar="HZ")
-    add("--workers", type=int, help="processes; as many as pay off by default")
-    add("--engine", default="numpy", help="numpy or pydub")
-    add("--stems", action="store_true", help="foreground and background as well")
-    add("--shard", metavar="i/n", help="this part only; parts may run at once")
-
-
 def _mix(options):
     from . import mixing, store
 
@@ -182,20 +156,6 @@ def _mix(options):
     print(f"{len(mixes)} mixes are in {options.out_dir}, {scaled} scaled to fit")
     if options.shard is None:
         print(f"Table: {store.write_table(mixes, Path(options.out_dir) / 'mixes.csv')}")
-
-
-def _generate_options(add):
-    add("plan", help="CSV file, as written from generation.plan_clips")
-    add("out_dir", help="gets the clips, and generated.csv once all are there")
-    add("--backend", default="audioldm", help="a back-end or preset by name")
-    add("--checkpoint", help="folder or hub name; the back-end's by default")
-    add("-o", **_PAIRS, help="option of the back-end, such as -o steps 100 -o dtype float16")
-    add("--batch-size", type=int, metavar="N", help="clips per call; 16 or eight passes by default")
-    add("--max-attempts", type=int, default=3, metavar="N", help="seeds tried")
-    add("--loudness", help="peak, none, or a level in LUFS such as -23")
-    add("--best-of", type=int, metavar="N", help="candidates per clip; the preset's, else 1")
-    add("--clap", default="laion-clap", help="what chooses among them: laion-clap or mini-clap")
-    add("--shard", metavar="i/n", help="this part only; parts may run at once")
 
 
 def _generate(options):
@@ -234,27 +194,12 @@ def _generate(options):
         print(f"Table: {store.write_table(clips, out_dir / 'generated.csv')}")
 
 
-def _finetune_options(add):
-    add("config", help="YAML file of the names of finetuning.FinetuneConfig and their values")
-    add("-p", **_PAIRS, help="in place of the file's")
-
-
 def _finetune(options):
     from . import finetuning
 
     result = finetuning.finetune(finetuning.read_config(options.config, options.p))
     if os.environ.get("RANK", "0") == "0":
         print(f"Checkpoint: {result.checkpoint} (best step {result.best_step})")
-
-
-def _train_mini_options(add):
-    add("--out", default="data/checkpoints/mini-audioldm", help="folder to write")
-    add("--data-dir", default="data", help="where the pool of sounds is kept")
-    add("--clips-per-class", type=int, default=120)
-    add("--scenes-per-class", type=int, default=25)
-    add("--steps", type=int, help="of the U-Net")
-    add("--clap-steps", type=int)
-    add("--seed", type=int)
 
 
 def _train_mini(options):
@@ -266,7 +211,25 @@ def _train_mini(options):
     print(f"Checkpoint: {minimodel.train_builtin(options.out, *pool, config)}")
 
 
+# --- stopped from outside ------------------------------------------------------------------------
+
+_STOPS = []
+
+
+def _stop(*_):
+    _STOPS.append(True)
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
     # A scheduler's time limit is an interruption like any other: say how to resume.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    if sys.argv[1:2] in (["mix"], ["train-mini"]):
+        # Ctrl-C reaches their workers too, whose last words say nothing; errors come back without these.
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    code = main()
+    if code < 128:
+        sys.exit(code)
+    os._exit(code)  # without the last words of what was stopped

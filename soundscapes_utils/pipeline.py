@@ -9,23 +9,25 @@ executes the notebooks in order, skipping what is finished and unchanged. A run 
 import ast
 import difflib
 import json
+import math
 import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import tomllib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
-from importlib import metadata
+from fnmatch import fnmatchcase
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import yaml
 
 from . import store
@@ -46,9 +48,13 @@ class RunFailed(RuntimeError):
     ``exit_code`` is 1, or 130 after an interruption.
     """
 
-    def __init__(self, message, exit_code=1):
-        super().__init__(message)
-        self.exit_code = exit_code
+    exit_code = 1
+
+
+class Interrupted(RunFailed):
+    """A run that was stopped from outside."""
+
+    exit_code = 130
 
 
 # --- running -------------------------------------------------------------------------------------
@@ -73,29 +79,71 @@ def run(profile="quick", parameters=None, *, name=None, only=None, fresh=False, 
     """
     root = Path(root or store.project_root(PACKAGE))
     name = name or profile
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UsageError(f"the run's name {name!r} may hold letters, digits, '.', '-' and '_' only")
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise UsageError(f"the run's name {name!r} may hold up to 100 letters, digits, '.', '-' and '_'")
     values = resolve_parameters(profile, parameters, root, only)
-    resume = f"Resume with:\n  {_command(profile, parameters, name, only, root)}"
+    _check_demands(values)
     folder = root / "runs" / name
-    try:
-        record = _begin_record(folder, profile, parameters, values)
-        with _environment(offline=_read_profile(profile, root)["offline"]):
-            for number, stem in enumerate(values, 1):
-                label = f"[{number}/{len(values)}] {stem}"
-                again = fresh or only is not None
-                _run_one(label, stem, values[stem], folder, record, again, root)
-        record["finished"] = _now()
-        _save_record(folder, record)
-        return folder
-    except KeyboardInterrupt:
-        raise RunFailed(f"\nInterrupted. {resume}", exit_code=130) from None
-    except (OSError, store.DataError, _NotebookError) as error:
-        raise RunFailed(f"{error}\n{resume}") from error
+
+    def resume(only=only, more=""):
+        return f"Resume with:\n  {_command(profile, parameters, name, only, root)}{more}"
+
+    with _owned(folder):
+        try:
+            record = _begin_record(folder, profile, parameters, values)
+            with _environment(_read_profile(profile, root)["offline"]):
+                for number, stem in enumerate(values, 1):
+                    label = f"[{number}/{len(values)}] {stem}"
+                    again = fresh or only is not None
+                    _run_one(label, stem, values[stem], folder, record, again, root)
+            record["finished"] = _now()
+            _save_record(folder, record)
+            return folder
+        except KeyboardInterrupt:
+            raise Interrupted(f"\nInterrupted. {resume()}") from None
+        except _StageMissing as error:  # whose own command would fail again
+            more = " --fresh" if only is None else ""
+            raise RunFailed(f"{error}\n{resume(None, more)}") from error
+        except (OSError, store.DataError, _NotebookError) as error:
+            raise RunFailed(f"{in_words(error)}\n{resume()}") from error
 
 
 class _NotebookError(RuntimeError):
     pass
+
+
+class _StageMissing(_NotebookError):
+    pass
+
+
+def in_words(error):
+    """Say what went wrong: errors of the system as path and remedy, others in their own words."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if not isinstance(cause, OSError) or cause.errno is None:
+        return str(error)
+    place = cause.filename or "the disk"
+    said = f"{place}: {cause.strerror}; check its path, permissions and free space"
+    return str(error).replace(str(cause), said)
+
+
+@contextmanager
+def _owned(folder):
+    """Keep other runs out of a folder; the lock ends with this process, however it ends."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".owner").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # any other one: a network disk without locks
+            file.seek(0)
+            if isinstance(error, BlockingIOError):
+                owner = f"a run that is going on (process {file.read()})"
+                remedy = "wait until it ends, or give this one another --name"
+                raise UsageError(f"{folder} is in use by {owner}: {remedy}") from None
+        file.truncate(0)
+        print(f"{os.getpid()} on {platform.node()}", file=file, end="", flush=True)
+        yield
 
 
 def _run_one(label, stem, values, folder, record, again, root):
@@ -107,9 +155,9 @@ def _run_one(label, stem, values, folder, record, again, root):
         return
     stage = stages[stem] = {"status": "running", "parameters": values, "started": _now()}
     _save_record(folder, record)
-    begin, memory = time.time(), _PeakMemory()
+    begin = time.time()
     try:
-        with memory:
+        with _peak_memory() as memory:
             _execute(label, source, executed, values, folder, root)
         stage |= {"status": "finished", "key": key, "outputs": _outputs(folder, begin)}
     except BaseException:
@@ -117,15 +165,14 @@ def _run_one(label, stem, values, folder, record, again, root):
         raise
     finally:
         stage["seconds"] = round(time.time() - begin, 1)
-        stage["peak_memory_gb"] = round(memory.peak / 1e9, 2)
+        stage["peak_memory_gb"] = round(max(memory) / 1e9, 2)
         _save_record(folder, record)
     print(f"{label}: {duration(stage['seconds'])}, {stage['peak_memory_gb']:.1f} GB", flush=True)
 
 
 def _is_done(stage, key, folder, executed):
-    if not stage or stage["status"] != "finished" or stage["key"] != key:
-        return False
-    return executed.is_file() and all((folder / name).is_file() for name in stage["outputs"])
+    same = stage and stage["status"] == "finished" and stage["key"] == key
+    return same and executed.is_file() and all((folder / name).is_file() for name in stage["outputs"])
 
 
 def _outputs(folder, since):
@@ -141,41 +188,31 @@ def _execute(label, source, executed, values, folder, root):
     from traitlets.config import Config
 
     executed.parent.mkdir(parents=True, exist_ok=True)
-    shown = sys.stderr.isatty()
-    if not shown:
+    parameters = {INJECTED: folder.relative_to(root).as_posix(), **values}
+    kernel = {"kernel_name": "python3", "start_timeout": KERNEL_START_S, "cwd": root / "notebooks"}
+    kernel |= {"config": Config({"KernelManager": _sockets()}), "extra_arguments": _KERNEL_PATH}
+    bar = {"desc": label, "leave": False} if sys.stderr.isatty() else False
+    if not bar:
         print(f"{label} …", flush=True)
     try:
-        papermill.execute_notebook(
-            source,
-            executed,
-            {INJECTED: folder.relative_to(root).as_posix(), **values},
-            kernel_name="python3",
-            progress_bar={"desc": label, "leave": False} if shown else False,
-            start_timeout=KERNEL_START_S,
-            cwd=root / "notebooks",
-            config=Config({"KernelManager": {"transport": "ipc"}}),
-        )
+        papermill.execute_notebook(source, executed, parameters, progress_bar=bar, **kernel)
     except papermill.PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":
             raise KeyboardInterrupt from None
-        raise _NotebookError(_explain(error, source.stem, executed)) from error
+        kind = _StageMissing if error.ename == store.MissingStage.__name__ else _NotebookError
+        raise kind(_explain(error, source.stem, executed)) from error
     except DeadKernelError as error:
-        raise _NotebookError(
-            f"{source.stem}: its Python process was ended from outside, most often because memory "
-            "ran out. Close other programs or make the run smaller (see the parameters)."
-        ) from error
+        ended = "its Python process was ended from outside, most often because memory ran out"
+        remedy = "close other programs or make the run smaller (see the parameters)"
+        raise _NotebookError(f"{source.stem}: {ended}; {remedy}") from error
 
 
 def _explain(error, stem, executed):
     if "No space left" in error.evalue:
-        return (
-            f"{stem}: {error.evalue} ({_free_gb(executed.parent):.1f} GB free): make room there, or "
-            "delete runs that you no longer need. What is finished is kept."
-        )
-    return (
-        f"{stem} failed in cell In [{error.exec_count}]:\n  {error.ename}: {error.evalue}\n"
-        f"The whole traceback is in {os.path.relpath(executed)}"
-    )
+        remedy = "make room there, or delete runs that you no longer need. What is finished is kept."
+        return f"{stem}: {error.evalue} ({_free_gb(executed.parent):.1f} GB free): {remedy}"
+    failed = f"{stem} failed in cell In [{error.exec_count}]:\n  {error.ename}: {error.evalue}"
+    return f"{failed}\nThe whole traceback is in {os.path.relpath(executed)}"
 
 
 def _command(profile, parameters, name, only, root):
@@ -189,18 +226,42 @@ def _command(profile, parameters, name, only, root):
     return shlex.join(words)
 
 
+# ends what a run started, when the run ends or is killed: workers outlive the kernel that they serve
+_WARDEN = """
+import psutil, shutil, sys
+sys.stdin.read()
+for process in psutil.process_iter():
+    try:
+        if process.environ().get("JUPYTER_RUNTIME_DIR") == sys.argv[1]:
+            process.kill()
+    except psutil.Error:
+        pass
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
+# a file beside the notebooks may be imported, but takes no library's place
+_KERNEL_PATH = ["--InteractiveShellApp.ignore_cwd=True"]
+_KERNEL_PATH += ["--InteractiveShellApp.exec_lines=import sys; sys.path.append('')"]
+# of the caller's settings, those that change what a kernel imports, starts with or draws on
+_FOREIGN = ("PYTHON", "JUPYTER", "IPYTHON", "JPY_", "MPLBACKEND", "MATPLOTLIBRC")
+
+
 @contextmanager
 def _environment(offline):
     """Settings for the kernels: this package, this Python's kernel, and no needless network."""
     before = dict(os.environ)
-    wanted = {"JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    if offline:
-        wanted["HF_HUB_OFFLINE"] = "1"
-    paths = filter(None, [str(PACKAGE.parent), before.get("PYTHONPATH")])
-    with tempfile.TemporaryDirectory(prefix="soundscapes-") as sockets:
-        # Sockets in a local, short path: home may be a network disk, and TCP ports can collide.
-        os.environ.update(wanted | before)
-        os.environ.update(JUPYTER_RUNTIME_DIR=sockets, PYTHONPATH=os.pathsep.join(paths))
+    # the path of a socket holds about 100 characters
+    place = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
+    private = tempfile.mkdtemp(prefix="soundscapes-", dir=place)
+    kept = {k: v for k, v in before.items() if not k.startswith(_FOREIGN) or k == "PYTHONPYCACHEPREFIX"}
+    ours = {"JUPYTER_RUNTIME_DIR": private, "IPYTHONDIR": private, "JUPYTER_PREFER_ENV_PATH": "1"}
+    ours |= {"PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1"}
+    if not sys.flags.safe_path:  # else this package was found where kernels find it too
+        ours["PYTHONPATH"] = str(PACKAGE.parent)
+    wishes = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": str(int(offline))}
+    words = [sys.executable, "-I", "-c", _WARDEN, private]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True):
+        os.environ.clear()
+        os.environ.update(wishes | kept | ours)
         try:
             yield
         finally:
@@ -208,32 +269,32 @@ def _environment(offline):
             os.environ.update(before)
 
 
-class _PeakMemory:
-    """Samples the resident memory of this process and all its children while a block runs."""
+def _sockets():
+    """Where a kernel listens: in the private folder, as ports of TCP can collide."""
+    import zmq
 
-    def __enter__(self):
-        self.peak, self._stop = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+    file = Path(os.environ["JUPYTER_RUNTIME_DIR"]) / "kernel.json"
+    return {"connection_file": str(file), "transport": "ipc" if zmq.has("ipc") else "tcp"}
 
-    def _watch(self):
-        import psutil
 
-        process = psutil.Process()
-        while True:
-            total = 0
-            for one in [process, *process.children(recursive=True)]:
-                try:
-                    total += one.memory_info().rss
-                except psutil.NoSuchProcess:
-                    continue
-            self.peak = max(self.peak, total)
-            if self._stop.wait(0.5):
-                return
+@contextmanager
+def _peak_memory():
+    """Sample the resident memory of this process and all its children while a block runs."""
+    peak, stop, process = [0], threading.Event(), psutil.Process()
 
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
+    def watch():
+        while not stop.wait(0.5):
+            with suppress(psutil.NoSuchProcess):  # one has just ended: the next sample counts
+                family = [process, *process.children(recursive=True)]
+                peak.append(sum(one.memory_info().rss for one in family))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
 
 
 # --- what makes a notebook's results stale -------------------------------------------------------
@@ -241,33 +302,34 @@ class _PeakMemory:
 
 def _state_key(path, values, stages, root):
     """Digest of all that a notebook's results follow from: same key, same results."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    code = [source for _, source in _code_cells(path)]
     text = "\n".join(code)
     # what an earlier notebook left counts where the code names that notebook
     earlier = {stem: stage.get("key") for stem, stage in stages.items() if stem in text}
     earlier.pop(path.stem, None)
-    return store.content_key(code, _sources(text), values, _inputs(values, root), earlier)
+    return store.content_key(code, _sources(code), values, _inputs(values, root), earlier)
+
+
+_OF_THE_RUNNER = ("pipeline", "parameters.csv", "commands.csv", "needs.csv")
 
 
 def _sources(code):
     """Sources of the modules that `code` leads to, so that a fix in one stage spares the others."""
     tables = [*PACKAGE.glob("*.csv"), *PACKAGE.glob("*.json")]
     sources = {path.name: path.read_text(encoding="utf-8") for path in tables}
-    waiting = _imported(code)
+    waiting = set().union(*map(_imported, code))
     while waiting:
         name = waiting.pop()
         sources[name] = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
         waiting |= _imported(sources[name]) - sources.keys()
-    sources.pop("pipeline", None)  # the runner only carries results from here to there
-    return sources
+    # the runner only carries results from here to there
+    return {name: text for name, text in sources.items() if name not in _OF_THE_RUNNER}
 
 
 def _imported(code):
     """Names of the package's modules that a piece of Python imports, at any depth of nesting."""
-    lines = [line for line in code.splitlines() if not line.lstrip().startswith(("%", "!"))]
     dotted = []
-    for node in ast.walk(ast.parse("\n".join(lines))):
+    for node in ast.walk(_parsed(code) or ast.Pass()):  # the notebook itself will say what is wrong
         if isinstance(node, ast.Import):
             dotted += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -277,17 +339,29 @@ def _imported(code):
     return {name for name in modules if (PACKAGE / f"{name}.py").is_file()}
 
 
+def _parsed(code):
+    """Syntax tree of a cell as IPython reads it, or None."""
+    for transformed in (False, True):
+        if transformed:
+            from IPython.core.inputtransformer2 import TransformerManager
+
+            # what stands below a cell's magic is most often Python
+            code = TransformerManager().transform_cell(re.sub(r"\A\s*%%.*", "", code))
+        with suppress(SyntaxError):
+            return ast.parse(code)
+    return None
+
+
 def _inputs(values, root):
     """Names, sizes and times of the files that a person provides; `data_dir` is the runs' cache."""
-    named = {name: value for name, value in values.items() if _is_path(name) and value}
+    named = {name: value for name, value in values.items() if _is_path(name, value) and value}
     named.pop("data_dir", None)
-    if values.get("checkpoint"):
-        builtin = values["checkpoint"] == "builtin"
-        named["checkpoint"] = "data/checkpoints/mini-audioldm" if builtin else values["checkpoint"]
+    if given := values.get("checkpoint"):
+        named["checkpoint"] = "data/checkpoints/mini-audioldm" if given == "builtin" else given
     inputs = {}
     for name, value in named.items():
         path = root / Path(value).expanduser()
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files = store.walk_files(path) if path.is_dir() else [path]
         stats = [(str(file), file.stat()) for file in files if file.is_file()]
         inputs[name] = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
     return inputs
@@ -308,42 +382,28 @@ def _save_record(folder, record):
 
 def _begin_record(folder, profile, given, values):
     before = read_record(folder)
-    return {
-        "name": folder.name,
-        "profile": profile,
-        "given": given or {},
-        "parameters": before.get("parameters", {}) | values,
-        "started": _now(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "versions": _versions(),
-        "git": _git_state(),
-        "stages": before.get("stages", {}),
-    }
+    record = {"name": folder.name, "profile": profile, "given": given or {}, "started": _now()}
+    record |= {"python": platform.python_version(), "platform": platform.platform()}
+    record |= {"cores": os.cpu_count(), "versions": _versions(), "git": _git_state()}
+    record["parameters"] = before.get("parameters", {}) | values
+    return record | {"stages": before.get("stages", {})}
 
 
 def _versions():
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    installed = {}
-    for requirement in project["project"]["dependencies"]:
-        name = re.match(r"[\w.-]+", requirement).group()
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed[name] = "not installed"
-    return installed
+    names = [re.match(r"[\w.-]+", line).group() for line in project["project"]["dependencies"]]
+    there = {one.name.lower().replace("_", "-"): one.version for one in metadata.distributions()}
+    return {name: there.get(name.lower().replace("_", "-"), "not installed") for name in names}
 
 
 def _git_state():
-    def git(*words):
-        words = ["git", "-C", str(PACKAGE.parent), *words]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": "unknown (not a git clone)", "dirty": False}
+    words = ["git", "describe", "--always", "--abbrev=40", "--match=-", "--dirty"]
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    text = ""
+    with suppress(OSError):  # no git
+        text = subprocess.run(words, cwd=PACKAGE, env=ours, capture_output=True, text=True).stdout
+    commit = text.strip().removesuffix("-dirty") or "unknown (not a git clone)"
+    return {"commit": commit, "dirty": "-dirty" in text}
 
 
 def _now():
@@ -363,9 +423,12 @@ def duration(seconds):
 
 
 def notebooks(root=None):
-    """List the numbered notebooks in the order in which they run: name and file."""
-    folder = Path(root or store.project_root()) / "notebooks"
-    return {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    """List the numbered notebooks in the order in which they run: name and file.
+
+    Letters, digits and "_" make a name: the copies that Jupyter makes (``…-Copy1``) do not join.
+    """
+    files = sorted((Path(root or store.project_root()) / "notebooks").glob("*.ipynb"))
+    return {path.stem: path for path in files if re.fullmatch(r"\d\d_\w+", path.stem)}
 
 
 def profiles(root=None):
@@ -374,29 +437,36 @@ def profiles(root=None):
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _read_profile(name, root=None):
+def _read_profile(name, root=None, above=()):
     """Read a profile, on top of the one that it extends.
 
     The texts of ``ABOUT``, ``offline`` (bool), and ``sections``: for "common" and for each notebook
-    the parameters that differ from its defaults.
+    the parameters that differ from its defaults, as texts: their notebook says what they are.
     """
     known = profiles(root)
-    if name not in known:
+    if str(name) not in known:
         raise UsageError(f"no profile {name!r}{_nearest(name, known)}")
+    if name in above:
+        raise UsageError(f"profile {name} extends itself: {', '.join([*above, name])}")
+    path, sections = known[name], ["common", *notebooks(root)]
     try:
-        content = yaml.safe_load(known[name].read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UsageError(f"{known[name]} is not valid YAML: {error}") from error
-    base = {"offline": True, "sections": {}} | dict.fromkeys(ABOUT, "")
-    if "extends" in content:
-        base = _read_profile(content.pop("extends"), root)
-    profile = base | {key: content.pop(key) for key in (*ABOUT, "offline") if key in content}
-    profile["sections"] = dict(base["sections"])
-    sections = ["common", *notebooks(root)]
-    for section, values in content.items():
-        if section not in sections:
-            raise UsageError(f"{known[name]}: no notebook {section!r}{_nearest(section, sections)}")
-        profile["sections"][section] = profile["sections"].get(section, {}) | (values or {})
+        # in YAML 1.1, 010 would be 8 and on would be true: nothing is typed here
+        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}
+        base = {"offline": "true", "sections": {}} | dict.fromkeys(ABOUT, "")
+        if "extends" in content:
+            base = _read_profile(content.pop("extends"), root, (*above, name))
+        profile = base | {key: content.pop(key) for key in (*ABOUT, "offline") if key in content}
+        profile["offline"] = _as_type_of(True, profile["offline"])
+        profile["sections"] = dict(base["sections"])
+        for section, values in content.items():
+            if section not in sections:
+                raise UsageError(f"{path}: no notebook {section!r}{_nearest(section, sections)}")
+            profile["sections"][section] = profile["sections"].get(section, {}) | dict(values or {})
+    except UsageError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
+        form = "in YAML, names and texts, and `notebook: {parameter: value}`"
+        raise UsageError(f"{path} is no profile: {form} ({in_words(error)})") from error
     return profile
 
 
@@ -407,7 +477,7 @@ def resolve_parameters(profile, parameters=None, root=None, only=None):
     that name. Texts are read as the type of the notebook's default, relative paths from the working
     directory. Returns, for each notebook that will run, all its parameters but ``run_dir``.
     """
-    root = Path(root or store.project_root())
+    root = Path(root or store.project_root(PACKAGE))
     defaults = {stem: _notebook_parameters(path) for stem, path in notebooks(root).items()}
     sections = _read_profile(profile, root)["sections"]
     selected = _select(only, defaults)
@@ -420,37 +490,45 @@ def resolve_parameters(profile, parameters=None, root=None, only=None):
     _apply(given, reach, resolved, "-p" if only is None else f"-p, notebook {only}")
     for stem in selected:
         resolved[stem].pop(INJECTED, None)
-        _check_paths(stem, resolved[stem], root)
+        for name, value in resolved[stem].items():
+            if value != defaults[stem][name]:
+                _check_value(stem, name, value, root)
     return resolved
+
+
+def _code_cells(path):
+    """Tags and source of each code cell of a notebook."""
+    try:
+        cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        return [(cell["metadata"].get("tags", []), "".join(cell["source"])) for cell in code]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not a notebook; open it in Jupyter, and save it again") from error
 
 
 def _notebook_parameters(path):
     """Read names and defaults from a notebook's cell tagged ``parameters``."""
-    tagged = [
-        "".join(cell["source"])
-        for cell in json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-        if "parameters" in cell["metadata"].get("tags", [])
-    ]
+    tree = _parsed("\n".join(text for tags, text in _code_cells(path) if "parameters" in tags))
+    if tree is None:
+        raise UsageError(f"{path}: the parameters cell is not Python; open it and run it")
     parameters = {}
-    for node in ast.parse("\n".join(tagged)).body:
+    # a magic, or a text, sets nothing
+    for node in [node for node in tree.body if not isinstance(node, ast.Expr)]:
         try:
             (target,) = node.targets
             value = parameters[target.id] = ast.literal_eval(node.value)
             if type(value) not in (bool, int, float, str, list):
                 raise ValueError(node)
         except (AttributeError, ValueError) as error:
-            raise UsageError(
-                f"{path}: the parameters cell may hold only `name = scalar or list`, not: "
-                f"{ast.unparse(node)}"
-            ) from error
+            form = "the parameters cell may hold only `name = scalar or list`"
+            raise UsageError(f"{path}: {form}, not: {ast.unparse(node)}") from error
     return parameters
 
 
 def _select(only, stems):
-    if only is None:
-        return list(stems)
-    selected = [stem for stem in stems if stem == only or stem[:2] == str(only).zfill(2)]
-    if not selected:
+    wanted = str(only).zfill(2)
+    selected = [stem for stem in stems if only is None or wanted in (stem, stem[:2])]
+    if not selected and only is not None:
         raise UsageError(f"no notebook {only!r}{_nearest(str(only), stems)}")
     return selected
 
@@ -468,7 +546,7 @@ def _apply(values, reach, resolved, where):
             default = reach[stem][name]
             try:
                 converted = _as_type_of(default, value)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, yaml.YAMLError):
                 kind = _KINDS.get(type(default), f"a list such as {json.dumps(default)} (in quotes)")
                 raise UsageError(f"parameter {name!r} of {stem} takes {kind}, not {value!r}") from None
             if stem in resolved:
@@ -481,7 +559,7 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 def _as_type_of(default, value):
     kind = type(default)
     if kind is list:
-        items = yaml.safe_load(value) if isinstance(value, str) else value
+        items = yaml.load(value, yaml.BaseLoader) if isinstance(value, str) else value
         if not isinstance(items, list):
             raise ValueError(value)
         # [0, 0.5] is a list of floats, whichever number stands first
@@ -489,8 +567,10 @@ def _as_type_of(default, value):
         return [_as_type_of(models[0], item) for item in items] if models else items
     if kind is bool:
         return {"true": True, "false": False}[str(value).lower()]
-    if kind in (int, float) and not isinstance(value, (bool, list)):
-        return float(value) if kind is float else int(str(value))
+    if kind is int:
+        return int(str(value))
+    if kind is float and not isinstance(value, bool) and math.isfinite(float(value)):
+        return float(value)
     if kind is str and isinstance(value, str):
         return value
     raise ValueError(value)
@@ -501,25 +581,91 @@ def _nearest(name, known):
     return f"; nearest: {', '.join(close)}" if close else f"; there are: {', '.join(known)}"
 
 
-def _is_path(name):
-    return name.endswith(("_root", "_path")) or name == "data_dir"
+def _is_path(name, value=""):
+    local = isinstance(value, str) and re.match(r"\.{0,2}/|~|.*\.csv$", value)
+    return name.endswith(("_root", "_path")) or name == "data_dir" or bool(local)
 
 
 def _given_path(name, value):
     """Make a path that a person typed absolute: it was meant from where they stood."""
-    local_checkpoint = name.endswith("checkpoint") and str(value).startswith((".", "/", "~"))
-    if value and (_is_path(name) or local_checkpoint):
-        return str(Path(value).expanduser().resolve())
-    return value
+    return str(Path(value).expanduser().resolve()) if value and _is_path(name, value) else value
 
 
-def _check_paths(stem, values, root):
-    for name, value in values.items():
-        if _is_path(name) and value and not (root / Path(value).expanduser()).exists():
-            raise UsageError(
-                f"parameter {name!r} of {stem}: {value} does not exist; correct the path "
-                "(data/README.md says how to get each data set)"
-            )
+def _check_value(stem, name, value, root):
+    """Refuse a value that its stage would refuse, by the table parameters.csv."""
+    place = f"parameter {name!r} of {stem}"
+    if _is_path(name, value) and value and not (root / Path(value).expanduser()).exists():
+        remedy = "correct the path (data/README.md says how to get each data set)"
+        raise UsageError(f"{place}: {value} does not exist; {remedy}")
+    rules = store.read_table(PACKAGE / "parameters.csv", as_text=True).set_index("parameter")
+    if name not in rules.index:
+        return
+    least, most, words = rules.loc[name]
+    choices = [choice for word in words.split() for choice in _choices(word)]
+    for item in value if isinstance(value, list) else [value]:
+        if choices and not any(fnmatchcase(str(item), choice) for choice in choices):
+            raise UsageError(f"{place} takes {', '.join(choices)}; not {item!r}")
+        if not choices and not float(least) <= item <= float(most or "inf"):
+            bounds = f"from {least} to {most}" if most else f"from {least} on"
+            raise UsageError(f"{place} takes numbers {bounds}, not {item!r}")
+
+
+def _choices(word):
+    """What a word of the table stands for: a choice, or the names in a stage's own list."""
+    module, _, name = word.partition(".")
+    return getattr(import_module(f".{module}", __package__), name) if name.isupper() else [word]
+
+
+def _check_demands(values):
+    """Refuse what a stage's own records refuse, and what a notebook asks of another in vain."""
+    for stem, own in values.items():
+        try:
+            if {"snr_db_low", "snr_db_high", "onset", "duration_s"} <= own.keys():
+                from . import mixing
+
+                ratio, length = (own["snr_db_low"], own["snr_db_high"]), own["duration_s"]
+                mixing.MixOptions(snr_db=ratio, onset=own["onset"], duration_s=length)
+            if {*_STUDY, *_TRAINING, *_FURTHER_ARMS} <= own.keys():
+                _check_study(own, values.values())
+        except ValueError as error:
+            raise UsageError(f"{stem}: {error}") from error
+
+
+_STUDY = ("arms", "models", "test_folds", "runs", "seed", "real_per_class", "validation")
+_TRAINING = ("epochs", "patience", "batch_size", "patches_per_epoch", "device", "workers")
+_MAKER = {"n_per_class", "counts", "checkpoint", "test_fold"}
+_FURTHER_ARMS = ("controls", "few_arms", "practice_arms")
+
+
+def _check_study(own, parts):
+    """Refuse a study that needs clips which the notebooks before it will not leave."""
+    from . import classifiers, esc, generation
+
+    own = own | {name: own[name] or None for name in ("real_per_class", "patches_per_epoch", "workers")}
+    classifiers.Training(*(own[name] for name in _TRAINING))
+    arms = esc.Study(*(own[name] for name in _STUDY)).arms
+    for name in _FURTHER_ARMS:  # which only the first of the models is trained on
+        arms += esc.Study(own[name], own["models"][:1]).arms if own[name] else ()
+    source = next((one for one in parts if "clips_per_class" in one), {"dataset": ""})
+    maker = next((one for one in parts if one.keys() >= _MAKER), None)
+    known = {"builtin": source.get("clips_per_class"), "esc10": 40, "esc50": 40}
+    if source["dataset"] not in known or maker is None:
+        return
+    whole, first = known[source["dataset"]], maker["test_fold"]
+    n_train = 4 if own["validation"] == "none" else 3
+    name = "counts" if maker["counts"] else "n_per_class"
+    (made,) = generation.class_counts(maker[name], ["each"] * whole).values()
+    for arm in arms:
+        n = arm.per_class or own["real_per_class"] or whole // 5 * n_train
+        if n > -(-whole // 5) * n_train:
+            raise ValueError(f"{arm} needs {n} real clips per class; of {whole}, {n_train}/5 train")
+        if arm.source or arm.kind not in ("both", "mixed", "synthetic", "thinned"):
+            continue
+        need = int(arm.ratio * (n // n_train if arm.kind == "mixed" else n) + 0.5)
+        if need > made:
+            raise ValueError(f"{arm} needs {need} synthetic clips per class, {name} is {maker[name]}")
+        if maker["checkpoint"] == "mini" and not {*own["test_folds"]} <= {first, first % 5 + 1}:
+            raise ValueError(f"test_folds: the generator is trained on all but {first} and the next one")
 
 
 # --- for the reader of a notebook ----------------------------------------------------------------
@@ -537,19 +683,11 @@ def run_parameters(run):
     return table.rename_axis("parameter").map(lambda value: "" if value != value else str(value))
 
 
-def profile_table():
+def profile_table(root=None):
     """Tabulate the profiles: what each is for and what it takes."""
-    rows = {name: _read_profile(name) for name in profiles()}
+    rows = {name: _read_profile(name, root) for name in profiles(root)}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(ABOUT))
     return table.rename_axis("profile")
-
-
-# what the profile paper fetches from the hub, and of each one file that a whole download contains
-_HUB_CHECKPOINTS = {
-    "cvssp/audioldm-s-full-v2": "model_index.json",
-    "cvssp/audioldm2": "model_index.json",
-    "facebook/audiogen-medium": "state_dict.bin",
-}
 
 
 def check_environment(data_dir="data", esc50_root="", urbansound8k_root="", tau_root="", yamnet_path=""):
@@ -559,46 +697,30 @@ def check_environment(data_dir="data", esc50_root="", urbansound8k_root="", tau_
     names; `data_dir` is where data sets lie whose own folder is not given. Columns ``item, found``
     (bool), ``detail, needed_for, remedy``.
     """
+    import torch
     from huggingface_hub import try_to_load_from_cache
 
-    data = store.project_path(data_dir)
-    urbansound8k = urbansound8k_root or data / "UrbanSound8K"
-    rows = _machine(data)
-    for item, given, mark, needed_for in (
-        ("ESC-50", esc50_root or data / "ESC-50", "meta/esc50.csv", "esc10, paper"),
-        ("UrbanSound8K", urbansound8k, "metadata/UrbanSound8K.csv", "paper"),
-        ("TAU 2020 Mobile", tau_root, "meta.csv", "paper"),
-        ("mini-AudioLDM", "data/checkpoints/mini-audioldm", "model_index.json", "quick"),
-        ("YAMNet", yamnet_path, "", "a third embedding in 04, any profile"),
-    ):
-        there = bool(given) and (store.project_path(given) / mark).exists()
-        remedy = f"{data_dir}/README.md says how to get it"
-        rows.append((item, there, mark and f"looked for {mark}", needed_for, remedy))
-    for name, file in _HUB_CHECKPOINTS.items():
-        there = isinstance(try_to_load_from_cache(name, file), str)
-        detail = "in the hub's cache" if there else "not in the hub's cache"
-        remedy = f"fetched on first use, or before: hf download {name}"
-        rows.append((name, there, detail, "paper", remedy))
-    table = pd.DataFrame(rows, columns=["item", "found", "detail", "needed_for", "remedy"])
-    table.loc[table["found"], "remedy"] = ""
-    return table
-
-
-def _machine(data):
-    import psutil
-    import torch
-
-    gpu = torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if gpu else "none that CUDA sees"
+    data, gpu = store.project_path(data_dir), torch.cuda.is_available()
     free, memory = _free_gb(data), psutil.virtual_memory().total / 1e9
-    disk_for, memory_for = "paper (quick needs 1 GB)", "paper (quick needs 4 GB)"
-    return [
-        ("GPU", gpu, name, "paper", "use a machine with an NVIDIA GPU (24 GB or more)"),
-        ("disk, 300 GB", free > 300, f"{free:.0f} GB free", disk_for, "make room, or move the clone"),
-        ("memory, 32 GB", memory > 32, f"{memory:.0f} GB", memory_for, "use a larger machine"),
-    ]
+    seen = {"GPU": (gpu, torch.cuda.get_device_name() if gpu else "none that CUDA sees")}
+    seen["disk, 300 GB"] = free > 300, f"{free:.0f} GB free"
+    seen["memory, 32 GB"] = memory > 32, f"{memory:.0f} GB"
+    places = {"ESC-50": esc50_root or data / "ESC-50", "YAMNet": yamnet_path}
+    places |= {"UrbanSound8K": urbansound8k_root or data / "UrbanSound8K", "TAU 2020 Mobile": tau_root}
+    places["mini-AudioLDM"] = "data/checkpoints/mini-audioldm"
+    table = store.read_table(PACKAGE / "needs.csv", as_text=True)
+    for item, mark in zip(table["item"], table["mark"], strict=True):
+        if item in places:
+            there = bool(places[item]) and (store.project_path(places[item]) / mark).exists()
+            seen[item] = there, mark and f"looked for {mark}"
+        elif item not in seen:  # a checkpoint on the hub; its mark is a file of a whole download
+            there = isinstance(try_to_load_from_cache(item, mark), str)
+            seen[item] = there, "in the hub's cache" if there else "not in the hub's cache"
+    table["found"], table["detail"] = zip(*map(seen.get, table["item"]), strict=True)
+    table.loc[table["found"], "remedy"] = ""
+    return table[["item", "found", "detail", "needed_for", "remedy"]]
 
 
 def _free_gb(folder):
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return shutil.disk_usage(there).free / 1e9
+    return psutil.disk_usage(str(there)).free / 1e9

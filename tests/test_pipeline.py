@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nbformat import v4
 
 from soundscapes_utils import __main__ as cli
@@ -189,6 +192,146 @@ def test_run_name_stays_in_runs(project, name):
         assert pipeline.resolve_parameters("quick", {}, project)
 
 
+@pytest.mark.parametrize("copy", ["00_make-Copy1", "00_make (1)", "01_use copy", "0_make", "00_"])
+def test_copies_of_notebooks_do_not_join(project, copy):
+    (project / "notebooks/00_make.ipynb").rename(project / "notebooks/00_mäke_2.ipynb")
+    write_notebook(project / f"notebooks/{copy}.ipynb", "other = 1\n")
+    assert list(pipeline.notebooks(project)) == ["00_mäke_2", "01_use"]
+
+
+@pytest.mark.parametrize(
+    "cell", ["x = !ls", "%matplotlib inline", "%%time\nseed = 1", "?print", "files = %sx ls", "!ls"]
+)
+def test_cells_are_read_as_ipython_reads_them(project, monkeypatch, cell):
+    import papermill
+
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: None)
+    write_notebook(project / "notebooks/00_make.ipynb", FIRST, cell, "this is no Python")
+    pipeline.run("quick", root=project)
+    if "x =" not in cell and "files" not in cell:
+        write_notebook(
+            project / "notebooks/00_make.ipynb", f"%time\n{FIRST}{cell}\n".replace("%time\n%%", "%%")
+        )
+        assert pipeline.resolve_parameters("quick", {"seed": 2}, project)["00_make"]["seed"] == 2
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"cells": 5}', '{"cells": [{}]}', "\xff"])
+def test_what_is_no_notebook_is_named(project, content):
+    (project / "notebooks/01_use.ipynb").write_text(content, encoding="latin-1")
+    with pytest.raises(pipeline.UsageError, match=r"01_use\.ipynb: not a notebook"):
+        pipeline.resolve_parameters("quick", root=project)
+
+
+def test_yaml_types_nothing_by_itself(project):
+    path = project / "notebooks/profiles/mine.yaml"
+    path.write_text("00_make: {seed: 010, rate: 1e-3, folds: [08, 1], flag: TRUE}\n")
+    values = pipeline.resolve_parameters("mine", {}, project)["00_make"]
+    assert (values["seed"], values["rate"], values["folds"], values["flag"]) == (10, 0.001, [8, 1], True)
+    for wrong in ("flag: on", "flag: yes", "seed: 1:30", "seed: 0x10", "rate: .nan", "rate: 1e999"):
+        path.write_text(f"00_make: {{{wrong}}}\n")
+        with pytest.raises(pipeline.UsageError, match=f"'{wrong[:4]}' of 00_make takes"):
+            pipeline.resolve_parameters("mine", {}, project)
+
+
+NO_PROFILES = ["[1, 2]", "just text", "00_make: 5", "00_make: [seed]", "a: [", "offline: perhaps"]
+NO_PROFILES += ["? [a]\n: 1", "extends: mine", "extends: other", "extends: [quick, large]", "\xff"]
+
+
+@pytest.mark.parametrize("content", NO_PROFILES)
+def test_what_is_no_profile_is_refused_in_words(project, content):
+    path = project / "notebooks/profiles/mine.yaml"
+    path.write_text(content, encoding="latin-1")
+    (path.parent / "other.yaml").write_text("extends: mine\n")
+    with pytest.raises(pipeline.UsageError, match="mine"):
+        pipeline.resolve_parameters("mine", {}, project)
+
+
+REAL = store.project_root(Path(__file__).parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("test_folds", "[1, 2", "takes a list"),
+        ("n_mixes", "-5", "from 5 on, not -5"),
+        ("learning_rate", "nan", "takes a number, not 'nan'"),
+        ("learning_rate", "inf", "takes a number, not 'inf'"),
+        ("device", "3", "takes cpu, mps, cuda"),
+        ("test_fold", "11", "from 1 to 10"),
+        ("seed", "-1", "from 0 to 4294967295"),
+        ("try_shares", "[0.5, 1.5]", "to 1, not 1.5"),
+        ("metrics", '["FAD", "KID"]', "not 'KID'"),
+        ("backend", "audioldm3", "audioldm2.*not 'audioldm3'"),
+        ("dataset", "esc11", "esc10.*not 'esc11'"),
+        ("prompt_family", "none.csv", "none.csv does not exist"),
+        ("checkpoint", "./none", "none does not exist"),
+    ],
+)
+def test_values_that_no_stage_takes_are_refused_by_name(name, value, message):
+    with pytest.raises(pipeline.UsageError, match=f"'{name}' of 0.*{message}"):
+        pipeline.resolve_parameters("quick", {name: value}, REAL)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(["rate", "seed", "gain"]), st.floats(-1e9, 1e9))
+def test_numbers_come_through_as_they_were_typed(tmp_path_factory, name, number):
+    default = {"rate": 0.5, "seed": 0, "gain": 1.0}[name]
+    path = tmp_path_factory.getbasetemp() / "numbers"
+    (path / "notebooks/profiles").mkdir(parents=True, exist_ok=True)
+    (path / "notebooks/profiles/quick.yaml").write_text("")
+    write_notebook(path / "notebooks/00_x.ipynb", f"{name} = {default}\n")
+    number = abs(int(number)) if name == "seed" else number
+    resolved = pipeline.resolve_parameters("quick", {name: repr(number)}, path)
+    assert resolved == {"00_x": {name: number}}
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    """The real notebooks and profiles, none of whose cells is executed."""
+    import papermill
+
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: None)
+    shutil.copytree(REAL / "notebooks", tmp_path / "notebooks")
+    (tmp_path / "data").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("profile", "given", "message"),
+    [
+        ("quick", {}, None),
+        ("test", {}, None),
+        ("esc10", {}, None),
+        ("esc10", {"n_per_class": "4"}, "both:0.5 needs 12 synthetic clips per class, n_per_class is 4"),
+        ("esc10", {"counts": "10%"}, "both:0.5 needs 12 synthetic clips per class, counts is 10%"),
+        ("esc10", {"test_folds": "[2]"}, "trained on all but 5 and the next"),
+        ("esc10", {"test_folds": "[1]"}, None),
+        ("esc10", {"n_per_class": "7", "arms": '["mixed:1"]'}, "mixed:1 needs 8 synthetic clips"),
+        ("esc10", {"arms": '["synthetic:1.1"]'}, "synthetic:1.1 needs 26 synthetic clips"),
+        ("esc10", {"few_arms": '["both/16:2"]'}, "both/16:2 needs 32 synthetic clips"),
+        ("quick", {"n_per_class": "2", "real_per_class": "0"}, "both:1 needs 24 synthetic clips"),
+        ("quick", {"n_per_class": "1", "real_per_class": "2"}, "both:1 needs 2 synthetic clips"),
+        ("quick", {"arms": '["real","both:x"]'}, "cannot read the arm 'both:x'"),
+        (
+            "quick",
+            {"few_arms": '["real/99"]'},
+            "real/99 needs 99 real clips per class; of 40, 3/5 train",
+        ),
+        ("quick", {"real_per_class": "25"}, "real needs 25 real clips per class"),
+        ("quick", {"models": '["sbcnnn"]'}, "models are"),
+        ("quick", {"snr_db_low": "20"}, "20.0, 15.0"),
+        ("quick", {"onset": "7"}, "does not lie in 5.0 s"),
+    ],
+)
+def test_what_can_be_known_before_is_said_before(planned, profile, given, message):
+    if message is None:
+        assert pipeline.run(profile, given, root=planned)
+        return
+    with pytest.raises(pipeline.UsageError, match=message):
+        pipeline.run(profile, given, root=planned)
+    assert not (planned / "runs").exists()
+
+
 # --- staleness -----------------------------------------------------------------------------------
 
 
@@ -337,33 +480,55 @@ def test_only_runs_one_notebook_even_if_unchanged(project, capsys):
     assert "skipped" not in out and "01_use" not in out
 
 
+@pytest.mark.parametrize("table", [True, False])
+def test_run_that_lacks_a_stage_names_the_command_that_helps(project, table, monkeypatch):
+    if table:  # a notebook alone: the whole profile brings what it needs
+        only, wanted = "01", "./run_all.sh quick"
+    else:  # what counts as finished is not there
+        write_notebook(project / "notebooks/00_make.ipynb", FIRST, "1 + 1")
+        only, wanted = None, "./run_all.sh quick --fresh"
+    with pytest.raises(pipeline.RunFailed) as caught:
+        pipeline.run("quick", only=only, root=project)
+    assert "run notebook 00_make first" in str(caught.value)
+    assert str(caught.value).endswith(f"Resume with:\n  {wanted}")
+
+
+COMMAND = """
+import signal, sys
+from pathlib import Path
+from soundscapes_utils import pipeline, __main__ as cli
+for number in (signal.SIGTERM, signal.SIGINT):
+    # a shell starts what runs in its background with interrupts ignored
+    signal.signal(number, signal.default_int_handler)
+real = pipeline.run
+pipeline.run = lambda *a, **k: real(*a, root=Path.cwd(), **k)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def start(project, *words, **environment):
+    """Start the command line as if the package lay in `project`."""
+    environment = {**os.environ, "PYTHONPATH": str(pipeline.PACKAGE.parent), **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *words], cwd=project, env=environment, **pipes
+    )
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 150
+    while not path.exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.1)
+
+
+# these two wait for real kernels to begin and to end
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_says_how_to_resume_and_resumes(project, how, capsys):
     slow = "import time, pathlib\npathlib.Path('started').touch()\ntime.sleep(60)"
     write_notebook(project / "notebooks/01_use.ipynb", 'run_dir = ""\ngain = 1.0\n', slow)
-    code = (
-        "import sys, signal\nfrom soundscapes_utils import pipeline, __main__ as cli\n"
-        "from pathlib import Path\nimport soundscapes_utils\n"
-        "for number in (signal.SIGTERM, signal.SIGINT):\n"
-        # a shell starts what runs in its background with interrupts ignored
-        "    signal.signal(number, signal.default_int_handler)\n"
-        "real = pipeline.run\n"
-        f"pipeline.run = lambda *a, **k: real(*a, root=Path({str(project)!r}), **k)\n"
-        "sys.exit(cli.main(['run', 'quick']))"
-    )
-    package = str(pipeline.PACKAGE.parent)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=project,
-        env={**os.environ, "PYTHONPATH": package},
-    )
-    deadline = time.monotonic() + 150
-    while not (project / "notebooks/started").exists():
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
-        time.sleep(0.1)
+    process = start(project, "run", "quick")
+    wait_for(project / "notebooks/started", process)
     kernels = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(how)
     _, said = process.communicate(timeout=120)
@@ -373,6 +538,83 @@ def test_interrupted_run_says_how_to_resume_and_resumes(project, how, capsys):
     write_notebook(project / "notebooks/01_use.ipynb", 'run_dir = ""\ngain = 1.0\n', READ)
     pipeline.run("quick", root=project)
     assert "00_make: unchanged, skipped" in capsys.readouterr().out
+
+
+def test_a_run_owns_its_folder_and_leaves_no_process_behind_when_killed(project, tmp_path):
+    code = (
+        "import pathlib, subprocess, sys, time\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(300)']\n"
+        "subprocess.Popen(sleep, start_new_session=True)\n"
+        "pathlib.Path('started').touch()\ntime.sleep(300)"
+    )
+    write_notebook(project / "notebooks/00_make.ipynb", FIRST, code)
+    (tmp_path / "tmp").mkdir()
+    process = start(project, "run", "quick", TMPDIR=str(tmp_path / "tmp"))
+    wait_for(project / "notebooks/started", process)
+    begin = time.monotonic()
+    with pytest.raises(pipeline.UsageError, match=rf"runs/quick is in use .*process {process.pid} "):
+        pipeline.run("quick", root=project)
+    assert time.monotonic() - begin < 5
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    assert len(children) >= 3 and not psutil.wait_procs(children, timeout=10)[1]
+    assert not list((tmp_path / "tmp").glob("soundscapes-*"))
+    write_notebook(project / "notebooks/00_make.ipynb", FIRST, WRITE)
+    assert pipeline.run("quick", root=project)  # the lock went with its owner
+
+
+def test_two_runs_at_once_keep_to_themselves(project, tmp_path):
+    other = {"1": "2", "2": "1"}
+    meet = (
+        "import pathlib, time\npathlib.Path(f'here-{seed}').touch()\n"
+        f"other = pathlib.Path('here-' + {other}[str(seed)])\n"
+        "while not other.exists():\n    time.sleep(0.05)\ntime.sleep(1)"
+    )
+    write_notebook(project / "notebooks/00_make.ipynb", FIRST, meet, WRITE)
+    long = tmp_path / ("a folder with a long name, " * 6)  # more than a socket's path can hold
+    long.mkdir()
+    places = {"1": str(tmp_path), "2": str(long)}
+    runs = [
+        start(project, "run", "quick", "-p", "seed", seed, "--name", f"run-{seed}", TMPDIR=place)
+        for seed, place in places.items()
+    ]
+    for seed, process in zip(places, runs, strict=True):
+        said = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+        table = pd.read_csv(project / f"runs/run-{seed}/tables/result.csv")
+        assert table["seed"].tolist() == [int(seed)]
+    assert {path.suffix or path.name for path in (project / "notebooks").iterdir()} == {
+        *(".ipynb", "profiles", "here-1", "here-2")
+    }
+
+
+def test_what_belongs_to_the_caller_does_not_reach_the_kernels(project, tmp_path, monkeypatch):
+    evil = tmp_path / "evil"
+    (evil / "profile_default/startup").mkdir(parents=True)
+    bomb = "raise RuntimeError('not mine')"
+    for place in (evil / "yaml.py", evil / "start.py", project / "notebooks/yaml.py"):
+        place.write_text(bomb)
+    (evil / "profile_default/startup/a.py").write_text("raise SystemExit")
+    (project / "notebooks/helper.py").write_text("kind = 'mine'")
+    settings = {"PYTHONPATH": evil, "PYTHONSTARTUP": evil / "start.py", "PYTHONUSERBASE": evil}
+    settings |= {"IPYTHONDIR": evil, "JUPYTER_PATH": evil, "PYTHONDONTWRITEBYTECODE": "1"}
+    settings |= {"MPLBACKEND": "Agg", "MATPLOTLIBRC": evil, "PYTHONHASHSEED": "7"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(value))
+    look = (
+        "import json, os, pathlib\nimport yaml, helper, soundscapes_utils\n"
+        "assert helper.kind == 'mine'\nnames = ('PYTHONDONTWRITEBYTECODE', 'PYTHONHASHSEED')\n"
+        "import matplotlib\nassert 'inline' in matplotlib.get_backend()\n"
+        f"seen = [k for k, v in os.environ.items() if {str(evil)!r} in v or k in names]\n"
+        "pathlib.Path('seen.json').write_text(json.dumps([seen, soundscapes_utils.__file__]))"
+    )
+    write_notebook(project / "notebooks/00_make.ipynb", FIRST, look, WRITE)
+    monkeypatch.chdir(evil)
+    pipeline.run("quick", root=project)
+    seen, package = json.loads((project / "notebooks/seen.json").read_text())
+    assert seen == [] and Path(package).parent == pipeline.PACKAGE
+    assert os.environ["PYTHONPATH"] == str(evil)  # the caller's own settings are back
 
 
 # --- what the machine has ------------------------------------------------------------------------

@@ -8,13 +8,16 @@ import json
 import os
 import re
 import shutil
+import signal
 import site
 import subprocess
 import sys
+import time
 import tomllib
 import venv
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -248,6 +251,84 @@ def test_wrong_calls_end_in_one_line(capsys, tmp_path):
         assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err), words
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["finetune", "none.yaml"],
+        ["finetune", "."],
+        ["mix", "none.csv", "out"],
+        ["mix", ".", "out"],
+        ["generate", "none.csv", "out"],
+        ["report", "none"],
+        ["report", "none", "--table", "none.csv"],
+        ["run", "quick", "-p", "test_folds", "[1, 2"],
+        ["run", "quick", "-p", "seed", "x\ny"],
+    ],
+)
+def test_no_error_text_of_python_reaches_the_user(words, capsys, tmp_path, monkeypatch):
+    from soundscapes_utils.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch("error: .*\n", said)
+    assert not re.search(r"Errno|Traceback|[a-z]Error", said), said
+
+
+def test_wandb_without_a_key_is_refused_before_training(tmp_path, capsys, monkeypatch):
+    import wandb
+
+    from soundscapes_utils.__main__ import main
+
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_text("")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "{checkpoint: builtin, dataset_root: set.csv, out_dir: out, wandb_project: mine}\n"
+    )
+    wandb.teardown()  # its settings are read once a process
+    assert main(["finetune", str(config)]) == 2
+    assert "wandb login" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["mix {} out", "generate {} out", "finetune {}"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_every_command_that_is_stopped_says_one_line(command, how, tmp_path):
+    os.mkfifo(tmp_path / "endless.csv")  # what is read from it never comes
+    words = [sys.executable, "-m", "soundscapes_utils", *command.format("endless.csv").split()]
+    process = subprocess.Popen(
+        words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    time.sleep(2)  # while libraries are loaded, or the table is waited for
+    os.killpg(process.pid, how)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.strip() == "interrupted: the same command again goes on from here"
+
+
+def test_workers_of_a_stopped_command_end_without_a_word(tmp_path):
+    from soundscapes_utils import datasets, mixing
+
+    data = tmp_path / "data"
+    events = datasets.load_builtin(data, clips_per_class=5)
+    events, scenes = datasets.load_scenes("builtin", events, data_dir=data, scenes_per_class=5)
+    store.write_table(mixing.plan_mixes(events, scenes, 3000, duration_s=10.0), tmp_path / "plan.csv")
+    words = [sys.executable, "-m", "soundscapes_utils", "mix", "plan.csv", "mixes", "--workers", "2"]
+    process = subprocess.Popen(
+        words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    one = psutil.Process(process.pid)
+    while len(children := one.children(recursive=True)) < 3:  # workers that still load their libraries
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and not psutil.wait_procs(children, timeout=10)[1]
+    assert said.strip() == "interrupted: the same command again goes on from here"
+
+
 def test_mix_command_renders_a_plan_in_parts(capsys, tmp_path):
     from soundscapes_utils import datasets, mixing
     from soundscapes_utils.__main__ import main
@@ -380,6 +461,35 @@ def test_set_up_stops_where_an_installed_version_differs_from_the_lock(tmp_path,
         assert "pyyaml: the lock says ==5.0.1, installed is " in done.stderr
     else:
         assert done.returncode == 0, done.stderr
+
+
+def test_script_keeps_to_its_own_project_and_lets_nothing_of_the_caller_in(tmp_path):
+    clone, elsewhere = tmp_path / "a clone", tmp_path / "elsewhere"
+    for folder in (clone / ".venv/bin", elsewhere / "clone", tmp_path / "links"):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "run_all.sh", clone)
+    # a Python that only says what it is given
+    python = clone / ".venv/bin/python"
+    python.write_text('#!/bin/sh\n[ "$1" = - ] && echo same && exit\necho "$0 $@"\nenv\n')
+    python.chmod(0o755)
+    (clone / ".venv/set-up-complete").write_text("same\n")
+    (tmp_path / "links/first").symlink_to("../a clone/run_all.sh")
+    (tmp_path / "second").symlink_to("links/first")
+    foreign = {"PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUSERBASE", "PYTHONDONTWRITEBYTECODE"}
+    foreign |= {"PYTHONINSPECT", "CDPATH", "JUPYTER_PATH", "IPYTHONDIR", "MPLBACKEND", "PIP_TARGET"}
+    for script in ("second", "links/first", "a clone/run_all.sh"):
+        done = subprocess.run(
+            ["bash", script, "profiles"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=True,
+            env={**os.environ, **dict.fromkeys(foreign, str(elsewhere))},
+        )
+        first, *rest = done.stdout.splitlines()
+        assert first == f"{python} -m soundscapes_utils profiles"
+        seen = dict(line.partition("=")[::2] for line in rest)
+        assert not foreign & seen.keys() and seen["PYTHONSAFEPATH"] == "1"
 
 
 def test_continuous_integration_calls_the_documented_test_command():
