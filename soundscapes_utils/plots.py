@@ -168,39 +168,6 @@ def mix_levels(mixes):
 # --- generated clips (notebook 02) ---------------------------------------------------------------
 
 
-def model_parts(parts, steps=None):
-    """Draw a text-to-audio model as the chain that a prompt passes through.
-
-    `parts` is from ``generation.model_parts``: ``part, does, millions`` in the order of their work;
-    `steps`, the passes through the network that removes noise, are written at its loop.
-    """
-    figure, (axes,) = _panels(1, size=(1.9 * len(parts) + 2.6, 2.5))
-    heights = 0.45 + 0.5 * np.log1p(parts["millions"]) / np.log1p(parts["millions"].max())
-    small = {"ha": "center", "fontsize": "small"}
-    arrow = {"arrowstyle": "->", "color": "0.3"}
-    looks = zip(parts.itertuples(), heights, _colours(range(len(parts))).values(), strict=True)
-    for x, (part, height, colour) in enumerate(looks, 1):
-        box = {"width": 0.72, "height": height, "facecolor": (*colour, 0.3), "edgecolor": colour}
-        axes.add_patch(plt.Rectangle((x - 0.36, -height / 2), **box))
-        axes.text(x, 0.06, part.part, va="center", weight="bold", **small)
-        size = f"{part.millions:.3g} M" if part.millions else "nothing trained"
-        axes.text(x, -0.09, size, va="center", **small)
-        does = part.does.replace(", ", ",\n").replace(" to ", "\nto ", 1)
-        axes.text(x, -0.56, does, va="top", **small)
-        if "noise" in part.does and steps:
-            ends = {"xytext": (x - 0.15, height / 2), "xy": (x + 0.15, height / 2)}
-            loop = {**arrow, "connectionstyle": "arc3,rad=-1.4"}
-            axes.annotate("", **ends, arrowprops=loop)
-            axes.text(x, height / 2 + 0.33, f"{steps} times", **small)
-    for x in range(len(parts) + 1):
-        axes.annotate("", xy=(x + 0.63, 0), xytext=(x + 0.37, 0), arrowprops=arrow)
-    axes.text(0.33, 0, "prompt", ha="right", va="center")
-    axes.text(len(parts) + 0.67, 0, "sound", ha="left", va="center")
-    axes.set(xlim=(-0.15, len(parts) + 1.1), ylim=(-0.95, 1.0))
-    axes.set_axis_off()
-    return figure
-
-
 def sets_compared(table, by, title=""):
     """Compare sets of generated clips, a row of ``selection.summarise`` each, named by column `by`."""
     names = {
@@ -239,31 +206,6 @@ def filters_beside_random(table, title=""):
 
 
 # --- fine-tuning (notebook 03) -------------------------------------------------------------------
-
-
-def noise_schedule(alphas_cumprod):
-    """Draw signal and noise in a latent at every step, from a scheduler's `alphas_cumprod`."""
-    signal = np.asarray(alphas_cumprod, dtype=np.float64)
-    figure, (left, right) = _panels(2, size=(4.5, 2.7), title="From a sound (t = 0) to noise")
-    left.plot(np.sqrt(signal), label="of the sound")
-    left.plot(np.sqrt(1 - signal), label="of the noise", linestyle="--")
-    left.set(xlabel="t", ylabel="factor")
-    left.legend()
-    right.plot(10 * np.log10(signal / (1 - signal)))
-    right.axhline(0, color="0.5", linestyle=":")
-    right.set(xlabel="t", ylabel="sound over noise, dB")
-    return figure
-
-
-def caption_similarity(similarity, names):
-    """Draw how near each sound is to each caption: cosines [sounds, captions], captions by `names`."""
-    width = 0.8 * len(names) + 0.085 * max(map(len, names)) + 1.5
-    figure, (axes,) = _panels(1, size=(width, 0.5 * len(names) + 0.6))
-    numbered = [f"{name}  {i}" for i, name in enumerate(names, 1)]
-    table = pd.DataFrame(similarity, numbered, [str(i + 1) for i in range(len(names))])
-    _heat(axes, table, annot=True, fmt=".2f", cmap="viridis")
-    axes.set(xlabel="caption", ylabel="sound", title="Cosine of sound and caption (CLAP)")
-    return figure
 
 
 _WATCHED = {  # panels, and the columns of the log in them
@@ -325,36 +267,6 @@ def loss_by_time(losses):
 
 
 # --- distances (notebook 04) ---------------------------------------------------------------------
-
-
-def gaussian_pair(x, y, labels=("reference", "candidate")):
-    """Draw two clouds of points [n, 2] and their Gaussians, at one and two standard deviations."""
-    title = "Two clouds and the Gaussians fitted to them"
-    figure, (panel,) = _panels(1, size=(5.5, 3.8), title=title)
-    circle = np.linspace(0, 2 * np.pi, 200)
-    for points, (label, colour) in zip((x, y), _colours(labels).items(), strict=True):
-        panel.plot(*points.T, "o", color=colour, markersize=4, alpha=0.5, label=label)
-        spread = np.linalg.cholesky(np.cov(points.T)) @ [np.cos(circle), np.sin(circle)]
-        for radius in (1, 2):
-            panel.plot(*(points.mean(axis=0)[:, None] + radius * spread), color=colour)
-    panel.set(xlabel="dimension 1", ylabel="dimension 2", aspect="equal")
-    panel.legend()
-    return figure
-
-
-def floor_by_size(floors):
-    """Draw what real against real scores (mean, standard deviation) over the number of clips.
-
-    `floors` has a row per random split: ``embedding, metric, n`` (clips in each half), ``value``.
-    """
-    look = {"kind": "line", "errorbar": "sd", "marker": "o", "height": 2.6, "aspect": 1.3}
-    look["facet_kws"] = {"sharey": False, "margin_titles": True}
-    grid = sns.relplot(floors, x="n", y="value", col="embedding", row="metric", **look)
-    grid.set_titles(row_template="{row_name}", col_template="{col_name}")
-    grid.set_axis_labels("clips in each half", "distance")
-    grid.refline(y=0, linestyle=":")
-    grid.figure.suptitle("Real against real: what a perfect model scores", y=1.03)
-    return grid.figure
 
 
 def scores_beside_floor(scores, by="candidate", title=""):
@@ -556,16 +468,6 @@ def confusion_matrices(tables, title=""):
         _heat(panel, shares, cmap="viridis", cbar=panel is axes[-1], **look)
         panel.set(title=name, xlabel="predicted", ylabel="")
     axes[0].set_ylabel("true class")
-    return figure
-
-
-def confusion_change(table, title=""):
-    """Draw what one arm takes each class for more (red) or less (blue) often, as shares of it."""
-    side = 0.4 * len(table) + 1.6
-    figure, (axes,) = _panels(1, size=(side + 1.2, side))
-    largest = max(table.abs().max(axis=None), 0.01)
-    _heat(axes, table, vmin=-largest, vmax=largest, cmap="vlag", square=True)
-    axes.set(title=title, xlabel="predicted", ylabel="true class")
     return figure
 
 

@@ -103,15 +103,6 @@ def test_mix_levels_say_how_many_were_scaled():
     assert panels(figure)[1] == "Loudness of 2 mixes"
 
 
-def test_model_is_drawn_as_a_chain():
-    parts = pd.DataFrame({"part": ["CLAP text tower", "U-Net"], "millions": [124.6, 0.0]})
-    parts["does"] = ["prompt to a vector", "noise to a latent, step by step"]
-    (axes,) = plots.model_parts(parts, 25).axes
-    written = {text.get_text() for text in axes.texts}
-    assert {"CLAP text tower", "125 M", "nothing trained", "25 times", "prompt"} <= written
-    assert len(axes.patches) == 2
-
-
 def test_filters_stand_in_front_of_random_choices():
     table = pd.DataFrame({"filter": ["clap_score 75%", "all"], "n_kept": [30, 40]})
     table = table.assign(accuracy=[0.8, 0.7], control=[0.6, 0.7], control_low=[0.5, 0.7])
@@ -123,13 +114,6 @@ def test_filters_stand_in_front_of_random_choices():
 
 
 # --- fine-tuning ---------------------------------------------------------------------------------
-
-
-def test_schedule_and_similarity():
-    assert len(panels(plots.noise_schedule(np.linspace(0.99, 0.01, 100)))) == 2
-    figure = plots.caption_similarity([[0.9, 0.1], [0.2, 0.8]], ["a dog", "rain"])
-    written = [text.get_text() for text in figure.axes[0].texts]
-    assert written == ["0.90", "0.10", "0.20", "0.80"]
 
 
 def test_training_curves_show_the_log_the_scores_and_their_floor():
@@ -181,11 +165,6 @@ def test_scores_class_by_class_have_a_line_for_each_class():
 
 
 def test_other_figures_of_distances():
-    rng = np.random.default_rng(0)
-    figure = plots.gaussian_pair(rng.normal(size=(20, 2)), rng.normal(size=(20, 2)) + 3)
-    assert len(figure.axes[0].lines) == 6
-    floors = pd.DataFrame({"embedding": ["a", "b"] * 4, "metric": "FAD", "n": [5, 5, 9, 9] * 2})
-    assert len(panels(plots.floor_by_size(floors.assign(value=np.arange(8.0))))) == 2
     curves = pd.DataFrame({"embedding": "a", "candidate": "mini", "n": [10, 20, 40]})
     figure = plots.fad_against_size(curves.assign(fad=1 + 5 / curves["n"]))
     assert (0, 1.0) in points(figure.axes[0])  # the left edge is FAD-inf
@@ -248,8 +227,6 @@ def test_confusions_are_shares_of_the_true_class():
     assert panels(figure) == ["one", "two"]
     assert figure.axes[0].collections[0].get_array().ravel().tolist() == [0.75, 0.25, 0, 1]
     assert [text.get_text() for text in figure.axes[0].texts] == ["0.75", "0.25", "", "1.00"]
-    change = plots.confusion_change((counts - 1) / 10, "Change")
-    assert change.axes[0].collections[0].get_clim() == (-0.2, 0.2)
 
 
 def test_only_firm_gains_are_filled():
