@@ -1,10 +1,9 @@
 """Distances between two sets of embeddings, each with its interval and its noise floor.
 
-Throughout, `x` is the reference (real recordings) and `y` the candidate: arrays (n, d), one row per
-clip or window, computed in float64; an equal `seed` gives equal numbers. Of two finite sets no Fréchet
-distance is zero, however alike they are: what real clips score against other real clips is the *noise
-floor*, and a score says nothing without it. Where several rows stem from one recording, give `groups`
-(one label per row): then recordings are drawn, not rows, and near-duplicates never face each other.
+Throughout, `x` is the reference (real recordings) and `y` the candidate: arrays (n, d), one row per clip
+or window, in float64. Of two finite sets no Fréchet distance is zero, however alike they are: what real
+clips score against other real clips is the *noise floor*. Where several rows stem from one recording,
+give `groups` (one label per row): recordings are drawn, not rows.
 """
 
 from functools import cache, partial
@@ -502,8 +501,7 @@ def score_table(
 
     One row per metric and candidate, columns `SCORE_COLUMNS`: ``value`` and how far it would move with
     other clips at this n (of equal sets up to 99 % instead of 95); ``floor``, what real clips score,
-    with the same; ``floor_n``, real clips in the candidate's place; ``reference`` "real": assign its
-    name.
+    with the same; ``floor_n``, real clips in the candidate's place. KAD of one recording alone is NaN.
     """
     import pandas as pd
 
@@ -525,7 +523,9 @@ def score_table(
     rows = []
     for name in metrics:
         metric = METRICS[name]
-        if name == "KAD":
+        if name == "KAD" and codes.max() == 0:
+            metric = _undefined
+        elif name == "KAD":
             bandwidth = _median_distance(reference - _centre(reference), codes)[0]
             metric = partial(kernel_distance, bandwidth=bandwidth)
         fixed = (name, metric, reference, codes, repeats, seed)
@@ -538,6 +538,10 @@ def score_table(
             labels = name, embedding, "real", candidate
             rows.append((*labels, *scored[:3], *sizes, *below[:4], note))
     return pd.DataFrame(rows, columns=SCORE_COLUMNS)
+
+
+def _undefined(x, y):
+    return np.nan  # of one recording no two rows are independent
 
 
 def _check_metrics(metrics):

@@ -348,9 +348,8 @@ def denoising(unet, scheduler, batch, snr_gamma=0.0):
 def _vlb_weights(alphas_cumprod, kind):
     """Weigh the squared error at every timestep as the variational lower bound does.
 
-    Half the fall of the SNR from the step before, for an error of the latent (arXiv 2107.00630, eq.
-    13), turned into one of `kind`. The first step, where it is infinite, has the weight of the second,
-    as in the baseline trainer.
+    Half the fall of the SNR from the step before (arXiv 2107.00630, eq. 13), turned into an error of
+    `kind`. The first step, where it is infinite, has the weight of the second.
     """
     alpha = alphas_cumprod.double()
     snr = alpha / (1 - alpha)

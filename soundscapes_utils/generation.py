@@ -1,9 +1,8 @@
 """Text-to-audio models behind one protocol, and batches of clips that can be interrupted.
 
 A clip depends on nothing but its row in the plan. Its noise is drawn from its own seed, in a pass
-through the model whose shape does not depend on what else is waiting. So it has the same bytes
-alone, in a batch, in another order, in a shard or after an interruption: on one machine, with one
-number of threads and one set of options.
+through the model whose shape does not depend on what else is waiting. So it has the same bytes alone, in
+a batch, in another order, in a shard or after an interruption: on one machine, with as many threads.
 """
 
 import functools

@@ -512,9 +512,8 @@ def text_tensors(pipe, rows):
 class PatchVAE(ModelMixin, ConfigMixin):
     """Linear latent of a log-mel: whitened principal components of 8 × 8 patches.
 
-    It has the encoder and decoder interface of diffusers' ``AutoencoderKL``, so that
-    ``AudioLDMPipeline`` and the trainer treat it alike. Being linear, it is fitted in closed form.
-    The length of ``block_out_channels`` tells the pipeline how far it reduces time and mel.
+    It has the interface of diffusers' ``AutoencoderKL``. Being linear, it is fitted in closed form. The
+    length of ``block_out_channels`` tells the pipeline how far it reduces time and mel.
     """
 
     @register_to_config

@@ -96,10 +96,9 @@ def summarise(scores, embeddings):
     """Put what is known about a set of clips into one row.
 
     `scores` has ``label`` and the columns of `clap_scores` and `class_probability`, `embeddings`
-    [clips, d] are of the same clips. Returns ``n``; ``judge_agrees``, the share of clips that the
-    judge calls by their label, with its 95 % Wilson interval ``ci_low, ci_high``; the means
-    ``clap_score`` and ``clap_margin``; ``spread``, the mean Euclidean distance of two clips of one
-    class.
+    [clips, d] are of the same clips. Returns ``n``; ``judge_agrees``, the share of clips that the judge
+    calls by their label, with its 95 % Wilson interval ``ci_low, ci_high``; the means ``clap_score`` and
+    ``clap_margin``; ``spread``, the mean Euclidean distance of two clips of one class.
     """
     from scipy.spatial.distance import pdist
     from scipy.stats import binomtest

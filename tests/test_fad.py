@@ -381,6 +381,15 @@ def test_kad_by_groups_is_unbiased_where_rows_of_one_recording_are_alike():
     assert np.mean(blind) > 10 * np.std(blind) / np.sqrt(400)
 
 
+def test_kad_of_one_recording_alone_is_not_defined():
+    x, y = gaussian(6, 3), gaussian(9, 3, 1)
+    table = fad.score_table(x, {"y": y}, embedding="toy", floor=y, groups={"real": ["a"] * 6})
+    kad = table.set_index("metric").loc["KAD"]
+    assert np.isnan(kad[["value", "ci_low", "floor"]].astype(float)).all()
+    assert "fewer than 4 recordings" in kad["note"]
+    assert table.set_index("metric").loc["FAD", "value"] == fad.frechet_distance(x, y)
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(3, 12), st.integers(2, 12), st.integers(2, 5), st.integers(0, 10_000))
 def test_windows_told_to_be_of_one_clip_change_no_kad(n, m, each, seed):
