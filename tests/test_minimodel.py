@@ -44,9 +44,9 @@ def test_training_leaves_the_test_fold_out_and_resumes_to_the_same_bytes(pool, t
     test_paths = set(events.loc[events["fold"] == 5, "path"])
     read, load = [], minimodel.audio.load_audio
 
-    def recording(path, *args):
+    def recording(path, *args, **options):
         read.append(str(path))
-        return load(path, *args)
+        return load(path, *args, **options)
 
     def planning(*args, **options):
         # levels are measured for the mixes of all splits, of which only those for training are kept
