@@ -702,7 +702,7 @@ def _check_table(mixes, events):
     twice = mixes["clip_id"][mixes["clip_id"].duplicated()]
     if len(twice):
         raise store.DataError(f"clip_id {twice.iloc[0]} occurs twice; give every mix its own")
-    for suffix in {Path(path).suffix for path in mixes["path"]}:
+    for suffix in {os.path.splitext(path)[1] for path in mixes["path"]}:
         _check_choice("format", suffix, (".wav", ".flac"))
 
 
@@ -733,7 +733,7 @@ def _jobs(mixes, events, out_dir, sample_rate, engine, stems, known=None):
         for event in placed:
             how = event["onset_s"], event["gain_db"], event.get("fade_s", 0.0)
             recipe["events"].append((source(event["foreground"]), *how, int(event.get("repeats", 1))))
-        name = mix["clip_id"] + Path(mix["path"]).suffix
+        name = mix["clip_id"] + os.path.splitext(mix["path"])[1]
         # what the sources hold counts, not where they lie
         held = [(digest, *how) for (_, digest), *how in recipe["events"]]
         held = recipe | {"background": recipe["background"][1], "events": held}
@@ -806,13 +806,18 @@ def _render_chunk(jobs, room, records):
     # two caches, so that the kind that passes by does not push out the one that is kept
     decoders = [_decoder(kind, room) for kind in ("foreground", "background")]
     for job in jobs:
-        parts, scale = _render(job, *decoders)
-        stamps = []
-        for path, part in zip(job.files, parts, strict=False):
-            content = _encoded(part, job.recipe["rate"], path.endswith(".flac"))
-            stamps.append(store.file_stamp(store.write_atomic(path, content, flush=False), content))
-        records.add(job.clip_id, {"recipe": job.key, "stamps": stamps, "peak_scale": scale})
+        records.add(job.clip_id, _render_files(job, *decoders))
     return {job.clip_id: records.entries[job.clip_id] for job in jobs}
+
+
+def _render_files(job, *decoders):
+    parts, scale = _render(job, *decoders)
+    stamps = []
+    for path, part in zip(job.files, parts, strict=False):
+        content = _encoded(part, job.recipe["rate"], path.endswith(".flac"))
+        store.write_atomic(path, content, flush=False)
+        stamps.append(store.file_stamp(path, content))
+    return {"recipe": job.key, "stamps": stamps, "peak_scale": scale}
 
 
 def _render(job, foregrounds, backgrounds):

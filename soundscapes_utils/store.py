@@ -83,26 +83,26 @@ def write_atomic(path, content, flush=True):
 
     Without `flush` a loss of power may leave it damaged: for what is known by its :func:`file_stamp`.
     """
-    path = Path(path)
-    # the process and the chance keep two writers of one path from sharing a half-written file
-    part = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+    # text, as this is done for every mix; the process and the chance keep two writers of one path from
+    # sharing a half-written file
+    folder, name = os.path.split(path)
+    part = os.path.join(folder, f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
     try:
         content = content.encode() if isinstance(content, str) else content
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        os.makedirs(folder or ".", exist_ok=True)
+        with open(part, "wb") as file:
             file.write(content)
             if flush:  # a loss of power after the renaming must not leave an empty file
                 file.flush()
                 os.fsync(file.fileno())
-        part.replace(path)
+        os.replace(part, path)
     except (OSError, UnicodeError) as error:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            os.remove(part)
         raise DataError(
             f"{path}: cannot be written ({error}); free some space or choose another folder"
         ) from error
-    return path
+    return Path(path)
 
 
 def write_table(table, path):
@@ -207,7 +207,7 @@ def file_stamp(path, content=None):
 
     `content`, where it is at hand, spares the reading.
     """
-    info = Path(path).stat()
+    info = os.stat(path)
     digest = file_digest(path) if content is None else xxhash.xxh3_128_hexdigest(content)
     return [info.st_size, info.st_mtime_ns, digest]
 
@@ -215,7 +215,7 @@ def file_stamp(path, content=None):
 def is_unchanged(path, stamp):
     """Whether a file is there with the content of its stamp; a copy of it is, whatever its time."""
     try:
-        info = Path(path).stat()
+        info = os.stat(path)
         size, time, digest = stamp
         # the content decides; equal time spares the reading
         return info.st_size == size and (info.st_mtime_ns == time or file_digest(path) == digest)
