@@ -272,16 +272,15 @@ def run_study(name, clips, tables, wanted):
     reader = embeddings.get_embedding("yamnet", wanted.yamnet)
     esc.run_study(clips, tables, study, training, out, {"yamnet": reader})
     predictions = store.read_table(out / "predictions.csv")
-    found = {"intervals": stats.intervals(predictions, clips)}
-    options = {"by": "source", "clips": clips}
+    found = {"intervals": stats.intervals(predictions)}
     if len(study.arms) > 1:
-        found["tests"] = stats.compare(predictions, **options)
+        found["tests"] = stats.compare(predictions)
         found["directions"] = directions(found["tests"])
     if name in CONTROLS:
-        found["controls"] = stats.compare(predictions, CONTROLS[name], **options)
+        found["controls"] = stats.compare(predictions, CONTROLS[name])
     if name == "variants":
         pairs = [(f"{model}:as_released", model) for model in ("sbcnn", "crnn")]
-        found["models"] = stats.compare(predictions, pairs, of="model", **options)
+        found["models"] = stats.compare(predictions, pairs, of="model")
     if name == "baselines":
         found["published"] = beside_published(found["intervals"])
     for kind, table in (found | {"predictions": predictions}).items():
@@ -319,10 +318,10 @@ def directions(tests):
     return table[[*columns, "verdict", "shown"]]
 
 
-def class_story(predictions, clips, distances):
+def class_story(predictions, distances):
     """Print what each class gains, beside the distance of its synthetic clips."""
     for arm in ("both@mini:4", "synthetic@mini:4"):
-        gains = stats.class_deltas(predictions, arm, "sbcnn", clips=clips)
+        gains = stats.class_deltas(predictions, arm, "sbcnn")
         print(f"\nclasses, {arm} against real, and distances of the class against its gain")
         print(gains.round(3).to_string(index=False))
         both = distances.merge(gains, left_on="reference", right_on="label")
@@ -345,7 +344,7 @@ def truth(wanted):
     for name in chosen:
         predictions = run_study(name, clips, tables, wanted)
         if name == "arms":
-            class_story(predictions, clips, distances)
+            class_story(predictions, distances)
     print(f"in all {(time.perf_counter() - started) / 60:.1f} min, {wanted.workers} processes")
 
 

@@ -8,18 +8,15 @@ profiles    A profile is a file notebooks/profiles/<name>.yaml: for each noteboo
             are taken from the folder that you are in.
 resuming    The same command again continues a run: notebooks whose code, parameters and inputs are
             unchanged are skipped. --fresh runs everything again.
-one notebook  --only 03 runs just that one, on what the others left in the same run folder.
+one         --only 03 runs just that one, on what the others left in the same run folder.
 report      runs/<name>/index.html; `report runs/<name> --open` makes it again and opens it;
             --table generated makes a page of all generated clips, to be listened to.
 
 some calls
-  ./run_all.sh                                           profile quick
   ./run_all.sh esc10 -p esc50_root ~/ESC-50              real recordings
   ./run_all.sh quick -p seed 1 --name quick-seed1        a second run next to the first
   python -m soundscapes_utils mix plan.csv mixes --shard 1/4   a quarter of a large set of mixes
   python -m soundscapes_utils generate plan.csv clips --backend ronchini2024-audioldm2 --shard 1/4
-  accelerate launch -m soundscapes_utils generate plan.csv clips   on every GPU of this machine
-  accelerate launch -m soundscapes_utils finetune config.yaml      likewise
 """
 
 import argparse

@@ -26,7 +26,7 @@ import pandas as pd
 
 from soundscapes_utils import classifiers, datasets, stats, store
 from soundscapes_utils.classifiers import BASELINES, MODELS
-from soundscapes_utils.metadata import LeakError
+from soundscapes_utils.metadata import LeakError, read_heard
 
 Training = classifiers.Training
 
@@ -212,11 +212,8 @@ def _check_leak(clips, synthetic, drawn):
         return ""
     used = synthetic.iloc[rows]
     family = {_FAMILY.get(name, name) for name in clips["dataset"]}
-    heard = set()
-    for part in ";".join(used["heard"].fillna("").unique()).split(";"):
-        name, _, folds = part.partition(":")
-        if _FAMILY.get(name, name) in family:
-            heard |= {int(fold) for fold in folds.split(",")}
+    known = read_heard(used["heard"]).items()
+    heard = {fold for name, folds in known if _FAMILY.get(name, name) in family for fold in folds}
     leaked = sorted(heard & set(clips["fold"].iloc[drawn["test_rows"]].tolist()))
     if leaked:
         raise LeakError(
@@ -403,6 +400,7 @@ class _Data:
         number = {label: i for i, label in enumerate(self.classes)}
         self.y = np.array([number.get(label, -1) for label in labels])
         self.clip_ids, self.synthetic = clips["clip_id"].astype(str).to_numpy(), synthetic
+        self.sources = clips.get("source_id", clips["clip_id"]).to_numpy()
 
     def trial(self, row, training):
         """A planned trial with its rows, its source, and the key of all that it depends on."""
@@ -579,12 +577,12 @@ def _write_tables(trials, data, entries, out_dir):
     store.write_table(results, out_dir / "results.csv")
     # as text, a fifth of what the tables of a large study would take in memory
     predictions, curves = io.StringIO(), io.StringIO()
-    csv.writer(predictions).writerow(["clip_id", "label", "predicted", *_PLACE])
+    csv.writer(predictions).writerow(["clip_id", "source_id", "label", "predicted", *_PLACE])
     csv.writer(curves).writerow([*classifiers.LOG_COLUMNS, *_PLACE])
     for trial, entry in done:
         test, place = trial["rows"]["test"], [trial["info"][name] for name in _PLACE]
         labels = data.classes[data.y[test]], data.classes[entry["predicted"]]
-        rows = zip(data.clip_ids[test], *labels, strict=True)
+        rows = zip(data.clip_ids[test], data.sources[test], *labels, strict=True)
         csv.writer(predictions).writerows([*row, *place] for row in rows)
         csv.writer(curves).writerows([*row, *place] for row in entry["curve"])
     store.write_atomic(out_dir / "predictions.csv", predictions.getvalue())

@@ -86,9 +86,8 @@ class FinetuneConfig:
     - ``segment_s``: seconds of a segment, rounded to what the U-Net can halve; ``segments_per_clip``,
       each the loudest of four random positions (one of a clip that is no longer).
     - ``validation_steps`` between validations and saved states, over at most ``validation_segments``,
-      each at its own fixed timestep and noise. The loss of ``test_segments`` decides nothing (0: no
-      test split). ``keep_best``: save the averaged weights of the lowest validation loss, else the last
-      ones.
+      each at its own fixed timestep and noise. The loss of ``test_segments`` decides nothing (0: no test
+      split). ``keep_best``: save the averaged weights of the lowest validation loss, else the last ones.
     - ``sample_epochs``: passes over the training segments between samples of ``n_samples`` captions of
       the validation split, always with the same seeds, scored in ``sample_embeddings`` (names, or names
       and paths, for `embeddings.get_embedding`); 0: never.
@@ -394,7 +393,7 @@ def fixed_losses(
     At most `n` segments, evenly spread over one split of `load_data`. `condition` is
     ``"matched"``, the embedding of the clip's first caption; ``"mismatched"``, of the caption least
     like it; ``"unconditional"``, of the empty text; ``"audio"``, of the sound. Returns one row per
-    segment: ``t`` in [0, 1), ``error`` (mean squared), ``loss`` (weighted), ``vlb``.
+    segment: ``t`` in [0, 1), ``error`` (mean squared), ``loss`` (weighted), ``vlb``, and its ``clip``.
     """
     n = min(n, len(data["latents"]))
     index = torch.linspace(0, len(data["latents"]) - 1, n).long()
@@ -422,7 +421,7 @@ def fixed_losses(
         rows.append(torch.stack(losses, dim=1).cpu())
     unet.train(training)
     table = pd.DataFrame(torch.cat(rows).double().numpy(), columns=["error", "loss", "vlb"])
-    return table.assign(t=t.tolist())
+    return table.assign(t=t.tolist(), clip=data["clip"][index].tolist())
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -649,13 +648,13 @@ class _Run:
         """Generate fixed prompts with fixed seeds and score them against the validation clips."""
         config, folder = self.config, _next_to(self.config, "logs")
         clips = self.clips[self.clips["split"] == "val"]
+        sources = _spread(clips.get("source_id", clips["path"]), _REFERENCE_CLIPS)
+        options = {"groups": {"real": sources}, "repeats": 50, "seed": config.seed}
         if not self.embeddings:  # opened once, and so is the reference embedded
             real = audio.excerpts(_spread(clips["path"], _REFERENCE_CLIPS), config.segment_s)
             for item in config.sample_embeddings:
-                name, path = (item, "") if isinstance(item, str) else item
-                network = embeddings.get_embedding(name, path)
-                rows = network.embed(real, ldm.SAMPLE_RATE, silence="allow")
-                self.embeddings[name] = network, rows
+                ruler = embeddings.get_embedding(*[item] if isinstance(item, str) else item)
+                self.embeddings[ruler.name] = ruler, ruler.embed(real, ldm.SAMPLE_RATE, silence="allow")
         with self.averaged(weights):
             sounds, rate = _sample(self.pipe, config, _spread(clips["caption"], config.n_samples))
         for i, y in enumerate(sounds):
@@ -663,10 +662,10 @@ class _Run:
             audio.save_audio(file, y / max(1.0, float(np.abs(y).max())), rate)
         for name, (network, real) in self.embeddings.items():
             ours = {f"step {step}": network.embed(sounds, rate, silence="allow")}
-            table = fad.score_table(real, ours, embedding=name, repeats=50, seed=config.seed)
+            table = fad.score_table(real, ours, embedding=name, **options)
             self.scores += table.assign(reference="validation", step=step).to_dict("records")
-            values = zip(table["metric"], table["value"], strict=True)
-            self.accelerator.log({f"{metric}/{name}": value for metric, value in values}, step)
+            values = table.set_index("metric")["value"].add_suffix(f"/{name}")
+            self.accelerator.log(values.to_dict(), step)
         store.write_table(pd.DataFrame(self.scores), folder / "scores.csv")
 
     def save(self):
@@ -771,12 +770,14 @@ def _save_result(run):
 
 
 def _info(config, clips):
-    """The note of what is trained: ``heard`` holds the folds of the start and those of the set."""
+    """The note of what is trained: ``heard`` holds the folds of the start, of the set, and of the models
+    that generated clips of the set.
+    """
     base = ldm.checkpoint_info(config.checkpoint)
-    rows = clips[clips["split"] == "train"].reindex(columns=["dataset", "fold"]).dropna()
-    ours = config.info.get("heard", rows.groupby("dataset")["fold"].unique())
-    both = base["heard"], {name: [int(fold) for fold in folds] for name, folds in ours.items()}
-    heard = {n: sorted({f for part in both for f in part.get(n, [])}) for n in both[0] | both[1]}
+    rows = clips[clips["split"] == "train"].reindex(columns=["dataset", "fold", "heard"])
+    ours = rows[["dataset", "fold"]].dropna().groupby("dataset")["fold"].unique().to_dict()
+    parts = base["heard"], config.info.get("heard", ours), metadata.read_heard(rows["heard"])
+    heard = {n: sorted({int(f) for p in parts for f in p.get(n, [])}) for n in set().union(*parts)}
     return base | config.info | {"heard": heard}
 
 

@@ -250,11 +250,10 @@ def get_backend(name, **options):
     name : str
         A row of `BACKENDS` or `PRESETS`; or ``"module:Class"``, a back-end of your own.
     **options
-        ``checkpoint``: a folder or hub name, or ``"builtin"``. ``device``: a torch device, else a
-        GPU if there is one. ``guidance_scale``: weight of the prompt. ``clips_per_pass``: more is
-        faster, on a GPU by far, and less exact. Pipelines of diffusers: ``steps``, ``eta``,
-        ``dtype`` ("float32", "float16", "bfloat16"). AudioGen: ``top_k``, ``temperature``.
-        None stands for what was left out.
+        ``checkpoint``: a folder or hub name, or ``"builtin"``. ``device``: a torch device, else a GPU if
+        there is one. ``guidance_scale``: weight of the prompt. ``clips_per_pass``: more is faster, on a
+        GPU by far, and less exact. Pipelines of diffusers: ``steps``, ``eta``, ``dtype`` ("float32",
+        "float16", "bfloat16"). AudioGen: ``top_k``, ``temperature``. None stands for what was left out.
 
     Raises
     ------

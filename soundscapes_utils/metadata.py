@@ -89,7 +89,7 @@ def write_audiocaps(mixes, out_dir, name, events=None):
     for row, labels in zip(mixes.to_dict("records"), names, strict=True):
         wav = _absolute(row["path"]).relative_to(audio_root).as_posix()
         mids = ",".join(dict.fromkeys(map(_mid, labels)))
-        texts = {form: row[form] for form in forms if _is_said(row[form])}
+        texts = {name: row[name] for name in ("source_id", *forms) if _is_said(row.get(name))}
         entries[row["split"]].append({"wav": wav, "labels": mids} | texts)
     paths = {split: str(out_dir / f"{name}_{split}.json") for split in entries}
     for split, path in paths.items():
@@ -110,6 +110,19 @@ def _absolute(path):
 
 def _folder(paths):
     return Path(os.path.commonpath({_absolute(path).parent for path in paths}))
+
+
+def read_heard(texts):
+    """Read the column ``heard`` of generated clips: the folds that their model knew, by data set.
+
+    >>> read_heard(pd.Series(["esc10:2,3;own:1", None, "esc10:4"]))
+    {'esc10': {2, 3, 4}, 'own': {1}}
+    """
+    heard = {}
+    for part in filter(None, ";".join(texts.fillna("").unique()).split(";")):
+        name, _, folds = part.partition(":")
+        heard.setdefault(name, set()).update(map(int, folds.split(",")))
+    return heard
 
 
 def _is_said(text):
@@ -311,7 +324,8 @@ def _read_split(split, path, audio_root, names):
             faults.insert(0, f"wav {wav!r} must be a path relative to the audio folder, inside it")
         clip = {"split": split, "path": str(audio_root / wav)}
         clip["labels"] = ", ".join(names.get(mid, mid) for mid in mids)
-        found.append((clip | {k: text for k, text in entry.items() if "caption" in k}, faults))
+        clip |= {name: text for name, text in entry.items() if "caption" in name or name == "source_id"}
+        found.append((clip, faults))
     return found
 
 

@@ -702,7 +702,7 @@ def _check_table(mixes, events):
     twice = mixes["clip_id"][mixes["clip_id"].duplicated()]
     if len(twice):
         raise store.DataError(f"clip_id {twice.iloc[0]} occurs twice; give every mix its own")
-    for suffix in {os.path.splitext(path)[1] for path in mixes["path"]}:
+    for suffix in {f".{path.rpartition('.')[2]}" for path in mixes["path"]}:
         _check_choice("format", suffix, (".wav", ".flac"))
 
 
@@ -733,7 +733,7 @@ def _jobs(mixes, events, out_dir, sample_rate, engine, stems, known=None):
         for event in placed:
             how = event["onset_s"], event["gain_db"], event.get("fade_s", 0.0)
             recipe["events"].append((source(event["foreground"]), *how, int(event.get("repeats", 1))))
-        name = mix["clip_id"] + os.path.splitext(mix["path"])[1]
+        name = f"{mix['clip_id']}.{mix['path'].rpartition('.')[2]}"
         # what the sources hold counts, not where they lie
         held = [(digest, *how) for (_, digest), *how in recipe["events"]]
         held = recipe | {"background": recipe["background"][1], "events": held}

@@ -373,7 +373,10 @@ def _inputs(values, root):
 def read_record(folder):
     """What is known of a run, from its ``run.json``; an empty dict where nothing has run."""
     path = Path(folder) / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise store.DataError(f"{path}: damaged ({error}); remove it, and the run begins anew") from None
 
 
 def _save_record(folder, record):
@@ -620,11 +623,11 @@ def _check_demands(values):
     """Refuse what a stage's own records refuse, and what a notebook asks of another in vain."""
     for stem, own in values.items():
         try:
-            if {"snr_db_low", "snr_db_high", "onset", "duration_s"} <= own.keys():
+            if {"snr_db", "onset", "duration_s"} <= own.keys():
                 from . import mixing
 
-                ratio, length = (own["snr_db_low"], own["snr_db_high"]), own["duration_s"]
-                mixing.MixOptions(snr_db=ratio, onset=own["onset"], duration_s=length)
+                ratio = {"snr_db": tuple(own["snr_db"])} if own["snr_db"] else {}
+                mixing.MixOptions(**ratio, onset=own["onset"], duration_s=own["duration_s"])
             if {*_STUDY, *_TRAINING, *_FURTHER_ARMS} <= own.keys():
                 _check_study(own, values.values())
         except ValueError as error:

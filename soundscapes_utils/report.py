@@ -84,8 +84,10 @@ def _stage_section(folder, stem, stage):
 
 
 def _cost(stage):
+    if "seconds" not in stage:
+        return "not finished"
     memory = stage.get("peak_memory_gb", "?")
-    return f"{pipeline.duration(stage.get('seconds', 0))}, at most {memory} GB of memory"
+    return f"{pipeline.duration(stage['seconds'])}, at most {memory} GB of memory"
 
 
 def _how_section(record):

@@ -38,12 +38,11 @@ def text_embedder(name="mini-clap", path=""):
 def clap_scores(audio, labels, text, classes, prompts=None):
     """Score clips by text and audio embeddings of one CLAP.
 
-    `audio` [n, d] are the clips, `labels` their classes; `text` [m, d] are texts that name
-    `classes`, at least two and all of `labels` (several of one class are averaged: Radford et al.,
-    CLIP, arXiv 2103.00020, section 3.1.4); `prompts` [n, d] are the clips' own. Returns
-    ``clap_score``, the cosine to its prompt (to its class without `prompts`); ``clap_margin``, the
-    cosine to its class less that to the best other class; ``clap_predicted``, the class of the
-    highest cosine.
+    `audio` [n, d] are the clips, `labels` their classes; `text` [m, d] are texts that name `classes`, at
+    least two and all of `labels` (several of one class are averaged: Radford et al., CLIP, arXiv
+    2103.00020, section 3.1.4); `prompts` [n, d] are the clips' own. Returns ``clap_score``, the cosine
+    to its prompt (to its class without `prompts`); ``clap_margin``, the cosine to its class less that to
+    the best other class; ``clap_predicted``, the class of the highest cosine.
     """
     audio, text = _unit(audio, "audio"), _unit(text, "text")
     labels, classes = _names(labels, len(audio)), _names(classes, len(text))

@@ -48,23 +48,12 @@ def _pair(a, b, name, least):
 def bootstrap_ci(values, statistic=np.mean, n=2000, confidence=0.95, seed=0):
     """Bootstrap interval of a statistic, bias-corrected and accelerated (BCa; Efron, JASA 82, 1987).
 
-    Parameters
-    ----------
-    values : array_like, shape (samples,)
-        At least two independent observations; where several come from one source, average them first.
-    statistic : callable, default np.mean
-        Maps an array to a number; with an ``axis`` argument it is evaluated in one go.
-    n, confidence, seed : int, float, int
-        Resamples, between 0 and 1, and what the interval follows from.
+    `values` [samples] are at least two independent observations; where several come from one source,
+    average them first. `statistic` maps an array to a number; with an ``axis`` argument it is evaluated
+    in one go. `n` resamples follow from `seed`. Returns the lower and the upper end; the percentile
+    interval where BCa is undefined (few tied values), and Student's t of the mean of fewer than 30
+    values, where a bootstrap covers less (of three, 71 %).
 
-    Returns
-    -------
-    tuple of float
-        Lower and upper end; the percentile interval where BCa is undefined (few tied values), and
-        Student's t of the mean of fewer than 30 values, where a bootstrap covers less (of three, 71 %).
-
-    Examples
-    --------
     >>> low, high = bootstrap_ci([0.61, 0.64, 0.66, 0.60, 0.65])
     >>> low < 0.632 < high
     True
@@ -279,14 +268,14 @@ def _half_width(runs):
     return 1.96 * runs.std(ddof=1) / np.sqrt(len(runs)) if len(runs) > 1 else np.nan
 
 
-def intervals(predictions, clips=None):
+def intervals(predictions):
     """Accuracy of each arm and model, with the paper's interval and with one for other recordings.
 
-    Of ``predictions.csv``; clips of one `source_id` (of `clips`, or told there) are drawn together.
+    Of ``predictions.csv``; clips of one `source_id` are drawn together.
     `accuracy` is the mean over folds, then runs; `half_width`, how training scatters, as in
     :func:`summarise`; `ci_low, ci_high`, 95 % over folds and, within, sources, given these trainings.
     """
-    table = _recognised(predictions, clips)
+    table = _recognised(predictions)
     rows = []
     keys = ["arm", "ratio", "model"]
     for group, part in table.groupby(keys, sort=False):
@@ -303,47 +292,40 @@ def intervals(predictions, clips=None):
     return pd.DataFrame(rows)
 
 
-def _recognised(predictions, clips):
+def _recognised(predictions):
     """Predictions with `right` (1.0 or 0.0), `name` of the arm and each clip's recording."""
     ids = predictions["clip_id"].astype(str)
     right = (predictions["label"] == predictions["predicted"]).astype(float)
     names = [arm_name(*row) for row in zip(predictions["arm"], predictions["ratio"], strict=True)]
-    known, source = predictions if clips is None else clips, ids
-    if "source_id" in known:
-        source = ids.map(dict(zip(known["clip_id"].astype(str), known["source_id"], strict=True)))
-        if source.isna().any():
-            raise ValueError(
-                f"{source.isna().sum()} tested clips have no source in the table of clips, such as "
-                f"{ids[source.isna()].iloc[0]!r}; give the table that the arms were run on"
-            )
+    source = predictions.get("source_id", ids)
+    if source.isna().any():
+        raise ValueError(f"tested clip {ids[source.isna()].iloc[0]!r} names no source_id")
     return predictions.assign(clip_id=ids, right=right, name=names, source_id=source)
 
 
 _PAIRS = {"clip": "clip_id", "source": "source_id", "fold": "fold", "run": "run"}
 
 
-def compare(predictions, pairs=None, *, of="arm", by=None, clips=None):
+def compare(predictions, pairs=None, *, of="arm", by=None):
     """Test arms (or models) against each other on the same recordings, corrected for their number.
 
     `predictions` is ``predictions.csv`` of :func:`esc.run_study`; `pairs` such as ``[("both:1",
     "repeat:1")]``, by default every arm with ``"real"``, names arms, tested model by model, or (`of`
     "model") models, tested arm by arm. `by` makes the pairs of scores: "source", recordings with all
-    clips cut from them, by default where `clips` or the predictions tell the `source_id`; else "clip",
-    which holds if each is a recording of its own (else 9 to 15 % false positives); "fold", of which five
-    reach no p below 0.06; "run". Where every training was repeated, squared standard errors over
-    recordings and over runs add, and p is the larger of this t test's and the permutation's. Three runs
-    leave it two degrees of freedom: if training scatters more than recordings, only four standard errors
-    are shown.
+    clips cut from them, by default where the predictions tell the `source_id`; else "clip", which holds
+    if each is a recording of its own (else 9 to 15 % false positives); "fold", of which five reach no p
+    below 0.06; "run". Where every training was repeated, squared standard errors over recordings and
+    over runs add, and p is the larger of this t test's and the permutation's. Three runs leave it two
+    degrees of freedom: if training scatters more than recordings, only four standard errors are shown.
 
     Returns `arm, ratio, model, against`, what :func:`paired_test` says (`difference` of the accuracies
     is the first minus the second), `by`, what the answer is `given`, such as "these trainings", `p_holm`
     over all rows, and `verdict`: "better", "worse" or "no difference shown" at 5 %.
     """
-    told = "source_id" in (predictions if clips is None else clips)
-    by = by or ("source" if told else "clip")
-    if by not in _PAIRS or (by == "source" and not told):
-        raise ValueError(f"by is one of {', '.join(_PAIRS)}, got {by!r}; 'source' needs clips")
-    table, unit = _recognised(predictions, clips), list(dict.fromkeys(["fold", _PAIRS[by]]))
+    by = by or ("source" if "source_id" in predictions else "clip")
+    if by not in _PAIRS or (by == "source" and "source_id" not in predictions):
+        raise ValueError(f"by is one of {', '.join(_PAIRS)}, got {by!r}; 'source' needs source_id")
+    table, unit = _recognised(predictions), list(dict.fromkeys(["fold", _PAIRS[by]]))
     column, within = {"arm": ("name", "model"), "model": ("model", "name")}[of]
     if pairs is None:
         pairs = [(name, "real") for name in table["name"].unique() if name != "real"]
@@ -400,14 +382,14 @@ def _tested(pairs, unit):
     return found | {"given": ""}
 
 
-def class_deltas(predictions, arm, model, against="real", clips=None):
+def class_deltas(predictions, arm, model, against="real"):
     """How much each class gains or loses from one arm, such as ``"both:1"``, to another.
 
     `accuracy, accuracy_against` and their `difference` are means over sources, so that each recording
     counts once; `ci_low, ci_high`, their 95 % interval, `p_value` (NaN of a single one) and `given` as
     of :func:`compare`; `p_holm` over the classes.
     """
-    table = _recognised(predictions[predictions["model"] == model], clips)
+    table = _recognised(predictions[predictions["model"] == model])
     unit = ["fold", "source_id"]
     tested = ["ci_low", "ci_high", "p_value", "given"]
     pairs = _paired(table, "name", arm, against, ["label", *unit, "clip_id"])
@@ -425,7 +407,7 @@ def class_deltas(predictions, arm, model, against="real", clips=None):
 
 def confusion(predictions, arm, model):
     """Count what each class (rows) was taken for (columns), over all folds and runs of one arm."""
-    table = _recognised(predictions, None)
+    table = _recognised(predictions)
     part = table[(table["name"] == str(arm)) & (table["model"] == model)]
     if part.empty:
         raise ValueError(f"no predictions of arm {arm} with {model}; was it run?")

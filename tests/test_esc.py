@@ -303,6 +303,8 @@ def test_results_and_predictions_tables(clips, generated, tmp_path, capsys):
     assert results["backend"].tolist() == ["", "toy"]
     predictions = pd.read_csv(tmp_path / "predictions.csv")
     assert len(predictions) == 2 * 4
+    recording = clips.set_index("clip_id")["source_id"]
+    assert predictions["source_id"].tolist() == recording[predictions["clip_id"]].tolist()
     right = predictions["label"] == predictions["predicted"]
     by_arm = right.groupby(predictions["arm"]).mean()
     assert results.set_index("arm")["accuracy"].to_dict() == by_arm.to_dict()

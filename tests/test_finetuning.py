@@ -508,6 +508,14 @@ def test_folds_of_the_start_are_known_to_the_fine_tuned_model_too(config, checkp
     assert "by data set: esc10:2,3,4,5;tau:1" in card
 
 
+def test_folds_that_makers_of_generated_clips_had_heard_are_known_too(config, sounds):
+    folder, table = sounds
+    table = table.assign(dataset="generated", heard="esc10:2,3", split=["train"] * 6 + ["val"] * 6)
+    table.loc[0, "heard"] = ""
+    result = finetuning.finetune(table_config(config, folder, table))
+    assert ldm.checkpoint_info(result.checkpoint)["heard"] == {"esc10": [2, 3]}
+
+
 # --- a table as the set -------------------------------------------------------------------------
 
 

@@ -50,7 +50,8 @@ def test_files_have_the_trainers_format(mixes, tmp_path):
     files = root["metadata"]["path"]["scenes"]
     assert set(files) == {"train", "val", "test", "class_label_indices"}
     entries = json.loads(Path(files["train"]).read_text())["data"]
-    assert set(entries[0]) == {"wav", "labels", "caption", "caption_2", "caption_3"}
+    # the trainer looks at the first three only
+    assert set(entries[0]) == {"wav", "labels", "caption", "caption_2", "caption_3", "source_id"}
     assert not entries[0]["wav"].startswith("/")
     assert (Path(root["scenes"]) / entries[0]["wav"]).is_file()
     with Path(files["class_label_indices"]).open(newline="") as file:
@@ -67,7 +68,7 @@ def test_what_was_written_is_read_back(mixes, tmp_path):
     table = metadata.read_audiocaps(root_file)
     assert table.split.tolist() == mixes.split.tolist()
     assert [Path(p) for p in table.path] == [Path(p) for p in mixes.path]
-    assert table[CAPTIONS].equals(mixes[CAPTIONS])
+    assert table[[*CAPTIONS, "source_id"]].equals(mixes[[*CAPTIONS, "source_id"]])
     assert table.labels[1] == "mouse click, street traffic"
     assert metadata.validate(root_file).empty
 

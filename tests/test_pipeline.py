@@ -101,7 +101,7 @@ def test_full_disk_leaves_the_old_table_and_no_debris(tmp_path, monkeypatch, fai
     def no_space(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    owner = pd.DataFrame if fails_at == "to_csv" else Path
+    owner = pd.DataFrame if fails_at == "to_csv" else os
     monkeypatch.setattr(owner, fails_at, no_space)
     with pytest.raises((OSError, store.DataError), match="No space left"):
         run.save_table(pd.DataFrame({"a": [2]}), "t")
@@ -319,7 +319,7 @@ def planned(tmp_path, monkeypatch):
         ),
         ("quick", {"real_per_class": "25"}, "real needs 25 real clips per class"),
         ("quick", {"models": '["sbcnnn"]'}, "models are"),
-        ("quick", {"snr_db_low": "20"}, "20.0, 15.0"),
+        ("quick", {"snr_db": "[20, 15]"}, "20.0, 15.0"),
         ("quick", {"onset": "7"}, "does not lie in 5.0 s"),
     ],
 )
@@ -468,7 +468,7 @@ def test_full_disk_inside_a_notebook_and_in_the_runner(project, monkeypatch):
     def no_space(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", no_space)
+    monkeypatch.setattr(os, "replace", no_space)
     with pytest.raises(pipeline.RunFailed, match=r"(?s)No space left.*Resume with"):
         pipeline.run("quick", root=project)
 

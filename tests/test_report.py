@@ -84,6 +84,17 @@ def test_report_refers_to_files_of_the_run_only_and_escapes(tmp_path):
     assert "1 min 01 s" in text
 
 
+def test_notebook_that_is_still_running_has_no_cost(tmp_path):
+    file = finished_run(tmp_path) / "run.json"
+    record = json.loads(file.read_text())
+    record["stages"]["02_x"] = {"status": "running", "parameters": {}}
+    file.write_text(json.dumps(record))
+    assert ["02_x", "running", "not finished"] in Page(report.write_report(tmp_path)).rows
+    file.write_text(file.read_text()[:-9])
+    with pytest.raises(store.DataError, match=r"run\.json: damaged .* remove it"):
+        report.write_report(tmp_path)
+
+
 def test_report_of_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         report.write_report(tmp_path)

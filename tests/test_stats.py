@@ -350,10 +350,15 @@ def study(n_sources=20, runs=2, seed=0):
     return pd.concat(parts, ignore_index=True), clips
 
 
+def told(predictions, clips):
+    """Predictions that say which recording each clip is cut from, as those of a study do."""
+    return predictions.merge(clips[["clip_id", "source_id"]])
+
+
 def test_arms_meet_their_own_controls():
-    predictions, clips = study(n_sources=40, runs=3)
+    predictions = told(*study(n_sources=40, runs=3))
     pairs = [("both:1", "real"), ("real", "both:1")]
-    table = stats.compare(predictions, pairs, by="source", clips=clips)
+    table = stats.compare(predictions, pairs, by="source")
     assert table["against"].tolist() == ["real", "both:1"]
     assert table["verdict"].tolist() == ["worse", "better"]
     assert table["difference"].sum() == pytest.approx(0)
@@ -378,7 +383,7 @@ def two_models():
 def test_models_meet_in_the_same_arm(by):
     predictions, clips = two_models()
     clips["source_id"] = clips["clip_id"]
-    table = stats.compare(predictions, [("a", "b")], of="model", by=by, clips=clips)
+    table = stats.compare(told(predictions, clips), [("a", "b")], of="model", by=by)
     assert list(table) == list(stats.compare(predictions))
     assert table[["arm", "ratio", "model", "against"]].to_numpy().tolist() == [
         ["real", 0.0, "a", "b"],
@@ -407,8 +412,9 @@ def test_models_are_compared_on_folds_and_runs_that_both_have():
 
 
 def test_intervals_by_hand():
-    predictions, clips = study(runs=3)
-    row = stats.intervals(predictions, clips).set_index("arm").loc["real"]
+    predictions = told(*study(runs=3))
+    ids = predictions["clip_id"]
+    row = stats.intervals(predictions).set_index("arm").loc["real"]
     part = predictions[predictions["arm"] == "real"]
     right = part["label"] == part["predicted"]
     runs = right.groupby([part["run"], part["fold"]]).mean().groupby("run").mean()
@@ -417,41 +423,34 @@ def test_intervals_by_hand():
     assert (row["n_folds"], row["n_runs"], row["n_clips"], row["n_sources"]) == (2, 3, 40, 20)
     assert row["ci_low"] < row["accuracy"] < row["ci_high"]
     assert np.isnan(stats.intervals(predictions[predictions["run"] == 0])["half_width"]).all()
-    with pytest.raises(ValueError, match="no source in the table of clips, such as 'c39'"):
-        stats.intervals(predictions, clips.iloc[:39])
+    with pytest.raises(ValueError, match="tested clip 'c39' names no source_id"):
+        stats.intervals(predictions.assign(source_id=predictions["source_id"].where(ids != "c39")))
 
 
 @pytest.mark.parametrize(("by", "n"), [("clip", 40), ("source", 20), ("fold", 2), ("run", 4)])
 def test_pairs_are_what_was_asked_for(by, n):
-    predictions, clips = study()
-    (row,) = stats.compare(predictions, by=by, clips=clips).to_dict("records")
+    predictions = told(*study())
+    (row,) = stats.compare(predictions, by=by).to_dict("records")
     right = predictions["label"] == predictions["predicted"]
     means = right.groupby(predictions["arm"]).mean()
     assert row["n"] == n
     assert row["difference"] == pytest.approx(means["both"] - means["real"])
 
 
-def test_sources_need_the_clips():
-    with pytest.raises(ValueError, match="'source' needs clips"):
+def test_sources_must_be_told():
+    with pytest.raises(ValueError, match="'source' needs source_id"):
         stats.compare(study()[0], by="source")
 
 
 def test_recordings_are_the_unit_wherever_they_are_known():
     predictions, clips = study(n_sources=40)
-    known = predictions.merge(clips[["clip_id", "source_id"]])
-    by_source = stats.compare(predictions, by="source", clips=clips)
+    known = told(predictions, clips)
+    by_source = stats.compare(known, by="source")
     assert by_source["by"].item() == "source" and by_source["n"].item() == 40
-    for table, options in ((predictions, {"clips": clips}), (known, {})):
-        pd.testing.assert_frame_equal(stats.compare(table, **options), by_source)
+    pd.testing.assert_frame_equal(stats.compare(known), by_source)
     by_clip = stats.compare(predictions)
     assert by_clip["by"].item() == "clip" and by_clip["n"].item() == 80
-    # so do all others that read predictions
-    arguments = ("both:1", "sbcnn")
-    pd.testing.assert_frame_equal(
-        stats.class_deltas(known, *arguments), stats.class_deltas(predictions, *arguments, clips=clips)
-    )
-    pd.testing.assert_frame_equal(stats.intervals(known), stats.intervals(predictions, clips))
-    with pytest.raises(ValueError, match="clips have no source"):
+    with pytest.raises(ValueError, match="tested clip 'c3' names no source_id"):
         stats.compare(known.assign(source_id=known["source_id"].where(known["clip_id"] != "c3")))
 
 
@@ -570,8 +569,8 @@ def test_all_arms_are_corrected_together():
 
 
 def test_classes_are_told_apart():
-    predictions, clips = study(n_sources=40)
-    table = stats.class_deltas(predictions, "both:1", "sbcnn", clips=clips).set_index("label")
+    predictions = told(*study(n_sources=40))
+    table = stats.class_deltas(predictions, "both:1", "sbcnn").set_index("label")
     assert table.loc["a", "difference"] > 0 > table.loc["b", "difference"]
     assert table.loc["b", "ci_high"] < 0 and table.loc["b", "p_holm"] < 0.05
     alone = predictions[predictions["clip_id"].isin(["c0", "c2", "c4"])]
@@ -589,7 +588,7 @@ def test_clips_of_one_recording_are_one_observation():
     real = one.assign(arm="real", ratio=0.0, predicted=["a", *["b"] * 15])
     both = one.assign(arm="both", ratio=1.0, predicted="a")
     predictions = pd.concat([real, both])
-    (row,) = stats.class_deltas(predictions, "both:1", "svm", clips=clips).to_dict("records")
+    (row,) = stats.class_deltas(told(predictions, clips), "both:1", "svm").to_dict("records")
     assert (row["n"], row["n_sources"]) == (16, 4)
     # of the 2^3 patterns of the signs that matter only two lie as far out
     assert row["difference"] == 0.75 and row["p_value"] == 2 / 2**3

@@ -154,7 +154,7 @@ def test_odd_lines_of_records_are_passed_over(tmp_path, line):
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     path = store.write_atomic(tmp_path / "new" / "a.txt", "first")
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(store.DataError, match=r"a\.txt: cannot be written"):
         store.write_atomic(path, "second")
     assert path.read_text() == "first"
