@@ -44,7 +44,7 @@ def sounds(folder):
     from soundscapes_utils import datasets
 
     events = datasets.load_builtin(folder / "data", clips_per_class=6)
-    return events, datasets.load_scenes("builtin", events, data_dir=folder / "data", scenes_per_class=5)
+    return datasets.load_scenes("builtin", events, data_dir=folder / "data", scenes_per_class=5)
 
 
 def mixing(shared, out):
@@ -127,7 +127,7 @@ def survivors(token):
     return found
 
 
-def seconds_outlived(token, most=60):
+def seconds_outlived(token, most=15):
     """For how long something of a killed trial lived on; what still does after `most` is ended."""
     begin = time.perf_counter()
     while (alive := survivors(token)) and time.perf_counter() - begin < most:
@@ -166,7 +166,8 @@ def measure(stage, times, folder, rng):
         shutil.rmtree(whole, ignore_errors=True)
         begin = time.perf_counter()
         if start(stage, shared, whole, whole.name).wait():
-            raise SystemExit(f"{stage}: the undisturbed run failed ({attempt}); see {whole}.log")
+            log = whole.with_name(f"{whole.name}.log").read_text(errors="replace")
+            raise SystemExit(f"{stage}: the undisturbed run failed ({attempt})\n{log[-2000:]}")
     seconds = time.perf_counter() - begin
     wanted, found, different = left(stage, whole), [], set()
     for number in range(times):
