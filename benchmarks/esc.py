@@ -6,14 +6,18 @@ printed are ratios of this one run.
 
     python benchmarks/esc.py --clips 7859 --workers 2
 
-Truth. The whole study on ESC-10 with a generator that never heard the test fold: tables of arms,
-controls and tests. `./run_all.sh esc10` trains such a one and leaves it in data/checkpoints. Units that
-are done are kept, so the same command goes on after a stop.
+Truth. The whole study on ESC-10 with a generator that never heard the test fold, which is trained
+first: tables of arms, controls and tests. What is done is kept, so the same command goes on after a
+stop. `--fold` takes another test fold, with a generator of its own.
 
-    python benchmarks/esc.py --truth runs/truth --root FOLDER --checkpoint FOLDER --yamnet FILE
+    python benchmarks/esc.py --truth runs/truth --root FOLDER --yamnet FILE
+    python benchmarks/esc.py --truth runs/truth --root FOLDER --yamnet FILE --studies own
 
-Fold 1 decides when a classifier stops. The generator has not learnt from it either, but its own
+The next fold decides when a classifier stops. The generator has not learnt from it either, but its own
 training was watched on it, so the arms with synthetic clips are stopped on clips not wholly foreign.
+
+Study "own" asks what synthetic clips are worth where there are two recordings a class: the generator
+of the other studies has heard 24, one of its own just these two, drawn anew for every run.
 """
 
 import argparse
@@ -24,6 +28,7 @@ import resource
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +45,7 @@ from soundscapes_utils import (
     esc,
     fad,
     generation,
-    ldm,
+    minimodel,
     procedural,
     selection,
     stats,
@@ -152,7 +157,6 @@ def run_units(clips, folder, workers, runs):
         esc.run_study(clips, None, study, esc.Training(5, 15, 16, workers=workers), folder)
 
 
-TEST_FOLD = 5
 # SB-CNN's arms on ESC-10, every epoch of as many patches as there are real training clips
 ARMS = [
     *("real", "both@mini:1", "both@mini:2", "both@mini:3", "both@mini:4"),
@@ -168,6 +172,9 @@ FEW = [f"{kind}/{k}{ratio}" for k in (2, 4, 8, 16)
 PAPERS = ["real", "both@mini:1", "both@mini:4", "mixed@mini:1", "mixed@mini:2", "synthetic@mini:1"]
 PRACTICE = [*PAPERS, "repeat:1", "repeat:4", "steps:1", "steps:4"]
 EVERY_FOLD = {"arms": ["real"], "test_folds": [1, 2, 3, 4, 5]}
+# clips a class of the generators that have heard two recordings, and training steps of each
+OWN_CLIPS, OWN_STEPS = 8, 1000
+OWN = ["real/2", "both@mini/2:4", "both@own/2:4"]
 STUDIES = {
     "baselines": {
         "models": [*classifiers.BASELINES, "probe:yamnet"], **EVERY_FOLD, "validation": "none",
@@ -183,7 +190,7 @@ STUDIES = {
     },
 }  # fmt: skip
 # equally much practice for every arm of these
-PATCHES = dict.fromkeys(("arms", "crnn", "few"), 240)
+PATCHES = dict.fromkeys(("arms", "crnn", "few", "own"), 240)
 # beside `real`, what an arm must be held against
 CONTROLS = {
     "arms": [
@@ -204,6 +211,14 @@ PICZAK = {"knn": 0.667, "forest": 0.727, "svm": 0.675}
 MARGIN = 0.05
 
 
+def trained(clips, wanted, steps=2500):
+    """Train a mini model on the training folds of a table, or find it trained; its folder."""
+    return minimodel.get_checkpoint(
+        "mini", clips, *datasets.load_scenes("esc10", clips), dataset="esc10", test_fold=wanted.fold,
+        cache_dir=Path(wanted.truth) / "checkpoints", config=minimodel.MiniConfig(unet_steps=steps),
+    )  # fmt: skip
+
+
 def generate(plan, checkpoint, folder):
     """Make the clips of a plan that are missing, in one thread."""
     torch.set_num_threads(1)
@@ -211,20 +226,24 @@ def generate(plan, checkpoint, folder):
     return generation.generate_clips(plan, backend, folder)
 
 
+def generated(labels, n, checkpoint, folder, workers):
+    """Table of `n` clips of each class, made in so many processes."""
+    plan = generation.plan_clips(labels, n, duration_s=2.56, dataset="esc10")
+    make = partial(generate, checkpoint=checkpoint, folder=folder)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        list(pool.map(make, [plan.iloc[i::workers] for i in range(workers)]))
+    return make(plan)
+
+
 def synthetic_tables(clips, wanted):
     """Tables of synthetic clips by the names that the arms call for."""
     out = Path(wanted.truth)
-    real = clips[~clips["fold"].isin([TEST_FOLD, TEST_FOLD % 5 + 1])]
-    tables = {}
-    for name, checkpoint, n in (("mini", wanted.checkpoint, 128), ("builtin", "builtin", 24)):
-        plan = generation.plan_clips(
-            sorted(clips["label"].unique()), n, duration_s=2.56, dataset="esc10"
-        )
-        make = partial(generate, checkpoint=checkpoint, folder=out / "generated" / name)
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(wanted.workers, mp_context=spawn) as pool:
-            list(pool.map(make, [plan.iloc[i :: wanted.workers] for i in range(wanted.workers)]))
-        tables[name] = make(plan)
+    real = clips[~clips["fold"].isin([wanted.fold, wanted.fold % 5 + 1])]
+    labels, tables = sorted(clips["label"].unique()), {}
+    for name, checkpoint, n in (("mini", trained(clips, wanted), 128), ("builtin", "builtin", 24)):
+        folder = out / "generated" / (name if name == "builtin" else f"{name}-{wanted.fold}")
+        tables[name] = generated(labels, n, checkpoint, folder, wanted.workers)
     reader = embeddings.get_embedding("yamnet", wanted.yamnet)
     cache = out / "features"
     x_real = reader.embed(real["path"].tolist(), silence="allow", cache_dir=cache)
@@ -262,13 +281,10 @@ def class_distances(real, generated):
 
 def run_study(name, clips, tables, wanted):
     """Train one study's units and print its tables; gives back the predictions."""
-    print(f"\n=== {name}", flush=True)
-    study = esc.Study(**{"test_folds": [TEST_FOLD], "runs": wanted.runs} | STUDIES[name])
+    print(f"\n=== {name}, test fold {wanted.fold}", flush=True)
+    study = esc.Study(**{"test_folds": [wanted.fold], "runs": wanted.runs} | STUDIES[name])
     out, started = Path(wanted.truth), time.perf_counter()
-    training = esc.Training(
-        epochs=wanted.epochs, batch_size=16, device=wanted.device, workers=wanted.workers,
-        patches_per_epoch=PATCHES.get(name),
-    )  # fmt: skip
+    training = training_of(name, wanted)
     reader = embeddings.get_embedding("yamnet", wanted.yamnet)
     esc.run_study(clips, tables, study, training, out, {"yamnet": reader})
     predictions = store.read_table(out / "predictions.csv")
@@ -283,13 +299,47 @@ def run_study(name, clips, tables, wanted):
         found["models"] = stats.compare(predictions, pairs, of="model")
     if name == "baselines":
         found["published"] = beside_published(found["intervals"])
-    for kind, table in (found | {"predictions": predictions}).items():
-        store.write_atomic(out / f"{name}-{kind}.csv", table.to_csv(index=False).encode())
-    for kind, table in found.items():
-        print(f"\n{kind}")
-        print(table.drop(columns=["exact"], errors="ignore").round(3).to_string(index=False))
+    keep(f"{name}-{wanted.fold}", found | {"predictions": predictions}, out)
     print(f"{name}: {(time.perf_counter() - started) / 60:.1f} min")
     return predictions
+
+
+def training_of(name, wanted):
+    """How the classifiers of a study are trained."""
+    return esc.Training(
+        epochs=wanted.epochs, batch_size=16, device=wanted.device, workers=wanted.workers,
+        patches_per_epoch=PATCHES.get(name),
+    )  # fmt: skip
+
+
+def keep(name, found, out):
+    """Write tables, and print all but the predictions."""
+    for kind, table in found.items():
+        store.write_table(table, out / f"{name}-{kind}.csv")
+        if kind != "predictions":
+            print(f"\n{kind}")
+            print(table.drop(columns=["exact"], errors="ignore").round(3).to_string(index=False))
+
+
+def run_own(clips, tables, wanted):
+    """Two recordings a class: clips of a model that has heard 24, and of one that heard these two."""
+    print(f"\n=== own, test fold {wanted.fold}", flush=True)
+    out, parts = Path(wanted.truth), []
+    held = clips["fold"].isin([wanted.fold, wanted.fold % 5 + 1])
+    for run in range(wanted.runs):
+        study = esc.Study(OWN, ["sbcnn"], [wanted.fold], seed=run)
+        two = esc.plan_study(clips, None, replace(study, arms=OWN[:1]))["real_rows"].iloc[0]
+        few = clips[held | clips.index.isin(two)].reset_index(drop=True)
+        folder = out / "generated" / f"own-{wanted.fold}-{run}"
+        made = generated(
+            sorted(set(few["label"])), OWN_CLIPS, trained(few, wanted, OWN_STEPS), folder, wanted.workers
+        )
+        esc.run_study(clips, tables | {"own": made}, study, training_of("own", wanted), out)
+        parts.append(store.read_table(out / "predictions.csv").assign(run=run))
+        predictions = pd.concat(parts, ignore_index=True)
+        pairs = [(OWN[2], OWN[0]), (OWN[1], OWN[0]), (OWN[2], OWN[1])]
+        found = {"intervals": stats.intervals(predictions), "predictions": predictions}
+        keep(f"own-{wanted.fold}", found | {"tests": stats.compare(predictions, pairs)}, out)
 
 
 def beside_published(intervals):
@@ -332,16 +382,16 @@ def class_story(predictions, distances):
 def truth(wanted):
     """Run the chosen studies one after the other."""
     clips = datasets.load_clips("esc10", esc50_root=wanted.root)
-    known = ldm.checkpoint_info(wanted.checkpoint)["heard"]
-    if TEST_FOLD in known.get("esc10", []):
-        raise SystemExit(f"{wanted.checkpoint} was trained on fold {TEST_FOLD}: take another one")
-    chosen = wanted.studies or list(STUDIES)
+    chosen = wanted.studies or [*STUDIES, "own"]
     started = time.perf_counter()
     tables, distances = {}, None
     if set(chosen) - {"baselines", "variants"}:
         tables, distances = synthetic_tables(clips, wanted)
         print(f"synthetic clips: {(time.perf_counter() - started) / 60:.1f} min")
     for name in chosen:
+        if name == "own":
+            run_own(clips, tables, wanted)
+            continue
         predictions = run_study(name, clips, tables, wanted)
         if name == "arms":
             class_story(predictions, distances)
@@ -395,19 +445,19 @@ def main():
     say("--device", default="cpu")
     say("--truth", metavar="FOLDER", help="run the studies on ESC-10 into this folder")
     say("--root", default="data/ESC-50", help="ESC-10 or ESC-50")
-    say("--checkpoint", help="mini-AudioLDM of ESC-10 that has not heard fold 5")
     say("--yamnet", help="YAMNet's TFLite file")
-    say("--studies", nargs="+", choices=list(STUDIES), help="all by default")
-    say("--runs", type=int, default=3)
+    say("--studies", nargs="+", choices=[*STUDIES, "own"], help="all by default")
+    say("--fold", type=int, default=5, help="test fold; the next one stops the training")
+    say("--runs", type=int, default=5)
     say("--epochs", type=int, default=60)
     wanted = parser.parse_args()
     torch.set_num_threads(1)
     if not wanted.truth:
         speed(wanted)
-    elif wanted.checkpoint and wanted.yamnet:
+    elif wanted.yamnet:
         truth(wanted)
     else:
-        parser.error("--truth needs --checkpoint and --yamnet")
+        parser.error("--truth needs --yamnet")
 
 
 if __name__ == "__main__":

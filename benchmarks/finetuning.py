@@ -416,7 +416,8 @@ def held_out(mixes, checkpoint, name, folder, rulers, n):
             ruler.embed(audio.excerpts(paths, 2.56), ldm.SAMPLE_RATE, silence="allow")
             for paths in (test["path"], train["path"], made["path"])
         )
-        scores = fad.score_table(real, {name: ours}, embedding=ruler.name, floor=floor)
+        groups = {"real": test["source_id"].astype(str), "floor": train["source_id"].astype(str)}
+        scores = fad.score_table(real, {name: ours}, embedding=ruler.name, floor=floor, groups=groups)
         rows.append(scores.assign(reference="test mixes"))
     return pd.concat(rows)
 
@@ -467,7 +468,7 @@ def main():
     parser.add_argument("--study", metavar="ESC-50", help="folder of ESC-50 or ESC-10: several seeds")
     parser.add_argument("--checkpoint", default="builtin", help="where the study starts")
     parser.add_argument("--out", default="runs/finetuning-study")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--mixes", type=int, default=400)
     parser.add_argument("--samples", type=int, default=80, help="captions of test mixes")
