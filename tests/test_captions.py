@@ -1,10 +1,7 @@
 import hashlib
-import itertools
 import json
 import re
 
-import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -345,60 +342,6 @@ def test_negative_prompts_can_name_what_a_class_is_taken_for():
         assert label not in others and event["phrase"] not in text
     assert len(captions.EVENTS["dog"]["confused_with"]) > 0
     assert captions.negative_prompt("hen", confusions=True) == captions.negative_prompt("hen")
-
-
-# --- variety --------------------------------------------------------------------------------------
-
-
-def test_vocabulary_counts_words_and_pairs():
-    table = pd.DataFrame({"caption_2": ["a b a", "a b"], "caption": ["x", "x"], "clip_id": 1})
-    rows = captions.vocabulary(table).set_index("column")
-    assert rows.index.tolist() == ["caption", "caption_2", "all"]
-    second = rows.loc["caption_2"]
-    # a b a | a b: 5 words, 2 different; pairs ab ba | ab: 3, 2 different
-    assert (second.words, second.vocabulary, second.mean_length) == (5, 2, 2.5)
-    assert second.distinct_1 == pytest.approx(2 / 5)
-    assert second.distinct_2 == pytest.approx(2 / 3)
-    assert second.root_type_token == pytest.approx(2 / 5**0.5)
-    assert rows.loc["all", "captions"] == 4 and rows.loc["caption", "distinct"] == 1
-
-
-def test_more_captions_are_more_varied_ones():
-    labels = ESC50[:10]
-    rows = [captions.mix_captions(label, "park", 0, n=6) for label in labels]
-    table = captions.vocabulary(
-        pd.DataFrame(rows, columns=["caption", *(f"caption_{i}" for i in range(2, 7))])
-    ).set_index("column")
-    assert table.loc["all", "vocabulary"] > 1.5 * table.loc["caption", "vocabulary"]
-    assert table.distinct.drop("all").eq(10).all()
-
-
-def test_diversity_ranks_the_families():
-    tables = [captions.prompts(["dog", "rain"], f, n=10) for f in ("simple", "varied", "task")]
-
-    def embed(texts):
-        vectors = np.zeros((len(texts), 26))
-        for row, text in zip(vectors, texts, strict=True):
-            for letter in re.findall("[a-z]", text.lower()):
-                row[ord(letter) - 97] += 1
-        return vectors
-
-    table = captions.diversity(pd.concat(tables), embed).set_index("prompt_family")
-    assert table.distinct.tolist() == [2, 20, 20] and table.prompts.tolist() == [20] * 3
-    assert table.loc["simple", "embedding_distance"] == pytest.approx(0, abs=1e-12)
-    assert table.distinct_2.drop("simple").min() > 3 * table.distinct_2["simple"]
-    # against all pairs one by one
-    texts = tables[1].groupby("label").prompt.agg(list)
-    pairs = [
-        np.mean(
-            [
-                1 - np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
-                for a, b in itertools.combinations(embed(own), 2)
-            ]
-        )
-        for own in texts
-    ]
-    assert table.loc["varied", "embedding_distance"] == pytest.approx(np.mean(pairs))
 
 
 # --- texts from files -----------------------------------------------------------------------------
