@@ -110,25 +110,6 @@ def _root_trace(a, b):
     return roots.sum(), np.minimum(np.sqrt(noise), noise / np.maximum(roots, 1e-300)).sum()
 
 
-def leave_one_out(x, y, groups=None):
-    """Find outliers: a table of each clip's ``contribution``, the distance less that ``without`` it.
-
-    A clip is a row of `y`, or a group; the largest contribution comes first. Fewer clips mean more
-    bias, so the typical clip is slightly negative: compare clips with each other.
-    """
-    import pandas as pd
-
-    x, y = _pair(x, y)
-    if len(y) < 3:
-        raise ValueError(f"candidate: leaving one out needs at least 3 rows, got {len(y)}")
-    codes = _codes(len(y), groups, "candidate")
-    clips, counts = np.unique(codes if groups is None else np.asarray(groups), return_counts=True)
-    without = [frechet_distance(x, y[codes != code]) for code in range(len(clips))]
-    table = pd.DataFrame({"clip": clips, "rows": counts, "without": without})
-    table["contribution"] = frechet_distance(x, y) - table["without"]
-    return table.sort_values("contribution", ascending=False, kind="stable", ignore_index=True)
-
-
 # --- kernel distance -----------------------------------------------------------------------------
 
 

@@ -521,7 +521,7 @@ def generate_clips(plan, backend, out_dir, batch_size=None, max_attempts=3, loud
         audiocraft writes; or LUFS (ITU-R BS.1770), less where the peak would pass −1 dB.
     shard : str, optional
         "i/n": every n-th row of the plan, from the i-th; all n together make the same files as one
-        call. Under ``accelerate launch`` each process makes its share, and all return all of it.
+        call.
 
     Returns
     -------
@@ -533,9 +533,6 @@ def generate_clips(plan, backend, out_dir, batch_size=None, max_attempts=3, loud
     from tqdm import tqdm
 
     plan = _checked(plan, loudness, max_attempts)
-    if shard is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        with _team() as share:
-            generate_clips(plan, backend, out_dir, batch_size, max_attempts, loudness, share)
     plan, records = store.shard(plan, shard), store.Records(out_dir, "clips")
     # a bar on a terminal; in notebooks and logs a line a minute
     rare = {} if sys.stderr.isatty() else dict.fromkeys(["delay", "mininterval", "maxinterval"], 60)
@@ -568,18 +565,6 @@ def _described(table, backend, out_dir):
     about |= {key: backend.settings.get(key) for key in ("guidance_scale", "steps")}
     numbers = dict.fromkeys(["fold", "guidance_scale", "lufs", "score"], float)
     return table.assign(source_id=table["clip_id"], **about).astype(numbers | {"steps": "Int64"})
-
-
-@contextmanager
-def _team():
-    """Give the share of this process of ``accelerate launch``, and wait for the others."""
-    import torch
-    from accelerate import PartialState
-
-    # where there is no GPU, processes find each other only if told so
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    yield f"{state.process_index + 1}/{state.num_processes}"
-    state.wait_for_everyone()
 
 
 def _checked(plan, loudness, max_attempts):

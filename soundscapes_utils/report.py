@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import audio, captions, fad, generation, pipeline, stats, store
+from . import audio, captions, datasets, fad, generation, pipeline, stats, store
 
 # The sounds on a run's page: one of each of the first labels in a notebook's table.
 SOUNDS = {"01": ("mixes", 6), "02": ("generated", 10), "03": ("scene_samples", 4)}
@@ -240,28 +240,41 @@ def listening_page(out_dir, generated, real=None, *, title="Listen", per_class=2
     )
 
 
-def page_of_table(run_dir, table="generated", per_class=24):
-    """Make the listening page of a table that a run has left, with its scores and real clips.
+def page_of(place, per_class=24):
+    """Make a page to hear a set of sounds; return its path.
 
-    `table` is a name in the run's ``tables/`` or a CSV file; the page goes to ``listen/``, or to
-    ``listen-<name>/`` for another table than ``generated``.
+    `place` is a run, a folder with the table of its mixes or generated clips, any other folder of sounds
+    (`datasets.load_folder`), or a table (CSV). Clips of a run stand next to its recordings, with their
+    scores. The page goes to ``listen/`` in that folder, ``listen-<name>/`` for a table that is named,
+    ``<folder>-listen/`` beside a plain folder of sounds.
     """
-    folder = store.project_path(run_dir)
-    tables = folder / "tables"
-    file = Path(table) if Path(table).suffix == ".csv" else tables / f"{table}.csv"
-    if not file.is_file():
-        raise store.MissingStage(f"{file}: no such table; run notebook 02 first, or give a CSV file")
-    generated, real, name = store.read_table(file), None, file.stem
-    if (tables / f"{name}_scores.csv").is_file():
-        scores = store.read_table(tables / f"{name}_scores.csv").drop(columns="label")
-        generated = generated.merge(scores, on="clip_id", how="left")
-    if (tables / "clips.csv").is_file():
-        real = store.read_table(tables / "clips.csv")
-        real = real[real["label"].isin(generated.get("label", []))]
-        real = real if len(real) else None
-    out_dir = folder / ("listen" if name == "generated" else f"listen-{name}")
-    title = f"{folder.name}: {name.replace('_', ' ')}"
-    return listening_page(out_dir, generated, real, title=title, per_class=per_class)
+    place = store.project_path(place)
+    known = (place / name for name in ("tables/generated.csv", "generated.csv", "mixes.csv"))
+    file = place if place.suffix == ".csv" else next(filter(Path.is_file, known), None)
+    if file is None:
+        table, real, name, folder = datasets.load_folder(place), None, "", place
+    else:
+        table, real, name = store.read_table(file), None, file.stem
+        folder = file.parent.parent if file.parent.name == "tables" else file.parent
+        table["path"] = [str(_beside(file, path)) for path in table.get("path", [])]
+        beside = {key: file.with_name(f"{key}.csv") for key in (f"{name}_scores", "clips")}
+        if beside[f"{name}_scores"].is_file():
+            scores = store.read_table(beside[f"{name}_scores"]).drop(columns="label")
+            table = table.merge(scores, on="clip_id", how="left")
+        if beside["clips"].is_file():
+            real = store.read_table(beside["clips"])
+            real = real[real["label"].isin(table.get("label", []))]
+            real = real if len(real) else None
+    out_dir = folder / ("listen" if place != file or name == "generated" else f"listen-{name}")
+    out_dir = out_dir if file else folder.with_name(f"{folder.name}-listen")
+    title = ": ".join(filter(None, [folder.name, name.replace("_", " ")]))
+    return listening_page(out_dir, table, real, title=title, per_class=per_class)
+
+
+def _beside(file, path):
+    """Where a table's path leads: relative to the table, or as tables of a run say it."""
+    near = file.parent / path
+    return near if near.exists() else store.project_path(path)
 
 
 def _side(name, table, out_dir, per_class, seed):

@@ -188,31 +188,6 @@ def _sign_flip_p(differences, n, seed):
     return (as_extreme + 1) / (n + 1)
 
 
-def mcnemar(a, b, sources=None):
-    """McNemar's exact test: do two classifiers err equally often on the same recordings?
-
-    `a` and `b` say whether each classifier recognised each clip, `sources` which recording it is cut
-    from (else each is one of its own). Only recordings of which one recognised more clips tell the two
-    apart (``only_a, only_b`` of ``n``); under the null hypothesis each is a fair coin. ``odds_ratio`` is
-    only_a over only_b, with Clopper and Pearson's 95 % interval. It holds for these two trainings.
-    """
-    from scipy.stats import binomtest
-
-    a, b = _pair(a, b, "mcnemar", 1)
-    if not np.isin(np.concatenate([a, b]), (0, 1)).all():
-        raise ValueError("mcnemar: values must be true or false; take one run, not a mean of runs")
-    gain = pd.Series(a - b).groupby(np.arange(len(a)) if sources is None else list(sources)).sum()
-    only_a, only_b = int((gain > 0).sum()), int((gain < 0).sum())
-    counts = {"n": len(gain), "only_a": only_a, "only_b": only_b}
-    counts["difference"] = float((a - b).mean())
-    if only_a + only_b == 0:
-        return counts | {"odds_ratio": 1.0, "odds_low": 0.0, "odds_high": np.inf, "p_value": 1.0}
-    test = binomtest(only_a, only_a + only_b)
-    odds = [float(p / (1 - p)) if p < 1 else np.inf for p in (test.statistic, *test.proportion_ci())]
-    odds = dict(zip(("odds_ratio", "odds_low", "odds_high"), odds, strict=True))
-    return counts | odds | {"p_value": float(test.pvalue)}
-
-
 def holm(p_values):
     """Correct the p-values of several tests so that all of them together err rarely.
 
@@ -403,17 +378,6 @@ def class_deltas(predictions, arm, model, against="real"):
         rows.append(row | {name: found.get(name, np.nan) for name in tested})
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table["p_value"]))
-
-
-def confusion(predictions, arm, model):
-    """Count what each class (rows) was taken for (columns), over all folds and runs of one arm."""
-    table = _recognised(predictions)
-    part = table[(table["name"] == str(arm)) & (table["model"] == model)]
-    if part.empty:
-        raise ValueError(f"no predictions of arm {arm} with {model}; was it run?")
-    classes = sorted(set(table["label"]))
-    counts = pd.crosstab(part["label"], part["predicted"])
-    return counts.reindex(index=classes, columns=classes, fill_value=0)
 
 
 def linear_probe(seed=0):

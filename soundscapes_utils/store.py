@@ -56,9 +56,10 @@ def project_root(start=None):
 
 
 def project_path(path):
-    """Resolve a path: absolute ones stay, relative ones are taken from the project's root."""
+    """Find a path: a relative one in the working folder if it is there, else in the project."""
     path = Path(path).expanduser()
-    return path if path.is_absolute() else project_root() / path
+    here = Path.cwd() / path  # which is the path itself if it is absolute
+    return here if path.is_absolute() or path.exists() else project_root() / path
 
 
 def walk_files(root, suffixes=None):

@@ -456,7 +456,6 @@ PAIRED = own_names("n difference ci_low ci_high effect p_value exact")
 def statistics(folder=None):
     rng = np.random.default_rng(0)
     values, few, many = rng.normal(size=30), rng.normal(0.3, 1, 10), rng.normal(0.1, 1, 40)
-    a, b = rng.random(50) < 0.8, rng.random(50) < 0.6
     predictions = toy_predictions()
     return {
         "bootstrap_ci": plain(stats.bootstrap_ci(values)),
@@ -466,7 +465,6 @@ def statistics(folder=None):
         "paired_test, exact": plain(stats.paired_test(few, values[:10])),
         "paired_test, drawn": plain(stats.paired_test(many[:30], values, n=2000, seed=1)),
         "holm": plain(stats.holm([0.01, 0.04, 0.03, 0.005, 0.5])),
-        "mcnemar": plain(stats.mcnemar(a, b)),
         "compare": {
             by: columns(stats.compare(predictions, by=by), PAIRED) for by in ("clip", "fold", "run")
         },

@@ -119,7 +119,6 @@ def test_bad_input_is_named(metric, x, y, message):
     [
         *fad.METRICS.values(),
         lambda x, y: fad.memorisation(x, y, y)["nearer"],
-        lambda x, y: fad.leave_one_out(x, y)["contribution"].tolist(),
         lambda x, y: fad.noise_floor(y, 5, 3).tolist(),
         lambda x, y: fad.fad_infinity(x, y, repeats=2)["value"],
     ],
@@ -213,55 +212,6 @@ def test_values_that_cannot_be_squared_are_refused():
     with pytest.raises(ValueError, match="candidate: values beyond 1e\\+150"):
         fad.frechet_distance(np.eye(3), 1e200 * np.eye(3))
     assert fad.frechet_distance(1e-200 * np.eye(3), 3e-200 * np.eye(3)) == 0.0
-
-
-# --- contributions of clips -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("n", "m", "d"), [(40, 30, 6), (40, 12, 20), (9, 30, 20), (9, 6, 20), (30, 3, 2), (2, 4, 3)]
-)
-def test_contributions_equal_leaving_each_clip_out(n, m, d):
-    x, y = gaussian(n, d, 1) @ gaussian(d, d, 3), gaussian(m, d, 2, 0.3)
-    found = fad.leave_one_out(x, y).set_index("clip")
-    whole = fad.frechet_distance(x, y)
-    for row in range(m):
-        expected = fad.frechet_distance(x, np.delete(y, row, axis=0))
-        assert found["without"][row] == pytest.approx(expected, rel=1e-11)
-        assert found["contribution"][row] == pytest.approx(whole - expected, abs=1e-8 * whole)
-
-
-def test_contributions_of_degenerate_sets():
-    found = fad.leave_one_out(np.zeros((5, 3)), np.ones((4, 3)))
-    assert found["without"].tolist() == pytest.approx([3.0] * 4)
-    # each clip is the only one in its dimension
-    y = np.diag([1.0, 2, 3, 4])
-    found = fad.leave_one_out(whitened(50, 4), y).set_index("clip")
-    for row in range(4):
-        expected = fad.frechet_distance(whitened(50, 4), np.delete(y, row, axis=0))
-        assert found["without"][row] == pytest.approx(expected, rel=1e-11)
-
-
-def test_contributions_find_the_outliers():
-    x, y = gaussian(60, 10, 1), gaussian(40, 10, 2)
-    y[[3, 30]] += 6.0
-    found = fad.leave_one_out(x, y)
-    assert set(found["clip"][:2]) == {3, 30}
-    assert found["contribution"].is_monotonic_decreasing
-    assert found["contribution"][1] > 5 * abs(found["contribution"][2:]).max()
-
-
-def test_contributions_of_clips_of_several_rows():
-    x, y = gaussian(60, 4, 1), gaussian(20, 4, 2)
-    labels = np.repeat(["a", "b", "c", "d"], [3, 7, 5, 5])
-    found = fad.leave_one_out(x, y, labels).set_index("clip")
-    assert found["rows"].to_dict() == {"a": 3, "b": 7, "c": 5, "d": 5}
-    for label in "abcd":
-        assert found["without"][label] == fad.frechet_distance(x, y[labels != label])
-    with pytest.raises(ValueError, match="at least 3 rows"):
-        fad.leave_one_out(x, y[:2])
-    with pytest.raises(ValueError, match="expected 20 labels"):
-        fad.leave_one_out(x, y, labels[:5])
 
 
 # --- KAD and manifolds ----------------------------------------------------------------------------

@@ -736,12 +736,15 @@ def test_command_line_makes_a_plan_in_shards(tmp_path, capsys):
     plan.to_csv(path, index=False)
     options = ["-o", "steps", "1", "-o", "device", "cpu", "--loudness", "-30"]
     for shard in ("1/2", "2/2"):
-        assert main(["generate", path, out, *options, "--shard", shard]) == 0
         assert not (tmp_path / "clips/generated.csv").exists()
+        assert main(["generate", path, out, *options, "--shard", shard]) == 0
+    in_shards = (tmp_path / "clips/generated.csv").read_bytes()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "clips").glob("*.wav")}
     assert main(["generate", path, out, *options]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    first, _, last, _ = capsys.readouterr().out.splitlines()
+    assert (tmp_path / "clips/generated.csv").read_bytes() == in_shards
+    first, told, *_, last, _, _ = capsys.readouterr().out.splitlines()
+    assert told == "1 of 2 shards are done: the table comes with the last"
     assert re.search("2 clips .*: 2 made, 0 kept, 0 outputs rejected; .* s, .* clips/s$", first)
     assert re.search("4 clips .*: 0 made, 4 kept, 0 outputs rejected; .* s, 0.00 clips/s$", last)
     table = pd.read_csv(tmp_path / "clips/generated.csv")
@@ -763,8 +766,26 @@ def test_command_line_refuses_in_one_line(tmp_path, capsys, arguments, message):
     from soundscapes_utils.__main__ import main
 
     small_plan(1).to_csv(tmp_path / "plan.csv", index=False)
-    assert main(["generate", str(tmp_path / "plan.csv"), str(tmp_path), *arguments]) == 2
+    assert main(["generate", str(tmp_path / "plan.csv"), str(tmp_path), *arguments]) == 1
     assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
+
+
+def test_command_line_makes_clips_of_prompts_in_turn(tmp_path, monkeypatch):
+    from soundscapes_utils.__main__ import main
+
+    monkeypatch.setattr(generation, "get_backend", lambda name, **options: Tones())
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "one", "--prompt", "a forklift beeping", "-n", "3", "--seconds", "1"]) == 0
+    table = pd.read_csv("one/generated.csv")
+    assert table.prompt.tolist() == ["a forklift beeping"] * 3 and table.seed.nunique() == 3
+    assert (table.duration_s == 1).all() and all((tmp_path / "one" / p).is_file() for p in table.path)
+    (tmp_path / "mine.txt").write_text("a pump\n\nrain on a roof\n")
+    pd.DataFrame({"prompt": ["a pump", "rain on a roof"], "label": "x"}).to_csv("mine.csv")
+    for file in ("mine.txt", "mine.csv"):
+        assert main(["generate", file[-3:], "--prompts", file, "-n", "3"]) == 0
+        table = pd.read_csv(f"{file[-3:]}/generated.csv")
+        assert table.prompt.tolist() == ["a pump", "rain on a roof", "a pump"]
+        assert table.seed.nunique() == 3 and table.clip_id[0] == "a_pump-0000"
 
 
 def test_command_line_takes_the_level_of_a_preset(tmp_path, monkeypatch):

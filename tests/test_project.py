@@ -17,6 +17,7 @@ import tomllib
 import venv
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import yaml
@@ -222,7 +223,8 @@ def test_imports_are_light():
         assert not in_a_fresh_python(code.format(line)), line
 
 
-COMMANDS = ["run", "report", "profiles", "publish", "mix", "generate", "finetune", "train-mini"]
+COMMANDS = ["run", "report", "listen", "profiles", "publish", "plan-mixes", "mix", "generate"]
+COMMANDS += ["score", "finetune", "train-mini"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -241,13 +243,16 @@ def test_help_comes_at_once(command):
 def test_wrong_calls_end_in_one_line(capsys, tmp_path):
     from soundscapes_utils.__main__ import main
 
-    for words, message in (
-        (["run", "qick"], "no profile 'qick'; nearest: quick"),
-        (["report", str(tmp_path)], "holds no run"),
-        (["mix", str(tmp_path / "plan.csv"), str(tmp_path)], "plan.csv: cannot be read"),
-        (["finetune", str(tmp_path / "config.yaml")], "config.yaml"),
+    for words, message, code in (
+        (["run", "qick"], "no profile 'qick'; nearest: quick", 2),
+        (["generate", str(tmp_path)], "give a plan, or --prompt TEXT, or --prompts FILE", 2),
+        (["generate", "plan.csv", str(tmp_path), "--prompt", "a dog"], "give a plan, or --prompt", 2),
+        (["score", str(tmp_path)], "no recordings", 1),
+        (["report", str(tmp_path)], "holds no run", 1),
+        (["mix", str(tmp_path / "plan.csv"), str(tmp_path)], "plan.csv: cannot be read", 1),
+        (["finetune", str(tmp_path / "config.yaml")], "config.yaml", 1),
     ):
-        assert main(words) == 2
+        assert main(words) == code
         assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err), words
 
 
@@ -260,7 +265,13 @@ def test_wrong_calls_end_in_one_line(capsys, tmp_path):
         ["mix", ".", "out"],
         ["generate", "none.csv", "out"],
         ["report", "none"],
-        ["report", "none", "--table", "none.csv"],
+        ["listen", "none"],
+        ["listen", "none.csv"],
+        ["plan-mixes", "none", "none", "plan.csv"],
+        ["score", "none", "none"],
+        ["score", "none", "--official", "dcase2024-task7"],
+        ["generate", "out", "--prompts", "none.txt"],
+        ["generate", "out", "--prompt", " "],
         ["run", "quick", "-p", "test_folds", "[1, 2"],
         ["run", "quick", "-p", "seed", "x\ny"],
     ],
@@ -269,7 +280,7 @@ def test_no_error_text_of_python_reaches_the_user(words, capsys, tmp_path, monke
     from soundscapes_utils.__main__ import main
 
     monkeypatch.chdir(tmp_path)
-    assert main(words) == 2
+    assert main(words) == (2 if words[0] == "run" else 1)
     said = capsys.readouterr().err
     assert re.fullmatch("error: .*\n", said)
     assert not re.search(r"Errno|Traceback|[a-z]Error", said), said
@@ -289,7 +300,7 @@ def test_wandb_without_a_key_is_refused_before_training(tmp_path, capsys, monkey
         "{checkpoint: builtin, dataset_root: set.csv, out_dir: out, wandb_project: mine}\n"
     )
     wandb.teardown()  # its settings are read once a process
-    assert main(["finetune", str(config)]) == 2
+    assert main(["finetune", str(config)]) == 1
     assert "wandb login" in capsys.readouterr().err
 
 
@@ -341,12 +352,46 @@ def test_mix_command_renders_a_plan_in_parts(capsys, tmp_path):
     store.write_table(plan, tmp_path / "plan.csv")
     words = ["mix", str(tmp_path / "plan.csv"), str(tmp_path / "mixes")]
     for part in ("1/2", "2/2"):
+        assert not (tmp_path / "mixes/mixes.csv").exists()
         assert main([*words, "--shard", part]) == 0
-    assert not (tmp_path / "mixes/mixes.csv").exists()
+    in_parts = (tmp_path / "mixes/mixes.csv").read_bytes()
     assert main(words) == 0
+    assert (tmp_path / "mixes/mixes.csv").read_bytes() == in_parts
     assert "6 mixes are in" in capsys.readouterr().out
-    mixes = store.read_table(tmp_path / "mixes/mixes.csv")
-    assert len(mixes) == 6 and all(Path(path).is_file() for path in mixes["path"])
+    # the folder can be moved: paths are relative to the table
+    (tmp_path / "mixes").rename(tmp_path / "moved")
+    mixes = store.read_table(tmp_path / "moved/mixes.csv")
+    assert mixes["clip_id"].tolist() == plan["clip_id"].tolist()
+    assert all((tmp_path / "moved" / path).is_file() for path in mixes["path"])
+    # another plan under the same names is not taken for this one
+    store.write_table(plan.assign(seed=plan["seed"] + 1), tmp_path / "plan.csv")
+    assert main([*words, "--shard", "1/2"]) == 0
+    assert not (tmp_path / "mixes/mixes.csv").exists()
+
+
+def test_two_folders_are_planned_mixed_scored_and_listened_to(capsys, tmp_path, monkeypatch):
+    from soundscapes_utils import audio, fad, metadata
+    from soundscapes_utils.__main__ import main
+
+    rng = np.random.default_rng(0)
+    for place in ("events/dog", "events/cat", "scenes/park"):
+        for i in range(15):  # one word each, no counter: recordings of their own
+            y = rng.normal(0, 0.1, 16_000).clip(-0.9, 0.9)
+            audio.save_audio(tmp_path / place / f"take{'abcdefghijklmno'[i]}.wav", y, 16_000)
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan-mixes", "events", "scenes", "plan.csv", "-n", "20", "--snr", "0", "6",
+                 "-o", "duration_s", "1", "-o", "fade_s", "[0.01, 0.1]"]) == 0  # fmt: skip
+    plan = store.read_table(tmp_path / "plan.csv")
+    assert len(plan) == 20 and plan["snr_db"].between(0, 6).all() and plan["fade_s"].nunique() > 1
+    assert main(["mix", "plan.csv", "mixes"]) == 0
+    assert len(metadata.read_audiocaps(tmp_path / "mixes/metadata/dataset_root.json")) == 20
+    assert main(["listen", "mixes"]) == 0 and (tmp_path / "mixes/listen/index.html").is_file()
+    capsys.readouterr()
+    assert main(["score", "events", "mixes", "--embedding", "logmel-stats", "--out", "s.csv"]) == 0
+    assert "logmel-stats" in capsys.readouterr().out
+    scores = store.read_table(tmp_path / "s.csv")
+    assert list(scores) == fad.SCORE_COLUMNS and set(scores["metric"]) == {"FAD", "KAD"}
+    assert (scores["n_reference"] == 30).all() and (scores["n_candidate"] == 20).all()
 
 
 def test_profile_command_shows_every_parameter(capsys):

@@ -260,19 +260,26 @@ def test_command_makes_the_page_of_a_run(tmp_path, capsys):
     made.drop(columns="clap_score").to_csv(tmp_path / "run/tables/generated.csv")
     scores.to_csv(tmp_path / "run/tables/generated_scores.csv", index=False)
     real.assign(label="dog").to_csv(tmp_path / "run/tables/clips.csv", index=False)
-    assert main(["report", run, "--table", "generated", "--per-class", "2"]) == 0
+    assert main(["listen", run, "--per-class", "2"]) == 0
     cards = Page(tmp_path / "run/listen/index.html").named("article")
     assert [card["data-side"] for card in cards] == ["real"] * 2 + ["synthetic"] * 4
     assert (tmp_path / "run/listen/index.html").read_text().count("marked: keep joint") == 4
     named = {json.loads(card["data-numbers"]).get("clap score") for card in cards[2:]}
     assert named <= {0.1, 0.9, 0.5, -0.2, 0.3, None} and len(named) > 1
-    made.to_csv(tmp_path / "mine.csv", index=False)
-    assert main(["report", run, "--table", str(tmp_path / "mine.csv")]) == 0
+    made.to_csv(tmp_path / "run/tables/mine.csv", index=False)
+    assert main(["listen", str(tmp_path / "run/tables/mine.csv")]) == 0
     assert (tmp_path / "run/listen-mine/index.html").is_file()
-    assert main(["report", run, "--table", "nothing"]) == 2
-    assert "no such table; run notebook 02" in capsys.readouterr().err
     (tmp_path / "source/made-dog-1.wav").unlink()
-    assert main(["report", run, "--table", str(tmp_path / "mine.csv")]) == 2
+    assert main(["listen", str(tmp_path / "run/tables/mine.csv")]) == 1
+
+
+def test_any_folder_of_sounds_can_be_listened_to(tmp_path, monkeypatch, capsys):
+    for name in ("dog/a.wav", "dog/b.wav", "rain/a.wav"):
+        audio.save_audio(tmp_path / "sounds" / name, 0.1 * np.ones(8000), 16_000)
+    monkeypatch.chdir(tmp_path)
+    assert main(["listen", "sounds"]) == 0
+    assert "Page: " in capsys.readouterr().out
+    assert len(Page(tmp_path / "sounds-listen/index.html").named("article")) == 3
 
 
 # --- what goes back into the repository ----------------------------------------------------------

@@ -186,54 +186,6 @@ def test_nested_bootstrap_says_what_is_missing(folds, sources, message):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=9))
-def test_mcnemar_equals_the_sign_flips_of_the_pairs(pairs):
-    a, b = np.array(pairs).T
-    result = stats.mcnemar(a, b)
-    # swapping the two classifiers clip by clip is the same null hypothesis
-    assert result["p_value"] == pytest.approx(stats.paired_test(a, b)["p_value"], abs=1e-12)
-    assert result["difference"] == pytest.approx(a.mean() - b.mean())
-    assert result["odds_low"] <= result["odds_ratio"] <= result["odds_high"]
-
-
-def test_mcnemar_of_a_published_table():
-    # Agresti, Categorical Data Analysis, table 10.1: 150 against 86 of 1600 changed their mind
-    a = np.r_[np.ones(150), np.zeros(86), np.ones(794), np.zeros(570)]
-    b = np.r_[np.zeros(150), np.ones(86), np.ones(794), np.zeros(570)]
-    result = stats.mcnemar(a, b)
-    assert (result["only_a"], result["only_b"], result["n"]) == (150, 86, 1600)
-    assert result["difference"] == pytest.approx(0.04)
-    # z² = 17.36 there; the exact test agrees in its order of magnitude
-    assert result["p_value"] == pytest.approx(reference.chi2.sf(17.36, 1), rel=0.3)
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(1, 4)), min_size=2, max_size=9))
-def test_mcnemar_counts_recordings_not_their_clips(recordings):
-    a, b, times = (np.array(column) for column in zip(*recordings, strict=True))
-    names = [f"s{i}" for i in range(len(a))]
-    found = stats.mcnemar(*(np.repeat(v, times) for v in (a, b, names)))
-    expected = stats.mcnemar(a, b)
-    keys = ["n", "only_a", "only_b", "odds_ratio", "odds_low", "odds_high", "p_value"]
-    assert [found[key] for key in keys] == [expected[key] for key in keys]
-    assert found["difference"] == pytest.approx(np.repeat(a * 1.0 - b, times).mean())
-
-
-def test_mcnemar_of_recordings_whose_clips_differ():
-    # s0: a one clip more; s1: as many; s2: b two more
-    found = stats.mcnemar([1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1], ["s0", "s0", "s1", "s1", "s2", "s2"])
-    assert (found["n"], found["only_a"], found["only_b"], found["p_value"]) == (3, 1, 1, 1.0)
-
-
-def test_mcnemar_takes_single_runs_only():
-    with pytest.raises(ValueError, match="mean of runs"):
-        stats.mcnemar([1, 0.5], [0, 1])
-    with pytest.raises(ValueError, match="2 values against 3"):
-        stats.mcnemar([1, 0], [0, 1, 1])
-    assert stats.mcnemar([1, 0], [1, 0])["p_value"] == 1.0
-
-
-@settings(deadline=None, max_examples=40)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0.001, 0.999))
 def test_holm_rejects_what_the_step_down_procedure_rejects(p_values, level):
     adjusted = stats.holm(p_values)
@@ -594,17 +546,6 @@ def test_clips_of_one_recording_are_one_observation():
     assert row["difference"] == 0.75 and row["p_value"] == 2 / 2**3
     (alone,) = stats.class_deltas(predictions, "both:1", "svm").to_dict("records")
     assert alone["n_sources"] == 16 and alone["p_value"] < 0.01
-
-
-def test_confusion_equals_scikit_learns():
-    from sklearn.metrics import confusion_matrix
-
-    predictions = some_predictions()
-    part = predictions[predictions["arm"] == "real"]
-    found = stats.confusion(predictions, "real", "sbcnn")
-    np.testing.assert_array_equal(found, confusion_matrix(part["label"], part["predicted"]))
-    with pytest.raises(ValueError, match="was it run"):
-        stats.confusion(predictions, "real", "crnn")
 
 
 def test_the_judge_finds_clips_that_are_not_what_they_are_called():
