@@ -278,7 +278,12 @@ MODELS = {
     "sbcnn:as_released": partial(SBCNN, n_frames=RELEASED_PATCH),
     "crnn:as_released": partial(CRNN, n_frames=RELEASED_PATCH, as_released=True),
 }
-"""Networks by name, each made from a number of classes; enter your own here."""
+"""Networks by name, each made from a number of classes; your own is named ``module:Class``."""
+
+
+def network_class(model):
+    """What makes a network from a number of classes: of `MODELS`, or one's own, ``module:Class``."""
+    return MODELS.get(model) or store.load_class(model)
 
 
 def _baselines(seed):
@@ -359,7 +364,7 @@ def train_classifier(model, train, validation, n_classes, training, seed=0, augm
     with torch.random.fork_rng([] if device.type == "cpu" else [device], **kept):
         torch.manual_seed(seed)
         # twice as fast on a CPU as torch's default layout
-        network = MODELS[model](n_classes).to(device, memory_format=torch.channels_last)
+        network = network_class(model)(n_classes).to(device, memory_format=torch.channels_last)
         optimiser = torch.optim.Adam(network.parameters(), **ADAM)
         # a view of every patch that a clip holds; a batch copies only those it draws
         frames, starts = _patches(model)

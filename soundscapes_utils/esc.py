@@ -113,7 +113,7 @@ class Study:
     """What a study compares.
 
     - ``arms``: each an `Arm` or its text. ``models``: keys of :data:`classifiers.MODELS`, names of
-      :data:`classifiers.BASELINES`, or ``"probe:<embedding>"``.
+      :data:`classifiers.BASELINES`, ``"probe:<embedding>"``, or one's own ``module:Class``.
     - ``test_folds``, one after the other; the next fold, cyclically, validates. ``runs`` repeat each
       with other seeds; all choices follow from ``seed``.
     - ``real_per_class``: train on this many real clips per class (spread over the training folds).
@@ -134,9 +134,10 @@ class Study:
         arms = tuple(dict.fromkeys(Arm.parse(str(arm)) for arm in self.arms))
         object.__setattr__(self, "arms", arms)
         baselines = [model for model in self.models if _is_baseline(model)]
-        networks = [model for model in self.models if model in MODELS]
+        networks = [m for m in self.models if m in MODELS or (":" in m and m not in baselines)]
+        list(map(classifiers.network_class, networks))  # one's own is there, and can be imported
         if len(baselines) + len(networks) < len(self.models) or not (self.models and arms):
-            known = f"{list(MODELS)}, {list(BASELINES)} and 'probe:<embedding>'"
+            known = f"{list(MODELS)}, {list(BASELINES)}, 'probe:<embedding>' and 'module:Class'"
             raise ValueError(f"models {list(self.models)}, arms {[*map(str, arms)]}: models are {known}")
         if self.validation not in ("real", "as_released", "none"):
             raise ValueError("validation must be 'real', 'as_released' or 'none'")
@@ -425,9 +426,9 @@ class _Data:
 
 
 def _input_kind(model):
-    if model in MODELS:
-        return "as_released" if model.endswith(":as_released") else "logmel"
-    return "mfcc" if model in BASELINES else model
+    if _is_baseline(model):
+        return "mfcc" if model in BASELINES else model
+    return "as_released" if model.endswith(":as_released") else "logmel"
 
 
 def _inputs(kind, paths, cache_dir, embeddings):
@@ -511,7 +512,7 @@ def _outcomes(trials, data, training):
             model, device = trial["info"]["model"], devices[i % len(devices)]
             placed = trial | {"training": replace(trial["training"], device=device)}
             x = data.x[_input_kind(model)]
-            yield joblib.delayed(_attempt)(placed, MODELS.get(model), x, data.y, len(data.classes))
+            yield joblib.delayed(_attempt)(placed, x, data.y, len(data.classes))
 
     while left:
         handed.clear()
@@ -529,12 +530,10 @@ def _outcomes(trials, data, training):
                 suspects = [key for key in handed if key in left]
 
 
-def _attempt(trial, network, x, y, n_classes):
+def _attempt(trial, x, y, n_classes):
     """Train and test one trial; give back its key, its entry, and what went wrong or None."""
     from threadpoolctl import threadpool_limits
 
-    if network:  # a process of its own does not know what the caller has entered
-        MODELS.setdefault(trial["info"]["model"], network)
     try:
         with _ONE_TRIAL, threadpool_limits(1):
             return trial["key"], _train_and_test(trial, x, y, n_classes), None
@@ -588,41 +587,3 @@ def _write_tables(trials, data, entries, out_dir):
     store.write_atomic(out_dir / "predictions.csv", predictions.getvalue())
     store.write_atomic(out_dir / "curves.csv", curves.getvalue())
     return results
-
-
-# --- lines of figures ----------------------------------------------------------------------------
-
-
-def _with_parts(table):
-    arms = [Arm.parse(name) for name in map(stats.arm_name, table["arm"], table["ratio"])]
-    parts = pd.DataFrame(arms, index=table.index)[["kind", "source", "per_class"]]
-    return table.assign(**parts, label=[str(arm._replace(per_class=None)) for arm in arms])
-
-
-def published_lines(results):
-    """The paper's accuracies and one's own (of a table *results*) as lines of one figure.
-
-    Lines of both and mixed begin with real clips only, at ratio 0. Arms on few real clips, and models
-    that the paper does not have, are left out.
-    """
-    theirs, own = stats.published(), _with_parts(stats.summarise(results))
-    lines = "paper: " + theirs["backend"] + ", " + theirs["prompt_family"] + " prompt"
-    theirs = theirs.assign(network=theirs["model"], variant="", kind=theirs["arm"], label=lines)
-    own[["network", "variant"]] = [model.partition(":")[::2] for model in own["model"]]
-    own["label"] = [", ".join(filter(None, parts)) for parts in own[["source", "variant"]].to_numpy()]
-    own["label"] = ("own: " + own["label"]).str.removesuffix(": ")
-    own = own[own["per_class"].isna() & own["network"].isin(theirs["network"])]
-    table = pd.concat([theirs.assign(published=True), own.assign(published=False)])
-    real, lines = table[table["kind"] == "real"], table[table["kind"] != "real"]
-    lines = lines[lines["kind"].isin(["both", "mixed", "synthetic"])]
-    keys = ["network", "variant", "published"]
-    begun = lines.loc[lines["kind"] != "synthetic", [*keys, "kind", "label"]].drop_duplicates()
-    begun = begun.merge(real.drop(columns=["kind", "label"]), on=keys)
-    columns = ["network", "kind", "label", "published", "ratio", "accuracy", "half_width"]
-    return pd.concat([begun, lines])[columns].sort_values("ratio", kind="stable")
-
-
-def few_real_lines(intervals):
-    """Accuracy over the number of real training clips per class, of a table of `stats.intervals`."""
-    table = _with_parts(intervals).dropna(subset="per_class").sort_values("per_class", kind="stable")
-    return table[["model", "label", "per_class", "accuracy", "ci_low", "ci_high"]]

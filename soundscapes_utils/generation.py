@@ -7,7 +7,6 @@ a batch, in another order, in a shard or after an interruption: on one machine, 
 
 import functools
 import hashlib
-import importlib
 import inspect
 import json
 import math
@@ -265,12 +264,8 @@ def get_backend(name, **options):
     [(20480,)]
     """
     options = {key: value for key, value in options.items() if value is not None}
-    module, _, attribute = name.partition(":")
-    if attribute:
-        try:
-            return getattr(importlib.import_module(module), attribute)(**options)
-        except (ImportError, AttributeError) as error:
-            raise GenerationError(f"backend {name!r} cannot be made: {error}") from error
+    if ":" in name:
+        return store.load_class(name)(**options)
     from . import ldm
 
     whole = preset(name)

@@ -258,6 +258,7 @@ def _environment(offline):
     if not sys.flags.safe_path:  # else this package was found where kernels find it too
         ours["PYTHONPATH"] = str(PACKAGE.parent)
     wishes = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": str(int(offline))}
+    wishes["SOUNDSCAPES_HERE"] = str(Path.cwd())  # where a class of one's own may lie
     words = [sys.executable, "-I", "-c", _WARDEN, private]
     with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True):
         os.environ.clear()

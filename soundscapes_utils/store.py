@@ -8,11 +8,13 @@ at all. *Made already?* :func:`content_key`, :func:`cached_array`, :class:`Recor
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import math
 import os
 import re
+import sys
 import uuid
 import warnings
 from dataclasses import dataclass
@@ -74,6 +76,21 @@ def walk_files(root, suffixes=None):
         names[:] = sorted(name for name in names if not name.startswith("."))
         found += [Path(folder) / name for name in files if not name.startswith(".")]
     return sorted(path for path in found if suffixes is None or path.suffix.lower() in suffixes)
+
+
+def load_class(name):
+    """Import one's own class, ``module:Class``: of a file where one stands, or of what is installed.
+
+    In a run one stands where the run was begun. A :class:`DataError` says what hinders it.
+    """
+    module, _, attribute = name.partition(":")
+    here = os.environ.get("SOUNDSCAPES_HERE") or os.getcwd()
+    sys.path += [here] * (here not in sys.path)  # at the end: nothing of ours is overridden
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # what an import can raise is no short list
+        remedy = f"give module:Class of a file in {here}, or of an installed package"
+        raise DataError(f"{name}: cannot be imported ({error}); {remedy}") from error
 
 
 # --- whole ---------------------------------------------------------------------------------------

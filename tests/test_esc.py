@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from toy_clips import CLASSES, Killed, Linear, write_clips
+from toy_clips import CLASSES, write_clips
 
-from soundscapes_utils import audio, classifiers, esc, ldm, plots, stats
+from soundscapes_utils import audio, classifiers, esc, ldm, stats, store
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -415,16 +415,21 @@ def test_equal_steps_are_more_epochs(clips, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_third_network_joins_the_study(clips, generated, tmp_path, monkeypatch, workers):
+def test_a_network_of_ones_own_joins_the_study(clips, generated, tmp_path, monkeypatch, workers):
     before = stats.published()
-    monkeypatch.setitem(classifiers.MODELS, "linear", Linear)
-    models = ["linear", "sbcnn"]
+    # a module in the working folder, which the processes that train must find too
+    (tmp_path / "of_mine.py").write_text("from toy_clips import Linear as Mine")
+    monkeypatch.chdir(tmp_path)
+    models = ["of_mine:Mine", "sbcnn"]
     results = quick_run(clips, generated, tmp_path, models=models, workers=workers)
-    assert results["model"].tolist() == ["linear", "sbcnn"] * 2
+    assert results["model"].tolist() == models * 2
     pd.testing.assert_frame_equal(stats.published(), before)
-    assert set(esc.published_lines(results)["network"]) == {"sbcnn", "crnn"}
-    with pytest.raises(ValueError, match=r"models are \['sbcnn', 'crnn'.*'linear'"):
-        esc.Study(["real"], ["linear:as_released"])
+
+
+@pytest.mark.parametrize("model", ["sbcnnn:as_released", "no_such_module:Net", "toy_clips:Nothing"])
+def test_networks_that_cannot_be_imported_are_named_before_anything_runs(model):
+    with pytest.raises(store.DataError, match=f"{model}: cannot be imported .*module:Class"):
+        esc.Study(["real"], [model])
 
 
 def test_learning_curves_are_kept(clips, generated, tmp_path):
@@ -484,86 +489,10 @@ def test_a_dask_cluster_gives_the_same_results(clips, generated, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no process can be killed so here")
-def test_a_killed_process_costs_its_own_trial_only(clips, tmp_path, monkeypatch):
-    monkeypatch.setitem(classifiers.MODELS, "killed", Killed)
-    models = ["knn", "killed", "svm"]
-    with pytest.raises(esc.TrialsFailed, match=r"(?s)1 of 3.*real killed fold 5 run 0.*killed \("):
+def test_a_killed_process_costs_its_own_trial_only(clips, tmp_path):
+    models = ["knn", "toy_clips:Killed", "svm"]
+    with pytest.raises(
+        esc.TrialsFailed, match=r"(?s)1 of 3.*real toy_clips:Killed fold 5 run 0.*killed \("
+    ):
         quick_run(clips, None, tmp_path, ["real"], models=models, workers=2)
     assert pd.read_csv(tmp_path / "results.csv")["model"].tolist() == ["knn", "svm"]
-
-
-# --- lines of figures ---
-
-
-def study_results(models, arms, runs=(0,)):
-    """Results of which each arm, model and run has an accuracy of its own."""
-    row = dict.fromkeys(esc.RESULT_COLUMNS, 0) | {"backend": "", "prompt_family": ""}
-    return pd.DataFrame(
-        [
-            row
-            | {"model": model, "arm": arm, "ratio": ratio, "run": run}
-            | {"accuracy": 0.5 + 0.1 * i + 0.02 * j + 0.01 * run}
-            for i, model in enumerate(models)
-            for j, (arm, ratio) in enumerate(arms)
-            for run in runs
-        ]
-    )
-
-
-def test_the_papers_figures_hold_all_its_numbers():
-    results = study_results(["sbcnn"], [("real", 0.0), ("both", 1.0)])
-    drawn, margins = [], []
-    for panel in plots.beside_published(esc.published_lines(results)).axes:
-        model, kind = panel.get_title().split(", ")
-        for container in panel.containers:
-            label, (line, *_) = container.get_label(), container.lines
-            if line and label.startswith("paper: ") and line.get_linestyle() == "--":
-                backend, family = label[len("paper: ") : -len(" prompt")].split(", ")
-                for ratio, accuracy in line.get_xydata():
-                    about = (kind, backend, family) if ratio else ("real", "", "")
-                    drawn.append((about[0], ratio, model, *about[1:], accuracy))
-            if container.get_label() == "paper: 95 % margin":
-                (ends,) = container.lines[2][0].get_segments()
-                margins.append((model, kind, *np.round(ends[:, 1], 4)))
-    table = stats.published().drop(columns="half_width")
-    assert set(drawn) == set(table.itertuples(index=False, name=None)) and len(set(drawn)) == 130
-    # 64.68 ± 0.82 and 62.70 ± 0.65 %
-    assert margins == [("sbcnn", "both", 0.6386, 0.655), ("sbcnn", "mixed", 0.6386, 0.655),
-                       ("crnn", "both", 0.6205, 0.6335), ("crnn", "mixed", 0.6205, 0.6335)]  # fmt: skip
-
-
-def test_own_sources_and_variants_can_be_told_apart_in_the_papers_figures():
-    arms = [("real", 0.0), ("both@mini", 1.0), ("both@ps1", 1.0), ("synthetic@mini", 2.0)]
-    models = ["sbcnn", "sbcnn:as_released", "knn"]
-    figure = plots.beside_published(
-        esc.published_lines(study_results(models, [*arms, ("real/2", 0.0)], runs=(0, 1)))
-    )
-    figure.canvas.draw()
-    own = {
-        (panel.get_title(), line.get_label()): line.lines[0]
-        for panel in figure.axes
-        for line in panel.containers
-        if line.get_label().startswith("own")
-    }
-    both = [f"own: {name}" for name in ("mini", "ps1", "mini, as_released", "ps1, as_released")]
-    assert set(own) == {("sbcnn, both", label) for label in both} | {
-        ("sbcnn, synthetic", label) for label in both[::2]
-    }
-    released = own["sbcnn, both", "own: mini, as_released"].get_xydata()
-    np.testing.assert_allclose(released, [[0, 0.605], [1, 0.625]])
-    looks = {label: {(line.get_marker(), str(line.get_color())) for (_, name), line in own.items()
-                     if name == label} for label in both}  # fmt: skip
-    assert all(len(look) == 1 for look in looks.values()) and len(set.union(*looks.values())) == 4
-    assert {*both, "paper: AudioLDM2, gpt prompt"} < {
-        text.get_text() for text in figure.legends[0].get_texts()
-    }
-    assert [axis.get_xlabel() != "" for axis in figure.axes] == [False] * 3 + [True] * 3
-
-
-def test_few_real_clips_are_lines_over_their_number():
-    arms = ["real", "real/4", "both@ps1/4", "real/2", "both@ps1/2"]
-    table = pd.DataFrame({"arm": arms, "ratio": [0.0, 0.0, 2.0, 0.0, 2.0], "model": "sbcnn"})
-    lines = esc.few_real_lines(table.assign(accuracy=0.5, ci_low=0.4, ci_high=0.6))
-    assert lines[["label", "per_class"]].to_numpy().tolist() == [
-        ["real", 2], ["both@ps1:2", 2], ["real", 4], ["both@ps1:2", 4]
-    ]  # fmt: skip

@@ -352,7 +352,7 @@ def test_a_backend_of_your_own_is_named_by_module_and_class(monkeypatch):
     backend = generation.get_backend("tiny_checkpoints:Tones", bad={1: 0.0}, pause=None)
     assert isinstance(backend, Tones) and backend.bad == {1: 0.0}
     for name in ("tiny_checkpoints:Overtones", "no_such_module:Tones"):
-        with pytest.raises(GenerationError, match=f"{name}' cannot be made"):
+        with pytest.raises(store.DataError, match=f"{name}: cannot be imported"):
             generation.get_backend(name)
 
 

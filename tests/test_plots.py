@@ -195,32 +195,6 @@ def test_accuracy_curve_shows_means_and_trained_classifiers():
     assert axes.collections[0].get_offsets().tolist() == [[1, 0.6], [1, 0.8]]
 
 
-def test_published_lines_are_dashed_and_their_margin_appears_once():
-    lines = [
-        ("sbcnn", "both", "paper: AudioLDM2, gpt prompt", True, 0, 0.7, 0.02),
-        ("sbcnn", "both", "paper: AudioLDM2, gpt prompt", True, 1, 0.75, np.nan),
-        ("sbcnn", "both", "paper: AudioGen, gpt prompt", True, 0, 0.7, 0.02),
-        ("sbcnn", "both", "own: mini", False, 0, 0.5, 0.1),
-        ("sbcnn", "both", "own: mini", False, 1, 0.6, 0.1),
-    ]
-    columns = ["network", "kind", "label", "published", "ratio", "accuracy", "half_width"]
-    figure = plots.beside_published(pd.DataFrame(lines, columns=columns), "Published")
-    assert panels(figure) == ["sbcnn, both", "sbcnn, mixed", "sbcnn, synthetic"]
-    assert points(figure.axes[0]) >= {(0, 0.7), (1, 0.75), (0, 0.5), (1, 0.6)}
-    styles = [line.get_linestyle() for line in figure.axes[0].lines if len(line.get_xdata()) == 2]
-    assert styles.count("--") == 1
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert sorted(legend) == sorted({*(line[2] for line in lines), "paper: 95 % margin"})
-
-
-def test_few_real_clips_stand_on_a_logarithmic_axis():
-    lines = pd.DataFrame({"model": "sbcnn", "label": "both 2", "per_class": [4, 16]})
-    lines = lines.assign(accuracy=[0.4, 0.6], ci_low=[0.3, 0.5], ci_high=[0.45, 0.7])
-    (axes,) = plots.few_real_clips(lines).axes
-    assert points(axes) >= {(4, 0.4), (16, 0.6)} and axes.get_xscale() == "log"
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["4", "16"]
-
-
 def test_confusions_are_shares_of_the_true_class():
     counts = pd.DataFrame([[3, 1], [0, 2]], index=["dog", "rain"], columns=["dog", "rain"])
     figure = plots.confusion_matrices({"one": counts, "two": counts}, "Two")
