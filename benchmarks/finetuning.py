@@ -299,7 +299,7 @@ def our_run(device, small, n, **options):
     if options.get("gradient_checkpointing"):
         unet.enable_gradient_checkpointing()
     config = finetuning.FinetuneConfig("", "", "", train=options.get("train", "full"))
-    finetuning._set_trainable(unet, config)
+    ldm.set_trainable(unet, config)
     step = stepper(unet, parts["scheduler"], options.get("precision", "bf16"))
     batch = latent_batch(n, frames, device)
     return lambda _: step(batch)

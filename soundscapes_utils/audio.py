@@ -133,6 +133,15 @@ def load_audio(path, sample_rate=None, duration=None, silent_ok=True):
     return check_audio(y, path, silent_ok), rate
 
 
+def find_fault(path):
+    """Read a sound file whole; say why it cannot be used (damaged, silent …), or nothing if it can."""
+    try:
+        load_audio(path, silent_ok=False)
+    except AudioError as error:
+        return str(error)
+    return ""
+
+
 def read_header(path):
     """Read samples per channel and sample rate (Hz) of a sound file, without its samples if it says."""
     path = Path(path)

@@ -116,10 +116,11 @@ def load_features(paths, cache_dir, workers=None, kind="logmel"):
     files that cannot be used.
     """
     compute, settings = _FRONT_ENDS[kind]
+    known = store.Records(cache_dir, "digests")
 
     def load(path):
         try:
-            key = store.content_key(Path(path).read_bytes(), settings, length=32)
+            key = store.content_key(store.known_digest(path, known), settings, length=32)
             file = Path(cache_dir) / f"{key}.npy"
             return store.cached_array(file, lambda: compute(path)), key
         except OSError as error:

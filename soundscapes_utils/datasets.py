@@ -265,14 +265,10 @@ def audit(clips):
 
     A problem is a file that is unreadable, cut short, empty, silent or not finite.
     """
-    problems = {}
-    for index, path in clips["path"].items():
-        try:
-            audio.load_audio(path, silent_ok=False)
-        except audio.AudioError as error:
-            problems[index] = str(error).removeprefix(f"{path}: ")
-    bad = clips.loc[list(problems), ["clip_id", "path"]].assign(problem=list(problems.values()))
-    return clips.drop(index=bad.index).reset_index(drop=True), bad.reset_index(drop=True)
+    faults = [audio.find_fault(path).removeprefix(f"{path}: ") for path in clips["path"]]
+    named = clips[["clip_id", "path"]].assign(problem=faults)
+    bad = named["problem"] != ""
+    return clips[~bad].reset_index(drop=True), named[bad].reset_index(drop=True)
 
 
 # --- checks of the loaders -----------------------------------------------------------------------

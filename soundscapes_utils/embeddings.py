@@ -106,9 +106,10 @@ class Embedding:
     def _each(self, clips, sample_rate, cache_dir, batch_size):
         """Yield every clip's place and rows [windows, dim + 1]; the last column is the clip's peak."""
         waiting, held = [], 0
+        known = store.Records(cache_dir, "digests") if cache_dir else None
         for place, clip in enumerate(clips):
             name = _name(clip, place)
-            file = self._cache_file(clip, name, sample_rate, cache_dir) if cache_dir else None
+            file = self._cache_file(clip, name, sample_rate, known) if cache_dir else None
             if file and file.is_file():
                 alone = partial(self._alone, clip, name, sample_rate, batch_size)
                 yield place, store.cached_array(file, alone)
@@ -166,10 +167,10 @@ class Embedding:
         starts = range(0, len(y) - n + 1, round(self.hop_s * self.sample_rate))
         return peak, [y[start : start + n] for start in starts]
 
-    def _cache_file(self, clip, name, sample_rate, cache_dir):
+    def _cache_file(self, clip, name, sample_rate, known):
         if isinstance(clip, (str, os.PathLike)):
             try:
-                content = (Path(clip).read_bytes(),)
+                content = (store.known_digest(clip, known),)
             except OSError as error:
                 raise audio.AudioError(f"{clip}: cannot be read ({error})") from error
         else:
@@ -177,7 +178,7 @@ class Embedding:
             content = sample_rate or self.sample_rate, y.tobytes()
         framing = self.window_s, self.hop_s, self.short, "soxr HQ"
         key = store.content_key(self.name, self.version, framing, *content, length=32)
-        return Path(cache_dir) / self.name / key[:2] / f"{key}.npy"
+        return known.folder.parent / self.name / key[:2] / f"{key}.npy"
 
 
 def _name(clip, place):

@@ -559,7 +559,10 @@ def _floor(fixed, real, size):
         *scored, note = _score(*fixed, real[0][kept], real[1][kept])
         return *scored, size, "; ".join(filter(None, ["real clips outside the reference", note]))
     size, splits = _half_size(codes), max(10, repeats // 10)
-    values = noise_floor(reference, size, splits, seed, metric=metric, groups=codes)
+    try:
+        values = noise_floor(reference, size, splits, seed, metric=metric, groups=codes)
+    except ValueError:
+        return np.nan, np.nan, np.nan, 0, "too few recordings for two halves"
     note = f"disjoint halves of the reference, {splits} splits"
     if name == "FAD-inf" and size // 4 < reference.shape[1]:
         note = f"{note}; {_UNTRUSTED}"

@@ -440,7 +440,7 @@ def load_data(pipe, config, clips=None, accelerator=None):
     from tqdm.auto import tqdm
 
     clips = _usable(config, _read_clips(config)) if clips is None else clips
-    folder = Path(config.cache_dir or _next_to(config, "cache"))
+    folder, clips = _cache(config), clips.assign(digest=_digests(config, clips))
     tower = ldm.local_folder(ldm.checkpoint_info(config.checkpoint)["audio_encoder"])
     made_from = [ldm.checkpoint_digest(ldm.resolve(config.checkpoint)), ldm.checkpoint_digest(tower)]
     made_from += [ldm.load_clap(str(config.checkpoint)).front_end, config.seed, ldm.TRIES]
@@ -450,10 +450,10 @@ def load_data(pipe, config, clips=None, accelerator=None):
         content = store.content_key(made_from, texts.to_numpy().tolist())
         jobs[folder / f"{split}-text-{content}.safetensors"] = split, ldm.text_tensors, (pipe, texts)
         for start in range(0, len(rows), CLIPS_PER_FILE):
-            part = rows["path"].iloc[start : start + CLIPS_PER_FILE]
-            content = store.content_key(made_from, start, [store.file_digest(p) for p in part])
+            part = rows.iloc[start : start + CLIPS_PER_FILE]
+            content = store.content_key(made_from, start, part["digest"].tolist())
             file = folder / f"{split}-{start:06d}-{content}.safetensors"
-            jobs[file] = split, ldm.sound_tensors, (pipe, config, part, start)
+            jobs[file] = split, ldm.sound_tensors, (pipe, config, part["path"], start)
     if accelerator is not None and accelerator.num_processes > 1:
         for file in list(jobs)[accelerator.process_index :: accelerator.num_processes]:
             ldm.cached_tensors(file, *jobs[file][1:])
@@ -475,8 +475,10 @@ def _read_clips(config):
 def _usable(config, clips):
     """Set aside what cannot be trained on, with reasons in ``<out_dir>.logs/set_aside.csv``."""
     worded = clips[captions.caption_columns(clips)].fillna("").map(str.strip).any(axis=1)
+    find = functools.partial(_fault, known=store.Records(_cache(config), "faults"))
     with ThreadPoolExecutor() as pool:
-        faults = np.where(worded, list(pool.map(_fault, clips["path"])), "has no caption")
+        faults = list(pool.map(find, clips["path"], _digests(config, clips)))
+    faults = np.where(worded, faults, "has no caption")
     why = ""
     if (bad := faults != "").any():
         aside = clips.loc[bad, ["split", "path"]].assign(reason=faults[bad])
@@ -489,13 +491,23 @@ def _usable(config, clips):
     return clips
 
 
-def _fault(path):
-    """Why a sound cannot be trained on, or nothing."""
-    try:
-        audio.load_audio(path, silent_ok=False)
-    except audio.AudioError as error:
-        return str(error)
-    return ""
+def _fault(path, digest, known):
+    """Why a sound cannot be trained on, or nothing; what was read whole before is not read again."""
+    if digest in known.entries:
+        return ""
+    if not (fault := audio.find_fault(path)):
+        known.add(digest, {})
+    return fault
+
+
+def _digests(config, clips):
+    """Digests of sounds, in the clips' order; of one that is not there, an empty one."""
+    known = store.Records(_cache(config), "digests")
+    return [store.known_digest(p, known) if Path(p).is_file() else "" for p in clips["path"]]
+
+
+def _cache(config):
+    return Path(config.cache_dir or _next_to(config, "cache"))
 
 
 def _next_to(config, what):
@@ -506,9 +518,8 @@ def _run_key(config, clips):
     """Identity of a run: its settings without places, its sounds by content, its checkpoint."""
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_TRAINED}
     texts = clips[["split", *captions.caption_columns(clips)]].fillna("").to_numpy().tolist()
-    sounds = [store.file_digest(path) if Path(path).is_file() else "" for path in clips["path"]]
     weights = ldm.checkpoint_digest(ldm.resolve(config.checkpoint))
-    return store.content_key(settings, weights, texts, sounds)
+    return store.content_key(settings, weights, texts, _digests(config, clips))
 
 
 # --- the state of a run --------------------------------------------------------------------------
@@ -524,7 +535,7 @@ class _Run:
         self.unet, self.embeddings = pipe.unet.train(), {}
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        _set_trainable(self.unet, config)
+        ldm.set_trainable(self.unet, config)
         self.trained = {k: v for k, v in self.unet.named_parameters() if v.requires_grad}
         optimizer = torch.optim.AdamW(self.trained.values(), lr=config.learning_rate)
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
@@ -702,26 +713,6 @@ class _Run:
         if note["scaler"]:
             self.accelerator.scaler.load_state_dict(note["scaler"])
         self.__dict__ |= note["run"]
-
-
-def _set_trainable(unet, config):
-    """Freeze what is not to be trained; add the adapters."""
-    if config.train == "full":
-        return
-    unet.requires_grad_(False)
-    for name, value in unet.named_parameters():
-        value.requires_grad_(".attn" in name)
-    if not any(value.requires_grad for value in unet.parameters()):
-        raise TrainingError(f"train={config.train!r}: this U-Net has no attention layers")
-    if config.train == "lora":
-        from peft import LoraConfig
-
-        parts = ["to_q", "to_k", "to_v", "to_out.0"]
-        sizes = {"r": config.lora_rank, "lora_alpha": config.lora_rank}
-        unet.requires_grad_(False)
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            unet.add_adapter(LoraConfig(**sizes, init_lora_weights="gaussian", target_modules=parts))
 
 
 def _spread(items, n):

@@ -506,6 +506,26 @@ def text_tensors(pipe, rows):
     return {"text": text, "n_text": n_text, "empty": vectors[""][None].clone()}
 
 
+def set_trainable(unet, config):
+    """Freeze what a `FinetuneConfig` does not train; add its adapters."""
+    if config.train == "full":
+        return
+    unet.requires_grad_(False)
+    for name, value in unet.named_parameters():
+        value.requires_grad_(".attn" in name)
+    if not any(value.requires_grad for value in unet.parameters()):
+        raise CheckpointError(f"train={config.train!r}: this U-Net has no attention layers")
+    if config.train == "lora":
+        from peft import LoraConfig
+
+        parts = ["to_q", "to_k", "to_v", "to_out.0"]
+        sizes = {"r": config.lora_rank, "lora_alpha": config.lora_rank}
+        unet.requires_grad_(False)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            unet.add_adapter(LoraConfig(**sizes, init_lora_weights="gaussian", target_modules=parts))
+
+
 # --- the parts of the small model ----------------------------------------------------------------
 
 

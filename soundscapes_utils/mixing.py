@@ -745,15 +745,12 @@ def _jobs(mixes, events, out_dir, sample_rate, engine, stems, known=None):
 def _source(path, known):
     """A source and what tells its content: without records of `known` ones, size and time only."""
     try:
-        info = Path(path).stat()
-        stamp = f"{info.st_size} {info.st_mtime_ns} {Path(path).absolute()}"
-        digest = stamp if known is None else known.entries.get(stamp, {}).get("digest")
-        if digest is None:
-            digest = store.file_digest(path)
-            known.add(stamp, {"digest": digest})
+        if known is None:
+            info = Path(path).stat()
+            return path, f"{info.st_size} {info.st_mtime_ns}"
+        return path, store.known_digest(path, known)
     except OSError as error:
         raise audio.AudioError(f"{path}: this source is not there ({error}); plan again") from error
-    return path, digest
 
 
 def _is_made(job, made):

@@ -220,6 +220,15 @@ def file_digest(path):
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
+def known_digest(path, known):
+    """Digest of a file's content, read once: it is noted in :class:`Records` by place, size and time."""
+    info = os.stat(path)
+    stamp = f"{info.st_size} {info.st_mtime_ns} {os.path.abspath(path)}"
+    if stamp not in known.entries:
+        known.add(stamp, {"digest": file_digest(path)})
+    return known.entries[stamp]["digest"]
+
+
 def file_stamp(path, content=None):
     """Size, time and digest of a file: what :func:`is_unchanged` knows it by.
 

@@ -214,6 +214,16 @@ def test_values_that_cannot_be_squared_are_refused():
     assert fad.frechet_distance(1e-200 * np.eye(3), 3e-200 * np.eye(3)) == 0.0
 
 
+@pytest.mark.parametrize("sizes", [[2, 2, 1], [1, 1, 1], [10, 9, 1, 1], [40, 1]])
+def test_a_reference_of_few_recordings_has_scores_without_a_floor_of_halves(sizes):
+    x, y = gaussian(sum(sizes), 3, 1), gaussian(12, 3, 2)
+    groups = {"real": np.repeat(np.arange(len(sizes)), sizes)}
+    table = fad.score_table(x, {"made": y}, embedding="", metrics=["FAD"], groups=groups, repeats=20)
+    assert table["value"].item() == pytest.approx(fad.frechet_distance(x, y))
+    assert np.isnan(table["floor"].item()) == ("too few recordings" in table["note"].item())
+    assert len(sizes) > 3 or np.isnan(table["floor"].item())
+
+
 # --- KAD and manifolds ----------------------------------------------------------------------------
 
 
