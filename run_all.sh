@@ -21,11 +21,13 @@ venv="$here/.venv"
 python="$venv/bin/python"
 stamp="$venv/set-up-complete"
 begun="$venv/set-up-begun"
+# What `setup --cpu` leaves out of the lock. While this file is there, every later set-up leaves it out too.
+left_out="$venv/left-out"
 
 usage() {
     cat <<'TEXT'
 usage: ./run_all.sh [profile] [-p name value]... [--name run] [--only NN] [--fresh]
-       ./run_all.sh setup | test | profiles | report RUN_DIR [--open] | --help
+       ./run_all.sh setup [--cpu] | test | profiles | report RUN_DIR [--open] | --help
 
 Sets up a virtual environment in .venv (once), runs the notebooks of a profile in order, and makes
 runs/<name>/index.html. Without a profile: quick.
@@ -37,7 +39,8 @@ runs/<name>/index.html. Without a profile: quick.
   --only NN       run this one notebook, on what the others left in the same run folder
   --fresh         run everything again
 
-  setup           only install
+  setup           only install (9 GB); with --cpu without the libraries of CUDA (3 GB): every later
+                  command keeps to that, until .venv is removed
   test            lint, unit tests, and the notebooks
   profiles        the profiles with their time, memory, disk and needs
   report DIR      make the report of a run again; --open shows it in the browser
@@ -77,15 +80,25 @@ python@3.11; conda: see environment.yml; anywhere: uv python install 3.11) or na
 PYTHON=/path/to/python3.11 ./run_all.sh"
 }
 
+# The lines of the lock that are wanted here.
+lock() {
+    if [ -e "$left_out" ]; then
+        grep -vxFf "$left_out" "$here/requirements.txt"
+    else
+        cat "$here/requirements.txt"
+    fi
+}
+
 # Every installed version against the lock: the one place that says whether the set-up is what was asked for.
+# A local version (torch 2.10.0+cpu) is the same release.
 check_lock() {
-    "$python" - "$here/requirements.txt" <<'CODE'
+    lock | "$python" -c '
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from packaging.requirements import Requirement
 
 wrong = []
-for line in open(sys.argv[1], encoding="utf-8"):
+for line in sys.stdin:
     if not line.strip() or line.startswith("#"):
         continue
     wanted = Requirement(line.strip())
@@ -98,8 +111,7 @@ for line in open(sys.argv[1], encoding="utf-8"):
     if there == "nothing" or there not in wanted.specifier:
         wrong.append(f"{wanted.name}: the lock says {wanted.specifier}, installed is {there}")
 print("\n".join(wrong))
-sys.exit(bool(wrong))
-CODE
+sys.exit(bool(wrong))'
 }
 
 # What an environment must agree with to be used as it is: lock, package, place, Python.
@@ -118,11 +130,12 @@ is_set_up() {
 }
 
 find_uv() {
-    if uv --version >/dev/null 2>&1; then
+    local known=(pip install --torch-backend cpu --help) # by no uv that is too old
+    if uv "${known[@]}" >/dev/null 2>&1; then
         uv=(uv)
     else
-        "$python" -m uv --version >/dev/null 2>&1 ||
-            "$python" -m pip install --quiet --disable-pip-version-check uv >"$venv/pip.log" 2>&1 ||
+        "$python" -m uv "${known[@]}" >/dev/null 2>&1 ||
+            "$python" -m pip install --quiet --disable-pip-version-check --upgrade uv >"$venv/pip.log" 2>&1 ||
             fail "could not install uv with pip: is the network there? ($venv/pip.log says more)"
         uv=("$python" -m uv)
     fi
@@ -134,16 +147,23 @@ set_up() {
         local base
         base="$(find_python)" || exit 1
         echo "Making $venv with $base"
-        rm -rf "$venv"
-        { mkdir -p "$venv" && touch "$begun" && "$base" -m venv "$venv"; } 2>/dev/null ||
+        { mkdir -p "$venv" && touch "$begun" &&
+            find "$venv/" -mindepth 1 -maxdepth 1 ! -name "${begun##*/}" ! -name "${left_out##*/}" \
+                -exec rm -rf {} + && "$base" -m venv "$venv"; } 2>/dev/null ||
             fail "could not make $venv: may this folder be written, and is there room?"
     fi
     touch "$begun"
     rm -f "$stamp"
     find_uv
-    echo "Installing the locked packages (about 8 GB; minutes the first time)"
+    local size="9 GB" backend=()
+    if [ -e "$left_out" ]; then
+        size="3 GB, without CUDA" backend=(--torch-backend cpu)
+        grep -E '^(cuda-|nvidia-|triton==|xformers==)' "$here/requirements.txt" >"$left_out"
+    fi
+    echo "Installing the locked packages (about $size; minutes the first time)"
     # Started outside the project: uv lets the settings of a project that it is started in override a lock.
-    if ! (cd "$venv" && "${uv[@]}" pip install --no-config --python "$python" --no-deps -r "$here/requirements.txt"); then
+    if ! (cd "$venv" && lock | "${uv[@]}" pip install --no-config --python "$python" --compile-bytecode --no-deps \
+        ${backend[@]+"${backend[@]}"} -r -); then
         rm -f "$begun" # uv stopped in good order: what is there can be kept
         fail "the installation stopped (network? disk?); give the same command again to go on"
     fi
@@ -176,12 +196,19 @@ case "${1:-}" in
     usage
     exit 0
     ;;
+setup)
+    [ $# -eq 1 ] || [ "$*" = "setup --cpu" ] || fail "setup takes no argument but --cpu"
+    # an environment that was made with CUDA is made anew
+    if [ $# -eq 2 ] && [ ! -e "$left_out" ]; then
+        { mkdir -p "$venv" && touch "$begun" "$left_out"; } 2>/dev/null || fail "could not write in $venv"
+    fi
+    ;;
 esac
 
 is_set_up || set_up
 export JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1
 case "${1:-}" in
-setup) [ $# -eq 1 ] || fail "setup takes no arguments" ;;
+setup) ;;
 test)
     shift
     run_tests "$@"

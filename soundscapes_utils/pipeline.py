@@ -394,8 +394,9 @@ def _begin_record(folder, profile, given, values):
 
 
 def _versions():
-    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    names = [re.match(r"[\w.-]+", line).group() for line in project["project"]["dependencies"]]
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = sum(project.get("optional-dependencies", {}).values(), project["dependencies"])
+    names = [re.match(r"[\w.-]+", line).group() for line in lines]
     there = {one.name.lower().replace("_", "-"): one.version for one in metadata.distributions()}
     return {name: there.get(name.lower().replace("_", "-"), "not installed") for name in names}
 

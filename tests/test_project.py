@@ -1,6 +1,7 @@
 """The project as a whole: size, environment, commands, launcher, profiles, docstrings, links."""
 
 import ast
+import contextlib
 import doctest
 import importlib
 import importlib.metadata
@@ -14,7 +15,6 @@ import subprocess
 import sys
 import time
 import tomllib
-import venv
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +30,20 @@ from soundscapes_utils import pipeline, store
 ROOT = store.project_root(Path(__file__).parent)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LOCK_LINES = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+CORE, EXTRAS = (PROJECT["project"][key] for key in ("dependencies", "optional-dependencies"))
+DIRECT = sum(EXTRAS.values(), CORE)
 MODULES = sorted(path.stem for path in (ROOT / "soundscapes_utils").glob("[a-z]*.py"))
-# audiocraft names it and never imports it on the way to AudioGen; it has no release for this torch
-LEFT_OUT = {"torchtext"}
+# audiocraft names torchtext and never imports it on the way to AudioGen; it has no release for this
+# torch. Of xformers and sphn there are no wheels for every platform.
+LEFT_OUT = {"torchtext", "xformers", "sphn"}
+# what `setup --cpu` left out, where this environment was made so
+CUDA_LINES = Path(sys.prefix) / "left-out"
+CUDA_LINES = CUDA_LINES.read_text(encoding="utf-8").splitlines() if CUDA_LINES.is_file() else []
 
 
 def locked():
     """Names and versions of the lock that hold on this machine."""
-    requirements = [Requirement(line) for line in LOCK_LINES if line.strip()]
+    requirements = [Requirement(line) for line in LOCK_LINES if line not in CUDA_LINES]
     return {
         canonicalize_name(requirement.name): str(requirement.specifier).removeprefix("==")
         for requirement in requirements
@@ -45,27 +51,63 @@ def locked():
     }
 
 
+def closure(lines):
+    """Names of all packages that requirements lead to, by what the installed ones say of themselves."""
+    names, waiting = set(), [(line, "") for line in lines]
+    seen = set()
+    while waiting:
+        line, extra = waiting.pop()
+        requirement = Requirement(line)
+        if (line, extra) in seen or not (
+            requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+        ):
+            continue
+        seen.add((line, extra))
+        names.add(name := canonicalize_name(requirement.name))
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            further = importlib.metadata.requires(name) or []
+            waiting += [(one, extra) for one in further for extra in ("", *requirement.extras)]
+    return names
+
+
 # --- one environment in three files --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line", PROJECT["project"]["dependencies"])
+@pytest.mark.parametrize("line", DIRECT)
 def test_lock_holds_every_direct_dependency_in_its_range(line):
     requirement = Requirement(line)
     if requirement.marker is not None and not requirement.marker.evaluate():
         pytest.skip(f"not for this platform: {requirement.marker}")
     name = canonicalize_name(requirement.name)
+    if name not in locked() and CUDA_LINES:
+        pytest.skip("not for an environment without CUDA")
     assert requirement.specifier.contains(locked()[name], prereleases=True)
-    assert importlib.metadata.version(name) == locked()[name], "installed is not what is locked"
+    installed = importlib.metadata.version(name).partition("+")[0]  # 2.10.0+cpu is the same release
+    assert installed == locked()[name], "installed is not what is locked"
 
 
-def test_lock_is_closed():
-    versions, missing = locked(), set()
-    for name in versions:
-        for line in importlib.metadata.requires(name) or []:
-            requirement = Requirement(line)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                missing |= {canonicalize_name(requirement.name)} - versions.keys()
-    assert missing <= LEFT_OUT
+def test_lock_holds_the_core_and_every_extra_and_what_they_lead_to():
+    assert closure(DIRECT) - locked().keys() <= LEFT_OUT
+    assert locked().keys() <= closure(DIRECT), "in the lock, and asked for by nothing"
+    names = [canonicalize_name(Requirement(line).name) for line in DIRECT]
+    assert len(names) == len(set(names)), "each has one place"
+
+
+def holds(line, system, machine):
+    """Whether a requirement is for a platform: "linux" or "darwin", and the kind of processor."""
+    names = {"os_name": "posix", "sys_platform": system, "platform_system": system.capitalize()}
+    marker = Requirement(line).marker
+    return marker is None or marker.evaluate(names | {"platform_machine": machine})
+
+
+@pytest.mark.parametrize("system, machine", [("linux", "aarch64"), ("darwin", "arm64")])
+def test_other_platforms_are_not_asked_for_what_has_no_wheel_there(system, machine):
+    overrides = (ROOT / "requirements.overrides.txt").read_text(encoding="utf-8").splitlines()
+    for lines in (DIRECT, LOCK_LINES, [line for line in overrides if not line.startswith("#")]):
+        assert any(holds(line, "linux", "x86_64") for line in lines if line.startswith("xformers"))
+        for line in lines:
+            if re.match("(xformers|nvidia|cuda|triton)", line):
+                assert not holds(line, system, machine), line
 
 
 def test_conda_users_get_the_same_lock_and_python():
@@ -214,6 +256,42 @@ def in_a_fresh_python(code):
 
 
 HEAVY = "torch diffusers transformers audiocraft laion_clap msclap dask"
+
+CORE_AT_WORK = """
+import runpy, sys
+from pathlib import Path
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Without())
+
+from soundscapes_utils import captions, datasets, embeddings, fad, metadata, mixing, plots, report
+events = datasets.load_builtin("data", clips_per_class=5)
+events, scenes = datasets.load_scenes("builtin", events, data_dir="data", scenes_per_class=5)
+plan = mixing.plan_mixes(events, scenes, 12, duration_s=0.5)
+mixes = mixing.render_mixes(plan, Path("mixes").resolve(), 16_000, workers=1)
+print(metadata.write_metadata(mixes, "metadata", "mixes").is_file())
+vectors = embeddings.get_embedding("logmel-stats").embed(mixes["path"].tolist())
+print(fad.frechet_distance(vectors[:6], vectors[6:]) > 0)
+print(report.listening_page("listen", mixes).is_file())
+sys.argv = ["soundscapes_utils", "--help"]
+runpy.run_module("soundscapes_utils", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_core_works_where_nothing_else_is_installed(tmp_path):
+    core = closure(CORE)
+    places = importlib.metadata.packages_distributions()
+    others = {top for top, names in places.items() if not {*map(canonicalize_name, names)} & core}
+    others -= {"soundscapes_utils"}
+    assert {*HEAVY.split(), "IPython", "jupyterlab", "papermill", "pytest", "wandb"} <= others
+    code = CORE_AT_WORK.replace("BLOCKED", repr(others))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("True\nTrue\nTrue\nusage: ")
 
 
 def test_imports_are_light():
@@ -454,7 +532,7 @@ def test_help_needs_no_environment_and_names_every_profile(tmp_path):
     assert done.returncode == 0
     for name in pipeline.profiles(ROOT):
         assert f"\n  {name} " in done.stdout
-    for word in ("-p name value", "--only", "--fresh", "Resuming", "report", "setup", "test"):
+    for word in ("-p name value", "--only", "--fresh", "Resuming", "report", "setup [--cpu]", "test"):
         assert word in done.stdout
 
 
@@ -482,30 +560,91 @@ def test_without_a_fitting_python_the_launcher_says_what_to_do(tmp_path):
     assert not (clone / ".venv").exists()
 
 
-@pytest.mark.parametrize("altered", [False, True])
-def test_set_up_stops_where_an_installed_version_differs_from_the_lock(tmp_path, altered):
-    shutil.copy(ROOT / "run_all.sh", tmp_path)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    lines = list(LOCK_LINES)
-    if altered:
-        place = next(i for i, line in enumerate(lines) if line.startswith("pyyaml=="))
-        lines[place] = "pyyaml==5.0.1"
-    (tmp_path / "requirements.txt").write_text("\n".join(lines) + "\n")
-    # an environment with the packages of this one, and an installer that installs nothing
-    venv.create(tmp_path / ".venv", symlinks=True)
-    (packages,) = (tmp_path / ".venv/lib").glob("python*/site-packages")
-    (packages / "there.pth").write_text("\n".join(site.getsitepackages()) + "\n")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/uv").write_text("#!/bin/sh\nexit 0\n")
-    (tmp_path / "bin/uv").chmod(0o755)
-    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    done = run_script("setup", script=tmp_path / "run_all.sh", PATH=path)
-    assert (tmp_path / ".venv/set-up-complete").exists() is not altered
-    if altered:
-        assert done.returncode == 1
-        assert "pyyaml: the lock says ==5.0.1, installed is " in done.stderr
-    else:
-        assert done.returncode == 0, done.stderr
+@pytest.fixture
+def set_up(tmp_path):
+    """A clone whose environment has the packages of this one, and whose installer installs nothing.
+
+    The installer leaves what it was asked for beside the environment: ``asked`` and ``lock``. Torch is
+    there in the build for CPUs.
+    """
+    clone, tools, build = tmp_path / "clone", tmp_path / "bin", tmp_path / "build"
+    for folder in (clone, tools, build / "torch-2.10.0+cpu.dist-info"):
+        folder.mkdir(parents=True)
+    for name in ("run_all.sh", "pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT / name, clone)
+    text = "Metadata-Version: 2.1\nName: torch\nVersion: 2.10.0+cpu\n"
+    (build / "torch-2.10.0+cpu.dist-info/METADATA").write_text(text)
+    places = "\\n".join([str(build), *site.getsitepackages()])
+    packages = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    scripts = {
+        "uv": 'case "$*" in *" -r "*) echo "$*" >../asked; cat >../lock ;; esac',
+        "python": f'[ "$1" = -c ] && echo "$0" && exit\n"{sys.executable}" -m venv --symlinks '
+        f'--without-pip "$3" && printf "{places}\\n" >"$3/{packages}/there.pth"',
+    }
+    for name, lines in scripts.items():
+        (tools / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tools / name).chmod(0o755)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    environment = {"PATH": path, "PYTHON": str(tools / "python")}
+    return clone, lambda *words: run_script(*words, script=clone / "run_all.sh", **environment)
+
+
+def alter_lock(clone, name, version):
+    """Ask for a version that is not installed."""
+    file = clone / "requirements.txt"
+    text, n = re.subn(rf"(?m)^{name}==[^ \n]+", f"{name}=={version}", file.read_text())
+    assert n == 1
+    file.write_text(text)
+
+
+def test_set_up_stops_where_an_installed_version_differs_from_the_lock(set_up):
+    clone, run = set_up
+    done = run("setup")
+    assert done.returncode == 0, done.stderr
+    assert (clone / "lock").read_text() == (clone / "requirements.txt").read_text()
+    asked = (clone / "asked").read_text().split()
+    assert "--compile-bytecode" in asked and "--torch-backend" not in asked
+    alter_lock(clone, "pyyaml", "5.0.1")
+    done = run("setup")
+    assert done.returncode == 1 and not (clone / ".venv/set-up-complete").exists()
+    assert "pyyaml: the lock says ==5.0.1, installed is " in done.stderr
+
+
+def test_set_up_for_cpus_leaves_out_cuda_now_and_later(set_up):
+    clone, run = set_up
+    alter_lock(clone, "triton", "9.9.9")
+    assert "triton: the lock says ==9.9.9, installed is " in run("setup").stderr
+    (clone / ".venv/of-cuda").touch()
+    done = run("setup", "--cpu")
+    assert done.returncode == 0, done.stderr
+    assert not (clone / ".venv/of-cuda").exists(), "an environment with CUDA is made anew"
+
+    def check():
+        assert "--torch-backend cpu" in (clone / "asked").read_text()
+        whole, rest = ((clone / name).read_text() for name in ("requirements.txt", "lock"))
+        left_out = {line for line in whole.splitlines() if line not in rest.splitlines()}
+        # what only Linux on x86-64 has is for NVIDIA's GPUs, but for what has no wheel elsewhere
+        only_there = {line for line in whole.splitlines() if not holds(line, "linux", "aarch64")}
+        only_there = {line for line in only_there if holds(line, "linux", "x86_64")}
+        assert left_out == {line for line in only_there if not line.startswith("sphn==")}
+        assert any(line.startswith("nvidia-") for line in left_out)
+        (clone / "asked").unlink()
+
+    check()
+    assert run("setup").returncode == 0 and not (clone / "asked").exists(), "nothing is to be done"
+    alter_lock(clone, "xformers", "9.9.9")
+    assert run("setup").returncode == 0, "a later command, after the lock was changed"
+    check()
+    (clone / ".venv/set-up-begun").touch()
+    assert run("setup").returncode == 0, "a later command, after a set-up that was killed"
+    check()
+
+
+def test_set_up_refuses_other_words_before_it_begins(set_up):
+    clone, run = set_up
+    done = run("setup", "--gpu")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--cpu" in done.stderr
+    assert not (clone / ".venv").exists()
 
 
 def test_script_keeps_to_its_own_project_and_lets_nothing_of_the_caller_in(tmp_path):
