@@ -7,6 +7,7 @@ a batch, in another order, in a shard or after an interruption: on one machine, 
 
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -16,6 +17,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Protocol
 
@@ -414,6 +416,8 @@ def _import_audiocraft():
 
     audiocraft treats its absence as fine; one that was imported before stays usable.
     """
+    if importlib.util.find_spec("xformers") is None:
+        _stand_in_for_xformers()
     before = {key: sys.modules[key] for key in ["laion_clap"] if key in sys.modules}
     sys.modules["laion_clap"] = None
     try:
@@ -422,6 +426,16 @@ def _import_audiocraft():
         del sys.modules["laion_clap"]
         sys.modules.update(before)
     return audiocraft
+
+
+def _stand_in_for_xformers():
+    """Give audiocraft the names that it imports: by default torch computes its attention anyway."""
+    import torch
+
+    for name in ("xformers", "xformers.ops"):
+        sys.modules[name] = importlib.util.module_from_spec(ModuleSpec(name, None))
+    sys.modules["xformers"].ops = ops = sys.modules["xformers.ops"]
+    ops.unbind, ops.memory_efficient_attention, ops.LowerTriangularMask = torch.unbind, None, object
 
 
 # --- plans ----------------------------------------------------------------------------------------

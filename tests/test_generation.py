@@ -367,6 +367,25 @@ def test_audiogen_without_chance_is_what_audiocraft_makes(backends, checkpoints)
     np.testing.assert_array_equal(np.stack(ours), reference)
 
 
+def test_audiogen_makes_the_same_without_xformers(backends, checkpoints):
+    # audiocraft is imported once a process; this one had xformers, if it is installed
+    code = (
+        "import sys\n"
+        "sys.modules['xformers'] = None\n"
+        "from soundscapes_utils import generation\n"
+        "options = {'checkpoint': sys.argv[1], 'top_k': 8, 'device': 'cpu'}\n"
+        "backend = generation.get_backend('audiogen', **options)\n"
+        "clips = backend.generate(['a dog', 'a cat'], [1, 2], 1.0)\n"
+        "assert sys.modules['xformers'].ops.memory_efficient_attention is None\n"
+        "sys.stdout.write(''.join(clip.tobytes().hex() for clip in clips))"
+    )
+    words = [sys.executable, "-W", "ignore", "-c", code, str(checkpoints["audiogen"])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ours = backends["audiogen"].generate(["a dog", "a cat"], [1, 2], 1.0)
+    assert done.stdout == "".join(clip.tobytes().hex() for clip in ours)
+
+
 def test_audiogen_draws_tokens_with_their_probabilities(backends, monkeypatch):
     import torch
     from audiocraft.utils import utils

@@ -8,7 +8,6 @@ a T5 folder). `Tones` is the smallest back-end of all, for what has nothing to d
 
 import contextlib
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -478,12 +477,9 @@ def audiogen(folder, seed=0):
     import torch
     from omegaconf import OmegaConf
 
-    # laion_clap asks the network for files when it is imported; audiocraft does without
-    absent = "laion_clap" not in sys.modules and sys.modules.setdefault("laion_clap", None) is None
-    from audiocraft.models import builders
+    from soundscapes_utils import generation
 
-    if absent:
-        del sys.modules["laion_clap"]
+    builders = generation._import_audiocraft().models.builders  # as it must be imported
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
