@@ -2,7 +2,8 @@
 
 ``lexicon.csv`` has one row per class or scene: its wordings, where it is heard and how far away,
 with which classes it is confused, its AudioSet id. ``phrases.csv`` has the forms of sentences and the
-words for places, distances and microphones. A class that the lexicon lacks is named by its label.
+words for places, distances and microphones. A class that the lexicon lacks is named by its label, or
+in words of one's own (:func:`add_words`).
 
 Texts are drawn by a seed: the same class, scene and seed give the same text on every machine, and a
 longer list of texts begins with the shorter one.
@@ -48,8 +49,9 @@ UNWANTED = ("music", "speech")
 
 
 def tidy(label):
-    """Turn a class name as data sets write it into words: ``Glass_breaking``, glass breaking."""
-    words = " ".join(str(label).replace("_", " ").replace("-", " ").lower().split())
+    """Turn a class name as data sets write it into words: ``Glass_breaking``, ``glassBreaking``."""
+    humps = r"(?<=[a-zß-ÿ])(?=[A-ZÀ-Þ])|(?<=[A-Z])(?=[A-Z][a-z]{2})"
+    words = " ".join(re.sub(f"[_-]|{humps}", " ", str(label)).lower().split())
     if not words:
         raise ValueError(f"label {label!r} holds no word; give every clip a class name")
     return words
@@ -58,10 +60,49 @@ def tidy(label):
 def _event(label):
     if label in EVENTS:
         return EVENTS[label]
-    words = tidy(label)
+    words = _with_article(tidy(label))
     row = dict.fromkeys(("several", "study_phrase", "confused_with", "contains"), "")
-    row |= {"setting": "anywhere", "range": "near", "microphone": "any", "phrase": words}
-    return row | {"clause": [f"{words} can be heard"], "noun": [f"the sound of {words}"]}
+    row |= {"setting": "anywhere", "range": "near", "microphone": "any", "urbansound8k": math.nan}
+    row |= {"clause": [f"{words} can be heard"], "noun": [f"the sound of {words}"]}
+    return row | {"label": label, "phrase": words}
+
+
+def _with_article(words):
+    head, _, last = words.rpartition(" ")
+    if re.fullmatch(r"\w*[aeiouy]\w*ing", last) and last not in ("building", "ceiling"):
+        return f"{head and _with_article(head)} {last}".strip()  # a door creaking, water dripping
+    plural = re.search(r"[^isu]s$", last) and last not in ("gas", "lens")
+    if plural or last in PHRASES["article", "none"] or re.match(r"(an?|the|some|my|our|\d+)\b", words):
+        return words
+    vowel = r"(?!eu|uk|uni(?!n)|us[aeiu]|ut[ei]|one\b)[aeiou]|hour|honest|heir"
+    return f"{'an' if re.match(vowel, words) else 'a'} {words}"
+
+
+def _doing(clause):
+    # "a dog is barking" names the sound as "a dog barking"
+    clause = clause.replace(" is ", " ", 1).replace(" are ", " ", 1)
+    return clause.removesuffix(" can be heard")
+
+
+def add_words(path):
+    """Word classes and scenes of one's own, in all that this process writes: a CSV, or "" for none.
+
+    Columns ``label, noun, clause``: "forkliftBeep, the beep of a forklift, a forklift is beeping"; of a
+    scene "hall_2, a warehouse, in a warehouse". What it does not list is worded by its label. A table
+    without these columns, or with an empty cell, is a DataError that names file and row.
+    """
+    if not path:
+        return
+    table = store.read_table(path := store.project_path(path), as_text=True)
+    table = table.map(lambda text: " ".join(text.split()))
+    store.check_rows(table, path, label="text", noun="text", clause="text")
+    for label, noun, clause in table[["label", "noun", "clause"]].itertuples(index=False):
+        place = re.match(r"(in|on|at|by|near|inside|outside|under|beside|behind|with|next)\b", clause)
+        said = f"{noun} can be heard" if place else clause
+        own = {"noun": [noun], "clause": [said], "phrase": _doing(said), "study_phrase": ""}
+        EVENTS[label] = _event(label) | own | {"several": ""}
+        where = clause if place else f"with {noun} around"
+        SCENES[label] = SCENES.get(label, {}) | {"noun": [noun], "clause": [where], "phrase": noun}
 
 
 # --- captions of mixes ---------------------------------------------------------------------------
@@ -82,8 +123,9 @@ def mix_captions(labels, scene, seed, n=3):
     labels = [labels] if isinstance(labels, str) else list(dict.fromkeys(labels))
     if not labels or n < 1:
         raise ValueError(f"need at least one label and n of at least 1, got {labels} and n={n}")
-    events, where = [_event(label) for label in labels], tidy(scene)
-    words = SCENES.get(scene) or {"noun": [where], "clause": [f"with {where} around"]}
+    events, where = [_event(label) for label in labels], _with_article(tidy(scene))
+    words = SCENES.get(scene) or {"noun": [where], "clause": [f"with {where} around"], "phrase": where}
+    where = words["phrase"] or tidy(scene)
     slots = {"scene": words["noun"], "place": words["clause"]}
     usual, several = {"place": words["clause"][0]}, {"scene": "{scene}", "place": "{place}"}
     for slot in ("clause", "noun"):
@@ -188,9 +230,7 @@ def _written_prompts(path, labels, n):
 
 def _texts(label, family, n, seed):
     words = _event(label)
-    # "a dog is barking" names the sound as "a dog barking"
-    doing = words["clause"][0].replace(" is ", " ", 1).replace(" are ", " ", 1)
-    doing = doing.removesuffix(" can be heard")
+    doing = _doing(words["clause"][0])
     if family == "label":
         return [tidy(label)] * n
     if family in ("simple", "gpt"):

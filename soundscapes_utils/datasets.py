@@ -6,7 +6,6 @@ never a shorter table. ``datasets.csv`` says what the sets are and on which term
 where they are fetched from.
 """
 
-import hashlib
 import lzma
 import re
 import shutil
@@ -14,6 +13,7 @@ import stat
 import sys
 import tarfile
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -30,6 +30,7 @@ N_FOLDS = 5
 DATASETS = ("builtin", "esc10", "esc50", "urbansound8k", "own")
 # Even, long sounds of ESC-50 that a foreground can be laid over where no scene recordings are.
 AMBIENT_CLASSES = ("rain", "sea_waves", "crackling_fire", "helicopter")
+_REMEDY = "add recordings, or say in a CSV with a column split (train, val, test) what each is for"
 SOURCES = store.read_table(Path(__file__).with_name("datasets.csv")).set_index("dataset")
 ARCHIVES = store.read_table(Path(__file__).with_name("archives.csv"))
 # RuntimeError: an encrypted zip, a method that Python does not know
@@ -55,10 +56,6 @@ def load_esc50(root, esc10=False):
     DatasetError
         Folder, table or files missing, duplicate or contradicting rows.
     """
-    return _load_esc_layout(root, "esc10" if esc10 else "esc50")
-
-
-def _load_esc_layout(root, dataset):
     columns = ["filename", "fold", "target", "category", "esc10", "src_file"]
     table, where = _read_table(root, "meta/esc50.csv", columns, "esc50")
     _check_rows(table, where, "filename", "target", "category")
@@ -71,12 +68,14 @@ def _load_esc_layout(root, dataset):
             f"{where}: {wrong.sum()} rows contradict the fold or target in their file's name "
             f"({_first(table['filename'][wrong])}); restore the published table"
         )
-    if dataset == "esc10":
+    if esc10:
         table = table[table["esc10"].str.lower() == "true"]
         if table.empty:
             raise DatasetError(f"{where}: no row has esc10 = True; choose dataset esc50 instead")
-    paths = _find_files(root, "audio/" + table["filename"], where, "esc50")
-    return _clips(paths, table["category"], table["fold"], table["src_file"], dataset)
+    paths = _find_files(root, "audio/" + table["filename"], where, _hint("esc50"))
+    return _clips(
+        paths, table["category"], table["fold"], table["src_file"], "esc10" if esc10 else "esc50"
+    )
 
 
 def load_urbansound8k(root):
@@ -89,7 +88,7 @@ def load_urbansound8k(root):
     _check_rows(table, where, "slice_file_name", "classID", "class")
     table["fold"] = _whole(table, where, "fold")
     names = "audio/fold" + table["fold"].astype(str) + "/" + table["slice_file_name"]
-    paths = _find_files(root, names, where, "urbansound8k")
+    paths = _find_files(root, names, where, _hint("urbansound8k"))
     return _clips(paths, table["class"], table["fold"], table["fsID"], "urbansound8k")
 
 
@@ -100,49 +99,120 @@ def load_tau(root):
     Workshop 2020). The set has no five folds: the ten cities are dealt out to five folds in turn, so
     that a test city is never trained on.
     """
-    return _load_tau_layout(root, "tau")
-
-
-def _load_tau_layout(root, dataset):
     columns = ["filename", "scene_label", "identifier"]
     table, where = _read_table(root, "meta.csv", columns, "tau", sep="\t")
     _check_rows(table, where, "filename")
     city = table["identifier"].str.split("-").str[0]
     table["fold"] = city.rank(method="dense").astype(int).sub(1) % N_FOLDS + 1
-    paths = _find_files(root, table["filename"], where, "tau")
-    return _clips(paths, table["scene_label"], table["fold"], table["identifier"], dataset)
+    paths = _find_files(root, table["filename"], where, _hint("tau"))
+    return _clips(paths, table["scene_label"], table["fold"], table["identifier"], "tau")
 
 
-def load_folder(root):
-    """Load recordings of one's own: a folder with one subfolder per class.
+def load_folder(root, folds=N_FOLDS):
+    """Load recordings of one's own: one subfolder a class, or a table beside the sounds.
 
-    Every file that ends as :data:`audio.SUFFIXES` counts as a recording of its own (``source_id`` is
-    class and file name); those of each class are dealt out to five folds in the order of a hash of
-    their names. If several were cut from one recording, give them one ``source_id`` and one ``fold``.
+    - Folders: all below a subfolder, in any format of :data:`audio.SUFFIXES`, is of that class. Files in
+      `root` itself count where no subfolder has any: one class, named as `root`.
+    - A table: `root` is a CSV, or holds one, with columns ``path`` (or ``filename``; from the table's
+      folder, or absolute) and ``label`` (or ``category``), and ``source_id, fold, split`` if any.
+
+    ``source_id`` is what a name has before a counter ("-1", "_02", " (3)"), or all of it if no more than
+    the class would be left; in a table that has folds or splits, every file is a source.
+
+    ``fold``, 1 to `folds`, follows from the source's name alone: no clip moves when others come.
+    Numbered sources are dealt in turn, so evenly; others by a digest, evenly only if there are many
+    (four sources may share three folds). A ``split`` becomes the folds from which :func:`assign_splits`
+    gives it back for test fold `folds`: test the last, val the first, train those between; eval is test,
+    or val beside a test.
+
+    Files that cannot be read are set aside with a warning; nothing to load is a DatasetError.
 
     Examples
     --------
     >>> import tempfile
     >>> root = Path(tempfile.mkdtemp())
-    >>> for name in ("dog/a.wav", "dog/b.wav", "cat/a.wav"):
+    >>> for name in ("dog/a_1.wav", "dog/a_2.wav", "cat/far/b (3).wav"):
     ...     _ = audio.save_audio(root / name, np.ones(800) / 2, 8000)
-    >>> load_folder(root)[["clip_id", "label", "fold"]].to_numpy().tolist()
-    [['cat-a', 'cat', 1], ['dog-a', 'dog', 1], ['dog-b', 'dog', 2]]
+    >>> load_folder(root)[["label", "source_id", "fold"]].to_numpy().tolist()
+    [['cat', 'cat-far-b', 4], ['dog', 'dog-a', 3], ['dog', 'dog-a', 3]]
     """
-    root = Path(root)
-    paths = [path for path in store.walk_files(root, audio.SUFFIXES) if path.parent != root]
-    if not paths:
-        raise DatasetError(
-            f"{root}: no recordings; give a folder with one subfolder per class, with files that "
-            f"end in {', '.join(audio.SUFFIXES)}"
-        )
-    parts = [path.relative_to(root).with_suffix("").parts for path in paths]
-    labels, names = [part[0] for part in parts], ["-".join(part) for part in parts]
-    table = pd.DataFrame({"label": labels, "name": names})
-    _check_rows(table, root, "name")
-    table["hash"] = [hashlib.sha256(name.encode()).hexdigest() for name in names]
-    folds = table.sort_values("hash").groupby("label").cumcount().sort_index() % N_FOLDS + 1
-    return _clips(paths, labels, folds, names, "own").assign(clip_id=names)
+    where, base, table = _own_sounds(Path(root).resolve())
+    parts = list(map(_parts, table["path"], [base] * len(table), table["label"]))
+    names = ["-".join(part) for part in parts]
+    _check_rows(pd.DataFrame({"name": names}), where, "name")
+    if "source_id" not in table:
+        own = {"fold", "split"} & {*table}
+        table["source_id"] = names if own else list(map(_recording, parts, table["label"]))
+    splits = _splits(table["split"], where) if "split" in table else [""] * len(table)
+    dealt = [_deal(*pair, folds) for pair in zip(table["source_id"], splits, strict=True)]
+    dealt = _whole(table, where, "fold") if "fold" in table else dealt
+    clips = _clips(table["path"], table["label"], dealt, table["source_id"], "own").assign(clip_id=names)
+    if (bad := clips["duration_s"].isna()).any():
+        path, problem = audit(clips[bad].head(1))[1].loc[0, ["path", "problem"]]
+        problem = problem.partition(";")[0]  # the rest speaks of published sets
+        aside = f"{bad.sum()} of {len(bad)} files cannot be read and are set aside"
+        warnings.warn(f"{where}: {aside}; the first, {path}: {problem}", stacklevel=2)
+    return clips[~bad].reset_index(drop=True)
+
+
+def _own_sounds(root):
+    """What lists sounds of one's own, the folder where paths and names begin, and paths and labels."""
+    if not root.exists():
+        raise DatasetError(f"{root}: no such folder; name that of your sounds (-p sounds_root FOLDER)")
+    tables = {}
+    for path in [root] if root.is_file() else sorted(root.glob("[!.]*.csv")):
+        table = store.read_table(path, as_text=True)
+        names = {"filename": "path", "category": "label"}.items()
+        table = table.rename(columns={old: new for old, new in names if new not in table})
+        if {"path", "label"} <= {*table}:
+            tables[path] = table
+    if len(tables) > 1 or (root.is_file() and not tables):
+        raise DatasetError(f"{root}: {len(tables)} tables with path and label; name the one to use")
+    for where, table in tables.items():
+        texts = dict.fromkeys({"path", "source_id"} & {*table}, "text")
+        store.check_rows(table, where, **texts, label="a name")
+        outside = {n: Path(n) for n in table["path"] if Path(n).is_absolute() and Path(n).is_file()}
+        hint = "correct the paths, which begin at the table's folder, or leave these rows out"
+        paths = _find_files(where.parent, table["path"], where, hint, "", outside)
+        return where, where.parent, table.assign(path=paths)
+    found = store.walk_files(root, audio.SUFFIXES)
+    if not found:
+        ways = "give a folder with one subfolder per class, or a CSV with columns path and label"
+        raise DatasetError(f"{root}: no recordings ({' '.join(audio.SUFFIXES)}); {ways}")
+    inner = [path for path in found if path.parent != root]
+    base = root if inner else root.parent
+    table = pd.DataFrame({"path": inner or found})
+    return root, base, table.assign(label=[_parts(path, base)[0] for path in table["path"]])
+
+
+def _parts(path, base, label=""):
+    inside = path.relative_to(base) if path.is_relative_to(base) else Path(label, path.name)
+    return _spelling(inside.with_suffix("")).split("/")
+
+
+def _recording(parts, label):
+    """Name a file without its counter: first that of a copy, "x (2)", then the clip's own."""
+    for counter in (r"\s*\(\d+\)$", r"[-_ ]\d{1,3}$"):
+        shorter = re.sub(counter, "", parts[-1])
+        # dog_01 and dog_02 in the folder dog are numbered, not cut from one recording
+        if re.sub(r"[\W_]", "", shorter).lower() not in ("", re.sub(r"[\W_]", "", label).lower()):
+            parts = [*parts[:-1], shorter]
+    return "-".join(parts)
+
+
+def _deal(source, split, folds):
+    """Fold of a source by its name alone, from 1; those that differ in a last number come in turn."""
+    start, number = re.fullmatch(r"(.*?)(\d{0,9})", source, re.DOTALL).groups()
+    turn = int(store.content_key(start), 16) + int(number or 0)
+    dealt = turn % (folds - 2) + 2 if split else turn % folds + 1
+    return {"test": folds, "val": 1}.get(split, dealt)
+
+
+def _splits(words, where):
+    known = words.str.strip().str.lower().str.extract("^(train|val|test|eval)", expand=False)
+    if len(wrong := words[known.isna()]):
+        raise DatasetError(f"{where}: split {wrong.iloc[0]!r} is not train, val or test; correct it")
+    return known.replace("eval", "val" if "test" in set(known) else "test")
 
 
 def load_dcase2024_task7(root, networks=DCASE2024_TASK7_NETWORKS):
@@ -185,21 +255,22 @@ def _read_embeddings(paths):
 def load_builtin(data_dir="data", clips_per_class=40, seed=0):
     """Load the built-in events (ten classes, five folds), made in ``data_dir/builtin`` on first use."""
     root = Path(data_dir) / "builtin" / f"events-{clips_per_class}-seed{seed}"
-    return _load_esc_layout(procedural.write_events(root, clips_per_class, seed), "builtin")
+    root = procedural.write_events(root, clips_per_class, seed)
+    return load_esc50(root).assign(dataset="builtin")
 
 
 # --- the sounds of a study -----------------------------------------------------------------------
 
 
 def load_clips(
-    dataset, *, esc50_root="", urbansound8k_root="", own_root="", data_dir="data",
+    dataset, *, esc50_root="", urbansound8k_root="", sounds_root="", data_dir="data",
     clips_per_class=40, seed=0,
 ):  # fmt: skip
     """Load the foreground clips of a data set by its name, one of :data:`DATASETS`.
 
-    Where a root is not given, it is ``ESC-50``, ``UrbanSound8K`` or ``own`` in `data_dir`. "own" is a
-    folder with one subfolder per class (:func:`load_folder`); `clips_per_class` and `seed` are those
-    of the built-in data set (:func:`load_builtin`).
+    Where a root is not given, it is ``ESC-50``, ``UrbanSound8K`` or ``own`` in `data_dir`. "own" is what
+    :func:`load_folder` takes, of two classes or more with three sources each, else a DatasetError;
+    `clips_per_class` and `seed` are those of the built-in data set (:func:`load_builtin`).
     """
     data_dir = Path(data_dir)
     if dataset == "builtin":
@@ -207,31 +278,70 @@ def load_clips(
     if dataset == "urbansound8k":
         return load_urbansound8k(urbansound8k_root or data_dir / "UrbanSound8K")
     if dataset == "own":
-        return load_folder(own_root or data_dir / "own")
+        return _classes(load_folder(sounds_root or data_dir / "own"), sounds_root or data_dir / "own")
     if dataset in ("esc10", "esc50"):
         return load_esc50(esc50_root or data_dir / "ESC-50", esc10=dataset == "esc10")
     raise DatasetError(f"unknown dataset {dataset!r}; choose one of {', '.join(DATASETS)}")
 
 
-def load_scenes(dataset, clips, *, tau_root="", data_dir="data", scenes_per_class=20, seed=0):
+def _classes(clips, where):
+    sources = clips.groupby("label")["source_id"].nunique()
+    few = [f"{label}: {n}" for label, n in sources.items() if n < 3 or len(sources) < 2]
+    if few or sources.empty:
+        raise DatasetError(
+            f"{where}: classes: {len(sources)}, recordings of {_first(few)}; a study needs two classes, "
+            "one subfolder each, of three recordings or more: add some, or leave one out. Files that "
+            "differ in a counter are one recording, unless a CSV says otherwise (source_id)"
+        )
+    return clips
+
+
+def load_scenes(
+    dataset, clips, *, tau_root="", scenes_root="", ambient_classes=(), data_dir="data",
+    scenes_per_class=20, seed=0,
+):  # fmt: skip
     """Choose what the events of a data set are laid over; return foregrounds and backgrounds.
 
-    TAU scenes where `tau_root` is given; else the built-in scenes for the built-in events; else
-    the ambient classes among the clips (:data:`AMBIENT_CLASSES`), which are then not foregrounds.
+    Recordings in `scenes_root` (see :func:`load_folder`), else TAU's in `tau_root`, else the clips of
+    `ambient_classes` (by default, of ESC-50, :data:`AMBIENT_CLASSES`), which are then not foregrounds,
+    else the built-in scenes, which is printed unless the events are built in, too.
     """
-    if tau_root:
-        return clips, load_tau(tau_root)
-    if dataset == "builtin":
-        root = Path(data_dir) / "builtin" / f"scenes-{scenes_per_class}-seed{seed}"
-        procedural.write_scenes(root, scenes_per_class, seed)
-        return clips, _load_tau_layout(root, "builtin-scenes")
-    ambient = clips["label"].isin(AMBIENT_CLASSES)
-    if not ambient.any():
-        raise DatasetError(
-            f"{dataset} has none of the ambient classes {', '.join(AMBIENT_CLASSES)} to serve as "
-            "scenes; give tau_root, the folder of TAU Urban Acoustic Scenes 2020 Mobile"
-        )
-    return clips[~ambient].reset_index(drop=True), clips[ambient].reset_index(drop=True)
+    if scenes_root or tau_root:
+        return clips, load_folder(scenes_root) if scenes_root else load_tau(tau_root)
+    named = list(ambient_classes) or [*AMBIENT_CLASSES] * (dataset in ("esc10", "esc50"))
+    ambient = clips["label"].isin(named)
+    absent = [name for name in ambient_classes if name not in set(clips["label"])]
+    if absent or ambient.all():
+        known = ", ".join(sorted(clips["label"].unique()))
+        raise DatasetError(f"ambient_classes {_first(absent or named)}: name some of {known}, not all")
+    if ambient.any():
+        return clips[~ambient].reset_index(drop=True), clips[ambient].reset_index(drop=True)
+    if dataset != "builtin":
+        print("No scenes are given (scenes_root, tau_root, ambient_classes): the built-in ones serve.")
+    root = Path(data_dir) / "builtin" / f"scenes-{scenes_per_class}-seed{seed}"
+    procedural.write_scenes(root, scenes_per_class, seed)
+    return clips, load_tau(root).assign(dataset="builtin-scenes")
+
+
+def check_own(given):
+    """Refuse sounds of one's own that a run's parameters (a dict) cannot work with: a DatasetError.
+
+    Each test fold must leave every class something to train and to test; scenes need three folds.
+    """
+    where = given["sounds_root"] or store.project_path(given["data_dir"]) / "own"
+    clips, serve = load_clips("own", sounds_root=where), []
+    named = {name: given[name] for name in ("scenes_root", "ambient_classes") if given[name]}
+    scenes = load_scenes("own", clips, **named)[1] if named else clips
+    for place, table in ((where, clips), (given["scenes_root"] or given["ambient_classes"], scenes)):
+        if table["fold"].nunique() < 3:
+            raise DatasetError(f"{place}: all recordings fall into fewer than three folds; {_REMEDY}")
+    for fold in sorted(clips["fold"].unique().tolist()):
+        n = clips["label"].groupby(assign_splits(clips, fold)).nunique()
+        serve += [fold] if n["train"] == n["test"] == clips["label"].nunique() else []
+    if lost := {given.get("test_fold", N_FOLDS), *given.get("test_folds", ())}.difference(serve):
+        other = f"test on another (-p test_fold, -p test_folds; of use: {serve})"
+        lacks = f"test fold {min(lost)} leaves a class nothing to train or to test"
+        raise DatasetError(f"{where}: {lacks}; {_REMEDY}, or {other}")
 
 
 def assign_splits(clips, test_fold):
@@ -323,18 +433,20 @@ def _check_rows(table, where, name, number=None, label=None):
             )
 
 
-def _find_files(root, names, where, dataset):
-    store.check_rows(pd.DataFrame({"name": names}), where, name="a path inside")
+def _find_files(root, names, where, hint, below="audio", outside=()):
+    inside = ["-" if name in outside else name for name in names]
+    store.check_rows(pd.DataFrame({"name": inside}), where, name="a path inside")
     # one walk instead of one look-up per file, which network disks answer slowly
-    files = store.walk_files(Path(root) / "audio", audio.SUFFIXES)
+    files = store.walk_files(Path(root) / below, audio.SUFFIXES)
     present = {_spelling(path.relative_to(root)): path for path in files}
+    present |= {_spelling(name): path for name, path in dict(outside).items()}
     by_stem = {_spelling(path.relative_to(root).with_suffix("")): path for path in files}
     wanted = [PurePosixPath(_spelling(name)) for name in names]
     paths = [present.get(str(p)) or by_stem.get(str(p.with_suffix(""))) for p in wanted]
     if missing := [name for name, path in zip(names, paths, strict=True) if path is None]:
         raise DatasetError(
             f"{len(missing)} of the {len(paths)} files named in {where} are missing "
-            f"(first: {_first(missing)}); {_hint(dataset)}"
+            f"(first: {_first(missing)}); {hint}"
         )
     return paths
 

@@ -623,6 +623,11 @@ def _choices(word):
 
 def _check_demands(values):
     """Refuse what a stage's own records refuse, and what a notebook asks of another in vain."""
+    given = {name: value for own in values.values() for name, value in own.items()}
+    if given.get("dataset") == "own" and "sounds_root" in given:
+        from . import datasets
+
+        datasets.check_own(given)
     for stem, own in values.items():
         try:
             if {"snr_db", "onset", "duration_s"} <= own.keys():

@@ -137,14 +137,14 @@ def digest(texts):
 
 def test_texts_that_models_were_trained_on_stay_as_they_were():
     # digests of the texts of the first release: the built-in model's vocabulary
-    events, scenes = [*captions.EVENTS, "Steam_Whistle"], [*captions.SCENES, "wind"]
+    events, scenes = [*captions.EVENTS], [*captions.SCENES, "wind"]
     mixes = [
         captions.mix_captions(label, scene, seed)
         for label in events
         for scene in scenes
         for seed in range(3)
     ]
-    assert digest(mixes) == "247ffe43f0dec5f8"
+    assert digest(mixes) == "3e5e38d5ab6f023d"
     families = [captions.prompts(captions.EVENTS, f, n=10, seed=3).prompt for f in FIXED]
     assert digest([texts.tolist() for texts in families]) == "ea8b213baf765a25"
 
@@ -386,3 +386,112 @@ def test_files_that_are_not_tables_of_prompts_are_named(tmp_path, text, message)
     with pytest.raises(ValueError, match=message) as caught:
         captions.prompts(["dog"], path)
     assert "mine.csv" in str(caught.value)
+
+
+# --- words for own labels -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("forkliftBeep", "a forklift beep"),
+        ("pump", "a pump"),
+        ("HVACUnit", "a hvac unit"),
+        ("air-raid_siren", "an air raid siren"),
+        ("unit", "a unit"),
+        ("uninvitedGuest", "an uninvited guest"),
+        ("hour_bell", "an hour bell"),
+        ("europeanRobin", "a european robin"),
+        ("ÖlpumpeLäuft", "a ölpumpe läuft"),
+        ("glass", "a glass"),
+        ("school bus", "a school bus"),
+        ("gas", "a gas"),
+        ("string", "a string"),
+        ("oldBuilding", "an old building"),
+        ("wheels", "wheels"),
+        ("shop_doors", "shop doors"),
+        ("people", "people"),
+        ("white noise", "white noise"),
+        ("heavyRain", "heavy rain"),
+        ("sawing", "sawing"),
+        ("dogBarking", "a dog barking"),
+        ("water-dripping", "water dripping"),
+        ("gatesClosing", "gates closing"),
+        ("a whistle", "a whistle"),
+        ("the_gate", "the gate"),
+        ("3 knocks", "3 knocks"),
+    ],
+)
+def test_an_unknown_label_gets_its_words_and_article(label, words):
+    assert captions.prompts([label], "simple").prompt[0] == f"A clear sound of {words}."
+    report, challenge = captions.mix_captions(label, label, 0, n=2)
+    assert report == f"{words} with the sound of {words} in background"
+    assert challenge == f"{words} can be heard with {words} in the background"
+
+
+def test_labels_that_differ_in_spelling_only_are_worded_alike():
+    for label in ("forklift_beep", "Forklift-Beep", "forklift  beep", "forkliftBeep"):
+        assert captions.tidy(label) == "forklift beep"
+    assert [captions.tidy(label) for label in ESC50] == [label.replace("_", " ") for label in ESC50]
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    monkeypatch.setattr(captions, "EVENTS", captions.EVENTS.copy())
+    monkeypatch.setattr(captions, "SCENES", captions.SCENES.copy())
+    path = tmp_path / "words.csv"
+    rows = ["label,noun,clause,note", "forkliftBeep,the  beep of a forklift,a forklift is beeping,"]
+    rows += ["hall_2,a warehouse,in a warehouse,", "siren,a fire alarm,a fire alarm is howling,mine"]
+    path.write_text("\n".join(rows), encoding="utf-8-sig")
+    return path
+
+
+def test_words_of_ones_own_are_used_everywhere(words):
+    known = {label: captions.mix_captions(label, "park", 0) for label in ("dog", "pump")}
+    captions.add_words("")
+    assert captions.mix_captions("hall_2", "park", 0)[0].startswith("a hall 2 with")
+    captions.add_words(words)
+    report, challenge = captions.mix_captions("forkliftBeep", "hall_2", 0, n=2)
+    assert report == "a forklift beeping with the sound of a warehouse in background"
+    assert challenge == "a forklift is beeping with a warehouse in the background"
+    texts = captions.mix_captions("forkliftBeep", "hall_2", 0, n=9)
+    assert len(set(texts)) == 9 and any("the beep of a forklift" in text for text in texts)
+    assert any("in a warehouse" in text for text in texts)
+    prompts = captions.prompts(["forkliftBeep", "siren", "hall_2"]).prompt.tolist()
+    sounds = ["a forklift beeping", "a fire alarm howling", "a warehouse"]
+    assert prompts == [f"A clear sound of {sound}." for sound in sounds]
+    for family in captions.FAMILIES:
+        assert captions.prompts(["forkliftBeep", "siren"], family, n=5).prompt.str.len().min() > 4
+    assert "vehicle" not in " ".join(captions.prompts(["siren"], "varied", n=40).prompt)
+    beside = captions.mix_captions("dog", "forkliftBeep", 3, n=15)  # an event as a scene
+    assert any("with the beep of a forklift around" in text for text in beside)
+    assert captions.mix_captions("dog", "park", 0) == known["dog"]
+    assert captions.mix_captions("pump", "park", 0) == known["pump"]
+    assert captions.EVENTS["siren"]["audioset"] == "/m/03kmc9"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("label,noun\npump,a pump\n", "has no column clause; there are label, noun"),
+        ("label,noun,clause\npump,a pump,a pump is running\nsaw,,a saw\n", "row 2: noun '' is empty"),
+        ("label,noun,clause\n ,a pump,a pump is running\n", "row 1: label '' is empty"),
+    ],
+)
+def test_files_that_are_no_tables_of_words_are_named(words, text, message):
+    words.unlink()
+    if text is not None:
+        words.write_text(text)
+    known = dict(captions.EVENTS)
+    with pytest.raises(ValueError, match=message) as caught:
+        captions.add_words(words)
+    assert "words.csv" in str(caught.value) and known == captions.EVENTS
+
+
+def test_own_words_leave_the_counts_of_a_study_alone(words):
+    from soundscapes_utils import generation
+
+    before = generation.class_counts("ronchini2024", ["siren"])
+    captions.add_words(words)
+    assert generation.class_counts("ronchini2024", ["siren"]) == before

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from nbformat import v4
 
 from soundscapes_utils import __main__ as cli
-from soundscapes_utils import pipeline, report, store
+from soundscapes_utils import audio, datasets, pipeline, report, store
 
 FIRST = """
 run_dir = "runs/quick"  # where results go
@@ -330,6 +332,61 @@ def test_what_can_be_known_before_is_said_before(planned, profile, given, messag
     with pytest.raises(pipeline.UsageError, match=message):
         pipeline.run(profile, given, root=planned)
     assert not (planned / "runs").exists()
+
+
+def write_sounds(folder, **counts):
+    for label, count in counts.items():
+        for number in range(count):
+            audio.save_audio(folder / label / f"{number}.wav", np.full(800, 0.1), 8000)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("counts", "given", "message"),
+    [
+        ({"pump": 5, "saw": 5}, {}, None),
+        ({"pump": 5, "saw": 5}, {"ambient_classes": "[pump]"}, None),
+        ({"pump": 5}, {}, "classes: 1, recordings of pump: 5; a study needs two classes, one subf"),
+        ({"pump": 5, "saw": 2}, {}, "saw: 2; .* add some, or leave one out"),
+        ({"pump": 5, "saw": 4}, {}, "test fold [0-9] leaves a class nothing .*test on another"),
+        ({"pump": 5, "saw": 5}, {"test_folds": "[6]"}, "test fold 6"),
+        (
+            {"pump": 5, "saw": 5},
+            {"ambient_classes": "[hall]"},
+            "ambient_classes hall: name some of pump",
+        ),
+        ({"pump": 5, "saw": 5}, {"words": "nowhere.csv"}, "nowhere.csv does not exist"),
+    ],
+)
+def test_own_sounds_are_checked_before_anything_runs(planned, tmp_path, counts, given, message):
+    given = given | {"sounds_root": write_sounds(tmp_path / "mine", **counts)}
+    if counts.get("saw") == 4:
+        # whichever fold lacks the class is the one that is asked for
+        clips = datasets.load_folder(given["sounds_root"])
+        lacking = ({*range(1, 6)} - set(clips.fold[clips.label == "saw"])).pop()
+        given |= {"test_fold": str(lacking), "test_folds": f"[{lacking}]"}
+    if message is None:
+        assert pipeline.run("own", given, root=planned)
+        return
+    with pytest.raises(store.DataError, match=message) as caught:
+        pipeline.run("own", given, root=planned)
+    assert not (planned / "runs").exists() and not re.search("delete|fetch", str(caught.value))
+
+
+def test_few_scenes_are_refused_before_anything_runs(planned, tmp_path):
+    given = {"sounds_root": write_sounds(tmp_path / "mine", pump=5, saw=5)}
+    given["scenes_root"] = write_sounds(tmp_path / "places", yard=1)
+    with pytest.raises(store.DataError, match="places: all recordings fall into fewer than three"):
+        pipeline.run("own", given, root=planned)
+    write_sounds(tmp_path / "places", yard=3)
+    assert pipeline.run("own", given, root=planned)
+
+
+def test_one_notebook_needs_the_sounds_only_if_it_loads_them(planned, tmp_path):
+    with pytest.raises(store.DataError, match="own: no such folder; name that of your sounds"):
+        pipeline.run("own", only="01", root=planned)
+    assert pipeline.run("own", only="05", root=planned)
+    assert pipeline.run("own", only="02", root=planned)
 
 
 # --- staleness -----------------------------------------------------------------------------------

@@ -126,3 +126,22 @@ def test_a_name_means_the_same_in_all_notebooks():
         for name, default in DEFAULTS[stem].items():
             first, value = seen.setdefault(name, (stem, default))
             assert (type(default), default) == (type(value), value), f"{name}: {first} and {stem}"
+
+
+def test_every_load_of_sounds_takes_the_parameters_of_own_ones():
+    asked = {"load_clips": {"sounds_root"}, "load_scenes": {"scenes_root", "ambient_classes"}}
+    found = {name: set() for name in asked}
+    for stem, path in NOTEBOOKS.items():
+        code = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+        for node in ast.walk(ast.parse("\n".join(code))):
+            name = getattr(getattr(node, "func", None), "attr", "")
+            if name in asked:
+                passed = {word.arg for word in node.keywords if ast.unparse(word.value) == word.arg}
+                assert asked[name] <= passed and asked[name] <= DEFAULTS[stem].keys(), stem
+                found[name].add(stem[:2])
+        writes = re.search(
+            r"captions\.(mix_captions|prompts|negative_prompt)|plan_scenes", "".join(code)
+        )
+        assert not writes or "captions.add_words(words)" in "".join(code), stem
+        assert bool(writes) == ("words" in DEFAULTS[stem]), stem
+    assert found == {"load_clips": {"00", "01"}, "load_scenes": {"00", "01", "02", "03"}}
