@@ -11,7 +11,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.colors import SymLogNorm
 from matplotlib.ticker import MaxNLocator
 
 from . import audio, captions
@@ -148,23 +147,6 @@ def mix_grid(mixes):
     return figure
 
 
-def mix_levels(mixes):
-    """Histograms of rendered mixes: ratio, loudness where there is a column ``lufs``, scaling in dB."""
-    scaled = mixes[mixes["peak_scale"] < 1]
-    scaled = scaled.assign(scaled_db=20 * np.log10(scaled["peak_scale"]))
-    shown = [(mixes, "snr_db", "Signal-to-noise ratio", "foreground over background, dB")]
-    if "lufs" in mixes:
-        shown.append((mixes, "lufs", f"Loudness of {mixes['lufs'].notna().sum()} mixes", "LUFS"))
-    title = f"{len(scaled)} of {len(mixes)} mixes scaled to fit"
-    shown.append((scaled, "scaled_db", title, "scaled by, dB"))
-    figure, axes = _panels(len(shown), size=(5, 2.8))
-    look = {"hue": "split", "hue_order": mixes["split"].unique(), "multiple": "stack", "bins": 20}
-    for panel, (table, column, title, unit) in zip(axes, shown, strict=True):
-        sns.histplot(table, x=column, ax=panel, legend=panel is axes[0], **look)
-        panel.set(xlabel=unit, ylabel="mixes", title=title)
-    return figure
-
-
 # --- generated clips (notebook 02) ---------------------------------------------------------------
 
 
@@ -246,26 +228,6 @@ def training_curves(log, best_step, scores=None):
     return figure
 
 
-def loss_by_time(losses):
-    """Draw what a wrong condition, or none, costs in denoising, against the strength of the noise.
-
-    `losses` are from ``finetuning.fixed_losses``: ``condition`` (one is "matched"), ``t`` in [0, 1)
-    and ``error`` of the same segments in the same order under each condition.
-    """
-    segment = losses.groupby("condition", sort=False).cumcount()
-    table = losses.assign(segment=segment).pivot_table(["t", "error"], "segment", "condition")
-    extra = table["error"].sub(table["error"]["matched"], axis=0).drop(columns="matched")
-    quarter = (table["t"]["matched"] * 4).astype(int) * 0.25 + 0.125
-    extra = extra.assign(t=quarter).melt("t", var_name="condition", value_name="error")
-    title = "What a condition costs, with 95 % intervals"
-    figure, (axes,) = _panels(1, size=(6.5, 2.8), title=title)
-    look = {"hue": "condition", "style": "condition", "markers": True, "err_style": "bars"}
-    sns.lineplot(extra, x="t", y="error", ax=axes, seed=0, **look)
-    axes.axhline(0, color="0.5", linewidth=1)
-    axes.set(xlabel="timestep / 1000 (clean to noisy)", ylabel="error above the matched one's")
-    return figure
-
-
 # --- distances (notebook 04) ---------------------------------------------------------------------
 
 
@@ -298,71 +260,7 @@ def scores_beside_floor(scores, by="candidate", title=""):
     return figure
 
 
-def fad_against_size(curves):
-    """Draw FAD over 1/n and the line to infinitely many clips, at the left edge.
-
-    `curves` has ``embedding, candidate, n, fad``, from ``fad.fad_infinity``.
-    """
-    networks, colours = curves["embedding"].unique(), _colours(curves["candidate"].unique())
-    title = "FAD falls with the number of clips: the left edge is FAD-inf"
-    figure, axes = _panels(len(networks), title=title)
-    for panel, network in zip(axes, networks, strict=True):
-        for name, part in curves[curves["embedding"] == network].groupby("candidate", sort=False):
-            ends = np.array([0, 1 / part["n"].min()])
-            panel.plot(1 / part["n"], part["fad"], "o", color=colours[name], label=name)
-            line = np.polyval(np.polyfit(1 / part["n"], part["fad"], 1), ends)
-            panel.plot(ends, line, color=colours[name])
-        panel.axhline(0, color="0.5", linestyle=":")
-        panel.set(title=network, xlabel="1 / clips", ylabel="FAD", xlim=(0, None))
-    axes[0].legend()
-    return figure
-
-
-def sensitivity_map(changed):
-    """Draw how far known changes of the sounds move a distance; pale: not noticed.
-
-    `changed` is from ``fad.sensitivity``; ``z_score`` counts standard deviations above the floor.
-    """
-    changed = changed.assign(column=changed["metric"] + "\n" + changed["embedding"])
-    cells = changed.pivot_table("z_score", "change", "column", sort=False)
-    size = (1.5 * cells.shape[1] + 2.5, 0.45 * len(cells) + 1.0)
-    figure, (panel,) = _panels(1, size=size)
-    look = {"norm": SymLogNorm(2.0, vmin=0.0, vmax=max(10.0, cells.max(axis=None)))}
-    look["cbar_kws"] = {"label": "standard deviations above the floor"}
-    _heat(panel, cells, annot=True, fmt=".0f", cmap="rocket_r", **look)
-    panel.set(xlabel="", ylabel="", title="What each metric notices")
-    return figure
-
-
 # --- classifiers (notebook 05) -------------------------------------------------------------------
-
-
-def arm_counts(plan):
-    """How many real and synthetic clips each arm of ``esc.plan_study`` trains on, a bar per arm."""
-    counts = plan.drop_duplicates(["arm", "ratio"])
-    names, colours = _arm_names(counts), sns.color_palette("colorblind", 2)
-    figure, (axes,) = _panels(1, size=(7, 0.42 * len(counts) + 0.8))
-    axes.barh(names, counts["n_real"], color=colours[0], label="real")
-    synthetic = {"left": counts["n_real"], "color": colours[1], "label": "synthetic"}
-    axes.barh(names, counts["n_synthetic"], **synthetic)
-    axes.invert_yaxis()
-    axes.set(xlabel="training clips", title="What each arm is trained on")
-    axes.legend(loc="lower right")
-    axes.grid(False, axis="y")
-    return figure
-
-
-def learning_curves(curves, title=""):
-    """Mean losses over the epochs of a study's `curves`, a panel per model, a colour per arm."""
-    names = {"validation_loss": "validation", "train_loss": "training"}
-    long = curves.assign(arm=_arm_names(curves)).rename(columns=names)
-    long = long.melt(["epoch", "arm", "model"], list(names.values()), "clips", "loss")
-    look = {"kind": "line", "errorbar": None, "height": 3.4, "aspect": 1.3}
-    look |= {"hue": "arm", "style": "clips", "col": "model"}
-    grid = sns.relplot(long, x="epoch", y="loss", **look)
-    grid.set_titles("{col_name}")
-    grid.figure.suptitle(title, y=1.03)
-    return grid.figure
 
 
 def accuracy_curve(summary, results, arm, xlabel, title=""):
@@ -404,18 +302,4 @@ def confusion_matrices(tables, title=""):
         _heat(panel, shares, cmap="viridis", cbar=panel is axes[-1], **look)
         panel.set(title=name, xlabel="predicted", ylabel="")
     axes[0].set_ylabel("true class")
-    return figure
-
-
-def class_gains(deltas, title=""):
-    """What each class gains or loses (``stats.class_deltas``); filled: p below 0.05 after Holm."""
-    table = deltas.rename(columns={"difference": "value"}).sort_values("value", ascending=False)
-    colour, place = sns.color_palette("colorblind")[0], np.arange(len(table))
-    figure, (axes,) = _panels(1, size=(7, 0.34 * len(table) + 0.8))
-    _intervals(axes, table, place, colour)
-    doubtful = (table["p_holm"] >= 0.05).to_numpy()
-    axes.plot(table["value"][doubtful], place[doubtful], "o", color=colour, mfc="white")
-    axes.axvline(0, color="0.5", linestyle=":")
-    axes.set(xlabel="change of accuracy", title=title)
-    _name_rows(axes, [captions.tidy(label) for label in table["label"]])
     return figure

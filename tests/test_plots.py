@@ -95,14 +95,6 @@ def test_mix_grid_counts_mixes_by_split():
     assert grids == [[0, 2, 1, 0], [0, 0, 0, 1]]  # dog, rain by metro, park
 
 
-def test_mix_levels_say_how_many_were_scaled():
-    mixes = pd.DataFrame({"split": ["train", "test", "test"], "snr_db": [0.0, 5.0, 6.0]})
-    mixes["peak_scale"] = [1.0, 0.5, 1.0]
-    assert panels(plots.mix_levels(mixes))[-1] == "1 of 3 mixes scaled to fit"
-    figure = plots.mix_levels(mixes.assign(lufs=[-20.0, -23.0, np.nan]))
-    assert panels(figure)[1] == "Loudness of 2 mixes"
-
-
 def test_filters_stand_in_front_of_random_choices():
     table = pd.DataFrame({"filter": ["clap_score 75%", "all"], "n_kept": [30, 40]})
     table = table.assign(accuracy=[0.8, 0.7], control=[0.6, 0.7], control_low=[0.5, 0.7])
@@ -125,13 +117,6 @@ def test_training_curves_show_the_log_the_scores_and_their_floor():
     assert panels(figure)[-1] == "FAD of samples, logmel"
     assert {(0, 1.0), (10, 0.7)} <= points(figure.axes[0])
     assert {(0, 3.0), (10, 2.0), (0, 0.4)} <= points(figure.axes[7])
-
-
-def test_loss_by_time_is_the_difference_to_the_matched_condition():
-    losses = pd.DataFrame({"condition": np.repeat(["matched", "mismatched"], 4)})
-    losses = losses.assign(t=[0.1, 0.2, 0.8, 0.9] * 2, error=[1, 2, 3, 4, 1.5, 2.5, 4, 5])
-    (axes,) = plots.loss_by_time(losses).axes
-    assert {(0.125, 0.5), (0.875, 1.0)} <= points(axes)
 
 
 # --- distances -----------------------------------------------------------------------------------
@@ -164,26 +149,7 @@ def test_scores_class_by_class_have_a_line_for_each_class():
     assert heights == {-0.1, 0.9}
 
 
-def test_other_figures_of_distances():
-    curves = pd.DataFrame({"embedding": "a", "candidate": "mini", "n": [10, 20, 40]})
-    figure = plots.fad_against_size(curves.assign(fad=1 + 5 / curves["n"]))
-    assert (0, 1.0) in points(figure.axes[0])  # the left edge is FAD-inf
-    changed = pd.DataFrame({"metric": "FAD", "embedding": ["a", "b"], "change": "white noise"})
-    (panel, _) = plots.sensitivity_map(changed.assign(z_score=[40.0, 1.0])).axes
-    assert [text.get_text() for text in panel.texts] == ["40", "1"]
-
-
 # --- classifiers ---------------------------------------------------------------------------------
-
-
-def test_arms_and_learning_curves():
-    plan = pd.DataFrame({"arm": ["real", "both", "both"], "ratio": [0, 1.0, 1.0]})
-    (axes,) = plots.arm_counts(plan.assign(n_real=[8, 8, 8], n_synthetic=[0, 8, 8])).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["real", "both 1"]
-    assert [bar.get_width() for bar in axes.patches] == [8, 8, 0, 8]
-    curves = pd.DataFrame({"arm": "real", "ratio": 0.0, "model": ["sbcnn", "crnn"] * 2})
-    curves = curves.assign(epoch=[1, 1, 2, 2], train_loss=1.0, validation_loss=2.0)
-    assert panels(plots.learning_curves(curves)) == ["sbcnn", "crnn"]
 
 
 def test_accuracy_curve_shows_means_and_trained_classifiers():
@@ -201,13 +167,3 @@ def test_confusions_are_shares_of_the_true_class():
     assert panels(figure) == ["one", "two"]
     assert figure.axes[0].collections[0].get_array().ravel().tolist() == [0.75, 0.25, 0, 1]
     assert [text.get_text() for text in figure.axes[0].texts] == ["0.75", "0.25", "", "1.00"]
-
-
-def test_only_firm_gains_are_filled():
-    deltas = pd.DataFrame({"label": ["dog", "rain"], "difference": [-0.1, 0.2]})
-    deltas = deltas.assign(ci_low=[-0.2, 0.1], ci_high=[0.0, 0.3], p_holm=[0.3, 0.01])
-    (axes,) = plots.class_gains(deltas).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["rain", "dog"]
-    white = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
-    assert [line.get_xdata().tolist() for line in white] == [[-0.1]]
-    assert spans(axes) == {(-0.2, 0.0), (0.1, 0.3)}
