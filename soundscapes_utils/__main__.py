@@ -13,7 +13,6 @@ report      runs/<name>/index.html; `report runs/<name> --open` makes it again a
 
 some calls
   ./run_all.sh esc10 -p esc50_root ~/ESC-50              real recordings
-  ./run_all.sh quick -p seed 1 --name quick-seed1        a second run next to the first
   soundscapes plan-mixes events scenes plan.csv -n 2000 --snr -5 15
   soundscapes mix plan.csv mixes --shard 1/4             a quarter of a large set of mixes
   soundscapes generate clips --prompt "a forklift beeping" -n 20

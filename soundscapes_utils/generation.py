@@ -11,7 +11,6 @@ import importlib.util
 import inspect
 import json
 import math
-import os
 import re
 import sys
 import warnings
@@ -358,9 +357,7 @@ def _load_pipeline(source, index, dtype):
 def _device(device):
     import torch
 
-    # under `accelerate launch` each process has a GPU of its own
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return str(device or (gpu if torch.cuda.is_available() else "cpu"))
+    return str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _sample_rate(pipe):
@@ -529,8 +526,7 @@ def generate_clips(plan, backend, out_dir, batch_size=None, max_attempts=3, loud
         Level of the files: peak at −1 dB of full scale; the model's own; −14 LUFS through a tanh, as
         audiocraft writes; or LUFS (ITU-R BS.1770), less where the peak would pass −1 dB.
     shard : str, optional
-        "i/n": every n-th row of the plan, from the i-th; all n together make the same files as one
-        call.
+        "i/n": every n-th row of the plan, from the i-th; all n make the same files as one call.
 
     Returns
     -------

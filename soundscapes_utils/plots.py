@@ -88,11 +88,6 @@ def _colours(names):
     return dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
 
 
-def _arm_names(table):
-    pairs = zip(table["arm"], table["ratio"], strict=True)
-    return [f"{arm} {ratio:g}" if ratio else arm for arm, ratio in pairs]
-
-
 # --- sounds --------------------------------------------------------------------------------------
 
 

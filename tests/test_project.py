@@ -318,6 +318,13 @@ def test_help_comes_at_once(command):
     assert seconds < 1.0 and megabytes < 150
 
 
+def test_the_console_command_knows_its_version():
+    done = subprocess.run(
+        [Path(sys.executable).with_name("soundscapes"), "--version"], capture_output=True
+    )
+    assert done.stdout.decode().strip() == importlib.metadata.version("soundscapes-utils")
+
+
 def test_wrong_calls_end_in_one_line(capsys, tmp_path):
     from soundscapes_utils.__main__ import main
 
