@@ -186,7 +186,7 @@ def _generate(options):
     preset = generation.preset(options.backend)
     plan = _requests(options, preset["duration_s"])
     if (plan["duration_s"] != preset["duration_s"]).any() and options.backend in generation.PRESETS:
-        print(f"note: other durations are asked for than the {preset['duration_s']} s of the preset")
+        print(f"note: other durations than the {preset['duration_s']} s of {options.backend}")
     candidates = selection.plan_candidates(plan, options.best_of or preset["candidates"])
     chosen = {name: _value(value) for name, value in options.o}
     backend = generation.get_backend(options.backend, checkpoint=options.checkpoint, **chosen)

@@ -14,6 +14,7 @@ import csv
 import hashlib
 import io
 import re
+import sys
 import threading
 import time
 import zlib
@@ -134,7 +135,9 @@ class Study:
         arms = tuple(dict.fromkeys(Arm.parse(str(arm)) for arm in self.arms))
         object.__setattr__(self, "arms", arms)
         baselines = [model for model in self.models if _is_baseline(model)]
-        networks = [m for m in self.models if m in MODELS or (":" in m and m not in baselines)]
+        kinds = [model.partition(":")[::2] for model in self.models]
+        own = [f"{a}:{b}" for a, b in kinds if b and a not in (*BASELINES, *MODELS, "probe")]
+        networks = [model for model in self.models if model in MODELS or model in own]
         list(map(classifiers.network_class, networks))  # one's own is there, and can be imported
         if len(baselines) + len(networks) < len(self.models) or not (self.models and arms):
             known = f"{list(MODELS)}, {list(BASELINES)}, 'probe:<embedding>' and 'module:Class'"
@@ -510,7 +513,7 @@ def _outcomes(trials, data, training):
         for i, trial in enumerate(some):
             handed.append(trial["key"])
             model, device = trial["info"]["model"], devices[i % len(devices)]
-            placed = trial | {"training": replace(trial["training"], device=device)}
+            placed = trial | {"training": replace(trial["training"], device=device), "path": sys.path}
             x = data.x[_input_kind(model)]
             yield joblib.delayed(_attempt)(placed, x, data.y, len(data.classes))
 
@@ -534,6 +537,7 @@ def _attempt(trial, x, y, n_classes):
     """Train and test one trial; give back its key, its entry, and what went wrong or None."""
     from threadpoolctl import threadpool_limits
 
+    sys.path += [place for place in trial["path"] if place not in sys.path]  # of a class of one's own
     try:
         with _ONE_TRIAL, threadpool_limits(1):
             return trial["key"], _train_and_test(trial, x, y, n_classes), None

@@ -711,31 +711,6 @@ def test_impossible_shards_are_refused(tmp_path, shard):
         generation.generate_clips(small_plan(), Tones(), tmp_path, shard=shard)
 
 
-def generate_as_accelerate_does(plan, folder):
-    from accelerate import PartialState
-
-    table = generation.generate_clips(plan, Tones(), folder)
-    table.to_csv(Path(folder) / f"{PartialState().process_index}.csv", index=False)
-
-
-def test_processes_of_accelerate_share_out_the_plan(tmp_path):
-    from accelerate import PartialState, debug_launcher
-
-    # what this process has found out about itself would be taken over by those that it starts
-    PartialState._reset_state()
-    plan = small_plan(3)
-    alone = generation.generate_clips(plan, Tones(), tmp_path / "alone")
-    shared = tmp_path / "shared"
-    debug_launcher(generate_as_accelerate_does, (plan, shared), num_processes=2)
-    assert contents(shared) == contents(tmp_path / "alone")
-    lines = [path.read_text().splitlines() for path in (shared / ".records").iterdir()]
-    assert sorted(map(len, lines)) == [3, 3], "no clip is made twice"
-    for rank in range(2):
-        table = store.read_table(shared / f"{rank}.csv")
-        columns = [name for name in alone if name != "path"]
-        pd.testing.assert_frame_equal(table[columns], alone[columns], check_dtype=False)
-
-
 @pytest.mark.parametrize("bar", [False, True])
 def test_short_work_shows_its_progress_on_a_terminal_alone(monkeypatch, capsys, tmp_path, bar):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: bar, raising=False)

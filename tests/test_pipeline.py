@@ -670,7 +670,8 @@ def test_what_belongs_to_the_caller_does_not_reach_the_kernels(project, tmp_path
     monkeypatch.chdir(evil)
     pipeline.run("quick", root=project)
     seen, package = json.loads((project / "notebooks/seen.json").read_text())
-    assert seen == [] and Path(package).parent == pipeline.PACKAGE
+    # where a class of one's own is looked for, after all else
+    assert seen == ["SOUNDSCAPES_HERE"] and Path(package).parent == pipeline.PACKAGE
     assert os.environ["PYTHONPATH"] == str(evil)  # the caller's own settings are back
 
 
