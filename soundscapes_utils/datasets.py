@@ -136,7 +136,7 @@ def load_folder(root, folds=N_FOLDS):
     >>> load_folder(root)[["label", "source_id", "fold"]].to_numpy().tolist()
     [['cat', 'cat-far-b', 4], ['dog', 'dog-a', 3], ['dog', 'dog-a', 3]]
     """
-    where, base, table = _own_sounds(Path(root).resolve())
+    where, base, table = _own_sounds(Path(root).absolute())
     parts = list(map(_parts, table["path"], [base] * len(table), table["label"]))
     names = ["-".join(part) for part in parts]
     _check_rows(pd.DataFrame({"name": names}), where, "name")

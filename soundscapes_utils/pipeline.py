@@ -593,7 +593,7 @@ def _is_path(name, value=""):
 
 def _given_path(name, value):
     """Make a path that a person typed absolute: it was meant from where they stood."""
-    return str(Path(value).expanduser().resolve()) if value and _is_path(name, value) else value
+    return str(Path(value).expanduser().absolute()) if value and _is_path(name, value) else value
 
 
 def _check_value(stem, name, value, root):
