@@ -12,7 +12,6 @@ one         --only 03 runs just that one, on what the others left in the same ru
 report      runs/<name>/index.html; `report runs/<name> --open` makes it again and opens it.
 
 some calls
-  ./run_all.sh esc10 -p esc50_root ~/ESC-50              real recordings
   soundscapes plan-mixes events scenes plan.csv -n 2000 --snr -5 15
   soundscapes mix plan.csv mixes --shard 1/4             a quarter of a large set of mixes
   soundscapes generate clips --prompt "a forklift beeping" -n 20
@@ -247,20 +246,22 @@ def _score(options):
     elif not options.real:
         raise pipeline.UsageError("give two folders, or one and --official")
     else:
-        real = datasets.load_folder(store.project_path(options.real))
+        place = store.project_path(options.real)
+        real = datasets.load_folder(place)
         # the same of every file, so that the scores compare sounds and not lengths or levels
         seconds = options.seconds or min(real["duration_s"].min(), made["duration_s"].min())
         sounds = [audio.excerpts(table["path"], seconds) for table in (real, made)]
-        # of a folder every file counts as a recording; a table can say otherwise
-        groups = {"real": real["source_id"]} if options.real.endswith(".csv") else {}
+        # every file counts as a recording, unless a table, given or in the folder, says otherwise
+        told = place.is_file() or any(place.glob("*.csv"))
+        groups = {"real": real["source_id"]} if told else {}
         tables = []
         for name, _, path in (text.partition("=") for text in options.embedding):
             ruler = embeddings.get_embedding(name, path)
             x, y = (ruler.embed(part, audio.LOG_MEL_RATE, silence="allow") for part in sounds)
             tables.append(fad.score_table(x, {"made": y}, embedding=name, groups=groups))
         scores = pd.concat(tables).assign(reference=options.real, candidate=options.generated)
-    print(fad.score_lines(scores).to_string(index=False))
-    print(f"Table: {store.write_table(scores, options.out)}")
+    table = fad.score_lines(scores).to_string(index=False)
+    print(f"{table}\nTable: {store.write_table(scores, options.out)}")
 
 
 def _table(path):
