@@ -1,8 +1,9 @@
 """Profiles, batch runs with papermill, and resuming.
 
 :func:`run` reads a profile, checks every parameter against the notebooks before anything starts, and
-executes the notebooks in order, skipping what is finished and unchanged. A run is the folder
-``runs/<name>``: its ``run.json`` says what was run, with which parameters, and how far it came.
+executes the notebooks, those that need nothing of each other side by side, skipping what is finished
+and unchanged. A run is the folder ``runs/<name>``: its ``run.json`` says what was run, with which
+parameters, and how far it came. :func:`settings` and :func:`open_run` stand at the head of a notebook.
 :func:`run_parameters`, :func:`profile_table` and :func:`check_environment` tell a reader about it.
 """
 
@@ -20,11 +21,14 @@ import tempfile
 import threading
 import time
 import tomllib
+import uuid
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from fnmatch import fnmatchcase
 from importlib import import_module, metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -33,6 +37,7 @@ import yaml
 from . import store
 
 PACKAGE = Path(__file__).resolve().parent
+_LOCK = threading.Lock()  # what notebooks side by side do one after the other
 ABOUT = ("description", "time", "memory", "disk", "needs")
 INJECTED = "run_dir"
 KERNEL_START_S = 300
@@ -60,13 +65,16 @@ class Interrupted(RunFailed):
 # --- running -------------------------------------------------------------------------------------
 
 
-def run(profile="quick", parameters=None, *, name=None, only=None, fresh=False, root=None):
-    """Run the notebooks of a profile in order; return the run's folder, ``runs/<name>``.
+def run(
+    profile="quick", parameters=None, *, name=None, only=None, fresh=False, appendix=False, root=None
+):
+    """Run the notebooks of a profile; return the run's folder, ``runs/<name>``.
 
     What is finished and unchanged (code, parameters, inputs) is skipped, so that the same call resumes
     after a failure or an interruption. `parameters` as for :func:`resolve_parameters`; `name` is by
     default the profile's; `only` runs just this notebook (number or name), even if nothing changed;
-    `fresh` runs everything again; `root` is by default the project that this package belongs to.
+    `fresh` runs everything again; `appendix` adds the appendix's notebooks and the solutions; `root` is
+    by default the project that this package belongs to.
 
     Raises
     ------
@@ -81,23 +89,26 @@ def run(profile="quick", parameters=None, *, name=None, only=None, fresh=False, 
     name = name or profile
     if not re.fullmatch(r"\w[\w.-]{0,99}", name):
         raise UsageError(f"the run's name {name!r} may hold up to 100 letters, digits, '.', '-' and '_'")
-    values = resolve_parameters(profile, parameters, root, only)
+    values = resolve_parameters(profile, parameters, root, only, appendix)
     _check_demands(values)
-    folder = root / "runs" / name
+    folder, how = root / "runs" / name, _read_profile(profile, root)
+    jobs = min(how["jobs"], len(values), os.cpu_count() or 1)
 
     def resume(only=only, more=""):
+        more += " --appendix" * appendix
         return f"Resume with:\n  {_command(profile, parameters, name, only, root)}{more}"
+
+    def run_one(label, slot, stem):
+        again = fresh or only is not None
+        _run_one((label, slot), stem, values[stem], folder, record, again, how["tags"], root)
 
     with _owned(folder):
         try:
             record = _begin_record(folder, profile, parameters, values)
-            with _environment(_read_profile(profile, root)["offline"]):
-                for number, stem in enumerate(values, 1):
-                    label = f"[{number}/{len(values)}] {stem}"
-                    again = fresh or only is not None
-                    _run_one(label, stem, values[stem], folder, record, again, root)
-            record["finished"] = _now()
-            _save_record(folder, record)
+            # the environment ends first, and with it the kernels that the threads wait for
+            with ThreadPoolExecutor(jobs) as pool, _environment(how["offline"], jobs):
+                _run_side_by_side(pool, jobs, _builds_on(values, root), run_one)
+            _note(folder, record, finished=_now())
             return folder
         except KeyboardInterrupt:
             raise Interrupted(f"\nInterrupted. {resume()}") from None
@@ -106,6 +117,39 @@ def run(profile="quick", parameters=None, *, name=None, only=None, fresh=False, 
             raise RunFailed(f"{error}\n{resume(None, more)}") from error
         except (OSError, store.DataError, _NotebookError) as error:
             raise RunFailed(f"{in_words(error)}\n{resume()}") from error
+
+
+def _builds_on(stems, root):
+    """For each notebook the earlier ones of the run that its code names."""
+    stems, known = list(stems), notebooks(root)
+    code = {stem: "\n".join(source for _, source in _code_cells(known[stem])) for stem in stems}
+    return {stem: {one for one in stems[:i] if one in code[stem]} for i, stem in enumerate(stems)}
+
+
+def _run_side_by_side(pool, jobs, builds_on, run_one):
+    """Begin each notebook as soon as those that it builds on are done, up to `jobs` at a time.
+
+    After a failure nothing begins, and what runs is finished.
+    """
+    waiting, running, slots, failed = list(builds_on), {}, set(range(jobs)), []
+    while waiting or running:
+        ready = [stem for stem in waiting if not builds_on[stem] & {*waiting, *running.values()}]
+        for stem in ready[: len(slots)]:
+            waiting.remove(stem)
+            number, slot = list(builds_on).index(stem) + 1, min(slots)
+            slots.remove(slot)
+            task = pool.submit(run_one, f"[{number}/{len(builds_on)}] {stem}", slot, stem)
+            task.slot, running[task] = slot, stem
+        for task in wait(running, return_when=FIRST_COMPLETED).done:
+            running.pop(task)
+            slots.add(task.slot)
+            if error := task.exception():
+                if not isinstance(error, Exception):  # interrupted
+                    raise error
+                failed.append(error)
+                waiting.clear()
+    for error in failed[:1]:
+        raise error
 
 
 class _NotebookError(RuntimeError):
@@ -146,28 +190,37 @@ def _owned(folder):
         yield
 
 
-def _run_one(label, stem, values, folder, record, again, root):
-    stages, source = record["stages"], notebooks(root)[stem]
-    key = _state_key(source, values, stages, root)
+def _run_one(label, stem, values, folder, record, again, tags, root):
+    source = notebooks(root)[stem]
+    key = _state_key(source, values, record["stages"], tags, root)
     executed = folder / "notebooks" / source.name
-    if not again and _is_done(stages.get(stem), key, folder, executed):
-        print(f"{label}: unchanged, skipped", flush=True)
+    if not again and _is_done(record["stages"].get(stem), key, folder, executed):
+        print(f"{label[0]}: unchanged, skipped", flush=True)
         return
-    stage = stages[stem] = {"status": "running", "parameters": values, "started": _now()}
-    _save_record(folder, record)
+    stage = {"status": "running", "parameters": values, "started": _now()}
+    _note(folder, record, stem, **stage)
     begin = time.time()
     try:
         with _peak_memory() as memory:
-            _execute(label, source, executed, values, folder, root)
-        stage |= {"status": "finished", "key": key, "outputs": _outputs(folder, begin)}
+            _execute(label, _tagged(source, executed, tags), executed, values, folder, root)
+        stage |= {"status": "finished", "key": key, "outputs": _outputs(folder, source, begin)}
     except BaseException:
         stage["status"] = "failed"
         raise
     finally:
         stage["seconds"] = round(time.time() - begin, 1)
         stage["peak_memory_gb"] = round(max(memory) / 1e9, 2)
-        _save_record(folder, record)
-    print(f"{label}: {duration(stage['seconds'])}, {stage['peak_memory_gb']:.1f} GB", flush=True)
+        _note(folder, record, stem, **stage)
+    print(f"{label[0]}: {duration(stage['seconds'])}, {stage['peak_memory_gb']:.1f} GB", flush=True)
+
+
+def _tagged(source, executed, tags):
+    """The notebook to execute: the whole, or where a profile names tags those cells alone."""
+    if not tags:
+        return source
+    content = json.loads(source.read_text(encoding="utf-8"))
+    content["cells"] = [c for c in content["cells"] if {*tags} & {*c["metadata"].get("tags", [])}]
+    return store.write_atomic(executed, json.dumps(content, ensure_ascii=False, indent=1))
 
 
 def _is_done(stage, key, folder, executed):
@@ -175,10 +228,14 @@ def _is_done(stage, key, folder, executed):
     return same and executed.is_file() and all((folder / name).is_file() for name in stage["outputs"])
 
 
-def _outputs(folder, since):
-    """Tables and figures written since a time: if one is deleted, its notebook runs again."""
-    files = [*(folder / "tables").glob("*.csv"), *(folder / "figures").glob("*.png")]
-    new = [file for file in files if file.stat().st_mtime >= since - 1]
+def _outputs(folder, source, since):
+    """Tables and figures written since a time: if one is deleted, its notebook runs again.
+
+    What another notebook beside it writes is not its own: its code does not name that.
+    """
+    files, code = [*folder.glob("tables/*.csv"), *folder.glob("figures/*.png")], str(_code_cells(source))
+    own = [file for file in files if file.name[:2] == source.name[:2] or file.stem in code]
+    new = [file for file in own if file.stat().st_mtime >= since - 1]
     return sorted(str(file.relative_to(folder)) for file in new)
 
 
@@ -188,10 +245,18 @@ def _execute(label, source, executed, values, folder, root):
     from traitlets.config import Config
 
     executed.parent.mkdir(parents=True, exist_ok=True)
-    parameters = {INJECTED: folder.relative_to(root).as_posix(), **values}
-    kernel = {"kernel_name": "python3", "start_timeout": KERNEL_START_S, "cwd": root / "notebooks"}
+    in_cell = _cell_parameters(source)
+    parameters = {INJECTED: folder.relative_to(root).as_posix()}
+    parameters |= {name: value for name, value in values.items() if name in in_cell}
+    if "more" in in_cell:
+        usual = _seldom_changed(root, source.stem)
+        parameters["more"] = {k: values[k] for k in usual if values[k] != usual[k]}
+    # not papermill's cwd, which would move this whole process
+    kernel = {"kernel_name": "python3", "start_timeout": KERNEL_START_S}
+    kernel |= {"resources": {"metadata": {"path": str(root / "notebooks")}}}
     kernel |= {"config": Config({"KernelManager": _sockets()}), "extra_arguments": _KERNEL_PATH}
-    bar = {"desc": label, "leave": False} if sys.stderr.isatty() else False
+    label, slot = label
+    bar = {"desc": label, "leave": False, "position": slot} if sys.stderr.isatty() else False
     if not bar:
         print(f"{label} …", flush=True)
     try:
@@ -246,7 +311,7 @@ _FOREIGN = ("PYTHON", "JUPYTER", "IPYTHON", "JPY_", "MPLBACKEND", "MATPLOTLIBRC"
 
 
 @contextmanager
-def _environment(offline):
+def _environment(offline, jobs):
     """Settings for the kernels: this package, this Python's kernel, and no needless network."""
     before = dict(os.environ)
     # the path of a socket holds about 100 characters
@@ -259,6 +324,9 @@ def _environment(offline):
         ours["PYTHONPATH"] = str(PACKAGE.parent)
     wishes = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": str(int(offline))}
     wishes["SOUNDSCAPES_HERE"] = str(Path.cwd())  # where a class of one's own may lie
+    if jobs > 1:  # side by side, each with its share of the cores
+        share = str(max(1, (os.cpu_count() or 1) // jobs))
+        wishes |= dict.fromkeys(("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT"), share)
     words = [sys.executable, "-I", "-c", _WARDEN, private]
     with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True):
         os.environ.clear()
@@ -274,7 +342,7 @@ def _sockets():
     """Where a kernel listens: in the private folder, as ports of TCP can collide."""
     import zmq
 
-    file = Path(os.environ["JUPYTER_RUNTIME_DIR"]) / "kernel.json"
+    file = Path(os.environ["JUPYTER_RUNTIME_DIR"]) / f"{uuid.uuid4().hex[:8]}.json"
     return {"connection_file": str(file), "transport": "ipc" if zmq.has("ipc") else "tcp"}
 
 
@@ -301,9 +369,9 @@ def _peak_memory():
 # --- what makes a notebook's results stale -------------------------------------------------------
 
 
-def _state_key(path, values, stages, root):
+def _state_key(path, values, stages, tags, root):
     """Digest of all that a notebook's results follow from: same key, same results."""
-    code = [source for _, source in _code_cells(path)]
+    code = [text for own, text in _code_cells(path) if not tags or {*tags} & {*own}]
     text = "\n".join(code)
     # what an earlier notebook left counts where the code names that notebook
     earlier = {stem: stage.get("key") for stem, stage in stages.items() if stem in text}
@@ -322,8 +390,8 @@ def _sources(code):
     while waiting:
         name = waiting.pop()
         sources[name] = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
-        waiting |= _imported(sources[name]) - sources.keys()
-    # the runner only carries results from here to there
+        if name not in _OF_THE_RUNNER:  # it only carries results from here to there
+            waiting |= _imported(sources[name]) - sources.keys()
     return {name: text for name, text in sources.items() if name not in _OF_THE_RUNNER}
 
 
@@ -348,7 +416,8 @@ def _parsed(code):
 
             # what stands below a cell's magic is most often Python
             code = TransformerManager().transform_cell(re.sub(r"\A\s*%%.*", "", code))
-        with suppress(SyntaxError):
+        # CPython 3.11 fails where two threads parse at once ("recursion depth mismatch")
+        with suppress(SyntaxError), _LOCK:
             return ast.parse(code)
     return None
 
@@ -380,8 +449,11 @@ def read_record(folder):
         raise store.DataError(f"{path}: damaged ({error}); remove it, and the run begins anew") from None
 
 
-def _save_record(folder, record):
-    store.write_atomic(folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False))
+def _note(folder, record, stem=None, **entries):
+    """Write entries into a run's record, or into that of one of its notebooks, and keep it."""
+    with _LOCK:
+        record.update(entries if stem is None else {"stages": record["stages"] | {stem: entries}})
+        store.write_atomic(folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False))
 
 
 def _begin_record(folder, profile, given, values):
@@ -427,13 +499,19 @@ def duration(seconds):
 # --- profiles and parameters ---------------------------------------------------------------------
 
 
-def notebooks(root=None):
-    """List the numbered notebooks in the order in which they run: name and file.
+_NUMBERED = re.compile(r"(\d\d|A\d)_")
 
-    Letters, digits and "_" make a name: the copies that Jupyter makes (``…-Copy1``) do not join.
+
+def notebooks(root=None):
+    """List the notebooks in the order in which they run: name and file.
+
+    The numbered ones, the appendix's (``A1_…``), and the solutions. Letters, digits and "_" make a
+    name: the copies that Jupyter makes (``…-Copy1``) do not join.
     """
-    files = sorted((Path(root or store.project_root()) / "notebooks").glob("*.ipynb"))
-    return {path.stem: path for path in files if re.fullmatch(r"\d\d_\w+", path.stem)}
+    folder = Path(root or store.project_root()) / "notebooks"
+    files = [*sorted(folder.glob("*.ipynb")), *sorted((folder / "appendix").glob("*.ipynb"))]
+    named = {path.stem: path for path in files if re.fullmatch(rf"{_NUMBERED.pattern}\w+", path.stem)}
+    return named | {path.stem: path for path in files if path.stem == "solutions"}
 
 
 def profiles(root=None):
@@ -442,11 +520,15 @@ def profiles(root=None):
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+_OF_A_RUN = {"offline": True, "jobs": 2, "tags": []}
+
+
 def _read_profile(name, root=None, above=()):
     """Read a profile, on top of the one that it extends.
 
-    The texts of ``ABOUT``, ``offline`` (bool), and ``sections``: for "common" and for each notebook
-    the parameters that differ from its defaults, as texts: their notebook says what they are.
+    The texts of ``ABOUT``; ``offline`` (bool); ``jobs``, notebooks side by side at most; ``tags`` of the
+    cells to run, where not all are; and ``sections``: for "common" and for each notebook the parameters
+    that differ from its defaults, as texts: their notebook says what they are.
     """
     known = profiles(root)
     if str(name) not in known:
@@ -457,11 +539,11 @@ def _read_profile(name, root=None, above=()):
     try:
         # in YAML 1.1, 010 would be 8 and on would be true: nothing is typed here
         content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}
-        base = {"offline": "true", "sections": {}} | dict.fromkeys(ABOUT, "")
+        base = _OF_A_RUN | {"sections": {}} | dict.fromkeys(ABOUT, "")
         if "extends" in content:
             base = _read_profile(content.pop("extends"), root, (*above, name))
-        profile = base | {key: content.pop(key) for key in (*ABOUT, "offline") if key in content}
-        profile["offline"] = _as_type_of(True, profile["offline"])
+        profile = base | {key: content.pop(key) for key in (*ABOUT, *_OF_A_RUN) if key in content}
+        profile |= {key: _as_type_of(value, profile[key]) for key, value in _OF_A_RUN.items()}
         profile["sections"] = dict(base["sections"])
         for section, values in content.items():
             if section not in sections:
@@ -475,17 +557,24 @@ def _read_profile(name, root=None, above=()):
     return profile
 
 
-def resolve_parameters(profile, parameters=None, root=None, only=None):
+def resolve_parameters(profile, parameters=None, root=None, only=None, appendix=False):
     """Work out the parameters of every notebook, and refuse what does not fit before anything runs.
 
     `parameters`, given by the user, stand above the profile; each goes to every notebook that has one of
     that name. Texts are read as the type of the notebook's default, relative paths from the working
-    directory. Returns, for each notebook that will run, all its parameters but ``run_dir``.
+    directory. Returns, for each notebook that will run, all its parameters but ``run_dir``: those of its
+    cell, and those that ``more`` may hold.
     """
     root = Path(root or store.project_root(PACKAGE))
-    defaults = {stem: _notebook_parameters(path) for stem, path in notebooks(root).items()}
-    sections = _read_profile(profile, root)["sections"]
-    selected = _select(only, defaults)
+    defaults = {stem: _notebook_parameters(path, root) for stem, path in notebooks(root).items()}
+    how = _read_profile(profile, root)
+    sections = how["sections"]
+    selected = _select(only, defaults, appendix)
+    if how["tags"]:  # the last one is that of the cells for whose sake a notebook runs
+        known = notebooks(root)
+        selected = [
+            k for k in selected if any(how["tags"][-1] in own for own, _ in _code_cells(known[k]))
+        ]
     resolved = {stem: dict(defaults[stem]) for stem in selected}
     for section, values in sections.items():
         reach = defaults if section == "common" else {section: defaults[section]}
@@ -511,7 +600,27 @@ def _code_cells(path):
         raise UsageError(f"{path}: not a notebook; open it in Jupyter, and save it again") from error
 
 
-def _notebook_parameters(path):
+def _seldom_changed(root, stem):
+    """Defaults of what a notebook's ``more`` may hold, from ``notebooks/more.yaml``."""
+    path = root / "notebooks" / "more.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return dict(content.get(stem) or {})
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        form = "in YAML, `notebook: {parameter: default}`"
+        raise UsageError(f"{path} cannot be read: {form} ({in_words(error)})") from error
+
+
+def _notebook_parameters(path, root):
+    """Names and defaults of all of a notebook's parameters."""
+    parameters = _cell_parameters(path)
+    if "more" in parameters:
+        parameters |= _seldom_changed(root, path.stem)
+        del parameters["more"]
+    return parameters
+
+
+def _cell_parameters(path):
     """Read names and defaults from a notebook's cell tagged ``parameters``."""
     tree = _parsed("\n".join(text for tags, text in _code_cells(path) if "parameters" in tags))
     if tree is None:
@@ -522,18 +631,20 @@ def _notebook_parameters(path):
         try:
             (target,) = node.targets
             value = parameters[target.id] = ast.literal_eval(node.value)
-            if type(value) not in (bool, int, float, str, list):
+            if type(value) not in (bool, int, float, str, list) and (target.id, value) != ("more", {}):
                 raise ValueError(node)
         except (AttributeError, ValueError) as error:
-            form = "the parameters cell may hold only `name = scalar or list`"
+            form = "the parameters cell may hold only `name = scalar or list`, and `more = {}`"
             raise UsageError(f"{path}: {form}, not: {ast.unparse(node)}") from error
     return parameters
 
 
-def _select(only, stems):
+def _select(only, stems, appendix):
     wanted = str(only).zfill(2)
-    selected = [stem for stem in stems if only is None or wanted in (stem, stem[:2])]
-    if not selected and only is not None:
+    if only is None:
+        return [stem for stem in stems if appendix or stem[0].isdecimal()]
+    selected = [stem for stem in stems if wanted in (stem, stem[:2])]
+    if not selected:
         raise UsageError(f"no notebook {only!r}{_nearest(str(only), stems)}")
     return selected
 
@@ -681,13 +792,57 @@ def _check_study(own, parts):
 # --- for the reader of a notebook ----------------------------------------------------------------
 
 
+def settings(stem, more):
+    """Complete a notebook's ``more`` by the defaults in ``notebooks/more.yaml``, as a namespace.
+
+    Parameters
+    ----------
+    stem : str
+        The notebook's name.
+    more : dict
+        Values by name, of those parameters that do not stand in its parameters cell.
+
+    Raises
+    ------
+    UsageError
+        A name that is not known, or a value that does not fit.
+
+    >>> settings("01_dataset_mixing", {"n_captions": 2}).n_captions
+    2
+    """
+    root = store.project_root()
+    usual = _seldom_changed(root, stem)
+    resolved = {stem: dict(usual)}
+    _apply(more, resolved.copy(), resolved, "more")
+    for name in more:
+        _check_value(stem, name, resolved[stem][name], root)
+    return SimpleNamespace(**resolved[stem])
+
+
+def open_run(run_dir):
+    """Open a run's folder from a notebook: what no earlier notebook has left is made in small.
+
+    In a notebook that is opened by hand, a table that is missing comes from the run ``starter``, which
+    is made on first use; in a batch run it is an error, see ``store.RunFolder``.
+    """
+
+    def starter(missing):
+        print(
+            f"{missing.args[0]}\nUntil then a small set serves, made in 90 s: runs/starter", flush=True
+        )
+        return store.RunFolder(run("starter"))
+
+    return store.RunFolder(run_dir, None if "SOUNDSCAPES_HERE" in os.environ else starter)
+
+
 def run_parameters(run):
     """Tabulate the parameters of a ``store.RunFolder``: of its batch run, or the notebooks' defaults.
 
     One row per parameter, one column per notebook (its number), values as text.
     """
     planned = read_record(run.path).get("parameters")
-    planned = planned or {stem: _notebook_parameters(path) for stem, path in notebooks().items()}
+    root = store.project_root()
+    planned = planned or {k: _notebook_parameters(path, root) for k, path in notebooks(root).items()}
     columns = {stem[:2]: pd.Series(values, dtype=object) for stem, values in planned.items()}
     table = pd.DataFrame(columns).sort_index().drop(index=INJECTED, errors="ignore")
     return table.rename_axis("parameter").map(lambda value: "" if value != value else str(value))

@@ -7,6 +7,7 @@ returns its matplotlib figure; ``RunFolder.save_figure`` keeps it.
 
 import io
 
+import librosa
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -47,6 +48,11 @@ def _narrowed(mel, width):
     return mel[: len(mel) // n * n].reshape(-1, n, mel.shape[1]).mean(axis=1)
 
 
+_KHZ = (0.5, 1, 2, 4)
+# the band whose peak is there: 64 bands from 0 to 8 kHz are 64 of 65 steps of Slaney's scale
+_KHZ_BANDS = librosa.hz_to_mel(1000 * np.array(_KHZ)) / librosa.hz_to_mel(8000) * 65 - 0.5
+
+
 def _mel_grid(named, columns, size, title, frame_s=0.01, limits=MEL_LIMITS):
     """Draw pairs of name and log-mel [frames, bands] on one scale."""
     figure, axes = _panels(len(named), columns, size, title, sharex=True, sharey=True)
@@ -58,10 +64,10 @@ def _mel_grid(named, columns, size, title, frame_s=0.01, limits=MEL_LIMITS):
         extent = (0, len(mel) * frame_s, 0, mel.shape[1])
         panel.imshow(_narrowed(mel, 256).T, extent=extent, **look)
         panel.set_title(name, fontsize="small")
-        panel.set_yticks([])
+        panel.set_yticks(_KHZ_BANDS, _KHZ, fontsize="x-small")
         panel.grid(False)
     figure.supxlabel("time, s", fontsize="small")
-    figure.supylabel("mel band, 0 to 8 kHz", fontsize="small")
+    figure.supylabel("frequency, kHz", fontsize="small")
     return figure
 
 

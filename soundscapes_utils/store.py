@@ -17,6 +17,7 @@ import re
 import sys
 import uuid
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -331,10 +332,12 @@ class RunFolder:
     """Where one run keeps its tables, figures and sounds.
 
     Relative paths are taken from the project's root, so ``"runs/quick"`` is the same folder from
-    ``notebooks/``, from the root and in batch.
+    ``notebooks/``, from the root and in batch. A table that is missing is taken from the folder that the
+    function `otherwise` gives, where there is one.
     """
 
     path: Path
+    otherwise: Callable | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "path", project_path(self.path))
@@ -358,23 +361,31 @@ class RunFolder:
         """Read ``tables/<name>.csv``, left by `made_by`; its paths come back absolute."""
         path = self.tables / f"{name}.csv"
         if not path.is_file():
-            raise MissingStage(
+            missing = MissingStage(
                 f"{self.path.name} has no table {name!r} yet: run notebook {made_by} first, with "
                 f"the same run_dir (looked for {path})"
             )
+            if self.otherwise:
+                return self.otherwise(missing).load_table(name, made_by)
+            raise missing
         table = read_table(path)
         if "path" in table:
             table["path"] = [str(project_path(path)) for path in table["path"]]
         return table
 
     def save_figure(self, figure, name, caption=""):
-        """Write a figure as ``figures/<name>.png``; begin the name with the notebook's number.
+        """Write a figure as ``figures/<name>.png``, and give the picture for the notebook to show.
 
-        The caption, by default the figure's own title, says what it shows: for the report, and for
-        readers who cannot see it. It is kept inside the PNG.
+        Begin the name with the notebook's number. The caption, by default the figure's own title, says
+        what it shows: for the report, and as the picture's alt text. It is kept inside the PNG.
         """
+        from IPython.display import Image
+        from matplotlib import pyplot as plt
+
         titles = [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)]
-        described = {"Description": caption or next(filter(None, titles), name)}
-        buffer = io.BytesIO()
+        caption = caption or next(filter(None, titles), name)
+        buffer, described = io.BytesIO(), {"Description": caption}
         figure.savefig(buffer, dpi=110, bbox_inches="tight", metadata=described, format="png")
-        return write_atomic(self.figures / f"{name}.png", buffer.getvalue())
+        plt.close(figure)  # or the notebook would show it a second time
+        write_atomic(self.figures / f"{name}.png", buffer.getvalue())
+        return Image(buffer.getvalue(), alt=caption)

@@ -118,7 +118,9 @@ def test_figure_carries_its_caption(tmp_path):
 
     figure = Figure()
     figure.subplots().set_title("Loudness of the mixes")
-    path = store.RunFolder(tmp_path).save_figure(figure, "01_loudness")
+    shown = store.RunFolder(tmp_path).save_figure(figure, "01_loudness")
+    path = tmp_path / "figures/01_loudness.png"
+    assert shown.data == path.read_bytes() and shown.alt == "Loudness of the mixes"
     assert Image.open(path).info["Description"] == "Loudness of the mixes"
 
 
@@ -582,7 +584,7 @@ def wait_for(path, process):
 # these two wait for real kernels to begin and to end
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_says_how_to_resume_and_resumes(project, how, capsys):
-    slow = "import time, pathlib\npathlib.Path('started').touch()\ntime.sleep(60)"
+    slow = "made_by = '00_make'\nimport time, pathlib\npathlib.Path('started').touch()\ntime.sleep(60)"
     write_notebook(project / "notebooks/01_use.ipynb", 'run_dir = ""\ngain = 1.0\n', slow)
     process = start(project, "run", "quick")
     wait_for(project / "notebooks/started", process)
