@@ -2,7 +2,8 @@
 
 A figure is a grid of panels (:func:`_panels`) that hold log-mel pictures (:func:`_mel`), heat maps
 (:func:`_heat`), points with their intervals (:func:`_intervals`), or plain lines. Every function
-returns its matplotlib figure; ``RunFolder.save_figure`` keeps it.
+returns its matplotlib figure; ``RunFolder.save_figure`` keeps it. Three drawings explain the series:
+:func:`series_map`, :func:`model_drawing`, :func:`folds_drawing`.
 """
 
 import io
@@ -14,7 +15,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 
-from . import audio, captions
+from . import audio, captions, store
 
 MEL_LIMITS = (-8, 2)  # darkest and brightest log-mel: one scale, so that pictures can be compared
 
@@ -304,3 +305,53 @@ def confusion_matrices(tables, title=""):
         panel.set(title=name, xlabel="predicted", ylabel="")
     axes[0].set_ylabel("true class")
     return figure
+
+
+# --- drawings ------------------------------------------------------------------------------------
+
+
+class Drawing(str):
+    """An SVG that a notebook shows as a picture; its ``repr``, the alt text, says it in words."""
+
+    def __repr__(self):
+        return self.partition("<desc>")[2].partition("</desc>")[0]
+
+    def _repr_svg_(self):
+        return str(self), {"alt": repr(self)}
+
+
+def _drawing(name, **content):
+    return Drawing(store.filled("drawings.svg.j2", drawing=name, **content).strip())
+
+
+def series_map(here=""):
+    """Draw what becomes of the sounds, notebook by notebook; `here`, such as "03", is marked.
+
+    >>> repr(series_map("03"))[-26:]
+    'You are here: notebook 03.'
+    """
+    if here not in ("", "00", "01", "02", "03", "04", "05"):
+        raise ValueError(f"here={here!r} is no notebook of the series, '00' to '05'")
+    return _drawing("series", here=here)
+
+
+def model_drawing():
+    """Draw AudioLDM, from noise and a text to a sound, and what its parts are in the built-in model.
+
+    >>> model_drawing()[:4]
+    '<svg'
+    """
+    return _drawing("model")
+
+
+def folds_drawing(n_folds=5, test=5):
+    """Draw which fold tests, which validates (the next one), and which train, synthetic clips with them.
+
+    >>> repr(folds_drawing(n_folds=5, test=5))[:79]
+    'Of 5 folds, fold 5 is for the test, fold 1 for validation, 2, 3, 4 for training'
+    """
+    if not 3 <= n_folds <= 10 or test not in range(1, n_folds + 1):
+        raise ValueError(f"n_folds={n_folds}, test={test}: can draw 3 to 10 folds, one of which tests")
+    validation = test % n_folds + 1
+    training = [fold for fold in range(1, n_folds + 1) if fold not in (test, validation)]
+    return _drawing("folds", n_folds=n_folds, test=test, validation=validation, training=training)

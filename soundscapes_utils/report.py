@@ -314,16 +314,7 @@ def _card(row, side, out_dir):
 
 
 def _write_page(path, **content):
-    import jinja2
-
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = templates.get_template("page.html.j2").render(content)
-    return store.write_atomic(path, page)
+    return store.write_atomic(path, store.filled("page.html.j2", **content))
 
 
 def _player(path, page_folder, folder):

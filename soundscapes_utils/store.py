@@ -97,6 +97,23 @@ def load_class(name):
 # --- whole ---------------------------------------------------------------------------------------
 
 
+def filled(template, **content):
+    """Fill in a template that lies in the package, and return the text.
+
+    >>> filled("drawings.svg.j2", drawing="model").strip()[:4]
+    '<svg'
+    """
+    import jinja2
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return templates.get_template(template).render(content)
+
+
 def write_atomic(path, content, flush=True):
     """Write bytes, or text as UTF-8: the file is there complete or not at all.
 
