@@ -121,7 +121,8 @@ def _notebook_page(folder, executed):
 
         # Scripts that nbconvert would fetch from elsewhere serve widgets and TeX.
         scripts = ("require_js", "jquery", "mathjax", "mermaid_js", "mermaid_layout_elk_js")
-        exporter = HTMLExporter(**{f"{name}_url": "" for name in scripts})
+        template = Path(__file__).with_name("notebook.html.j2")
+        exporter = HTMLExporter(template_file=str(template), **{f"{name}_url": "" for name in scripts})
         store.write_atomic(page, exporter.from_filename(str(executed))[0])
     return page.relative_to(folder).as_posix()
 

@@ -84,6 +84,25 @@ def test_report_refers_to_files_of_the_run_only_and_escapes(tmp_path):
     assert "1 min 01 s" in text
 
 
+def test_pages_of_notebooks_keep_the_alt_texts_of_pictures(tmp_path):
+    run = finished_run(tmp_path)
+    shown = (
+        {"image/png": "iVBORw0KGgo=", "text/plain": "x"},
+        {"image/svg+xml": "<svg/>", "text/plain": "x"},
+    )
+    said = {"image/png": {"alt": 'a "dog" & <rain>'}, "image/svg+xml": {"alt": "a map"}}
+    outputs = [v4.new_output("display_data", data, metadata=said) for data in shown]
+    notebook = v4.new_notebook(
+        cells=[v4.new_markdown_cell("# A"), v4.new_code_cell("1", outputs=outputs)]
+    )
+    (run / "notebooks").mkdir(exist_ok=True)
+    nbformat.write(notebook, run / "notebooks" / "01_dataset_mixing.ipynb")
+    report.write_report(run)
+    images = Page(run / "html" / "01_dataset_mixing.html").named("img")
+    assert [image["alt"] for image in images] == ['a "dog" & <rain>', "a map"]
+    assert all("max-width:100%" in image["style"] for image in images)
+
+
 def test_notebook_that_is_still_running_has_no_cost(tmp_path):
     file = finished_run(tmp_path) / "run.json"
     record = json.loads(file.read_text())
