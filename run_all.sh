@@ -26,7 +26,7 @@ left_out="$venv/left-out"
 
 usage() {
     cat <<'TEXT'
-usage: ./run_all.sh [profile] [-p name value]... [--name run] [--only NN] [--fresh]
+usage: ./run_all.sh [profile] [-p name value]... [--name run] [--only NN] [--fresh] [--appendix]
        ./run_all.sh setup [--cpu] | test | profiles | report RUN_DIR [--open] | --help
 
 Sets up a virtual environment in .venv (once), runs the notebooks of a profile in order, and makes
@@ -38,6 +38,7 @@ runs/<name>/index.html. Without a profile: quick.
   --name run      folder under runs/ (default: the profile's name)
   --only NN       run this one notebook, on what the others left in the same run folder
   --fresh         run everything again
+  --appendix      also the appendix's notebooks (notebooks/appendix) and the solutions
 
   setup           only install (9 GB); with --cpu without the libraries of CUDA (3 GB): every later
                   command keeps to that, until .venv is removed

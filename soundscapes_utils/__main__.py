@@ -7,7 +7,7 @@ profiles    A profile is a file notebooks/profiles/<name>.yaml: for each noteboo
             checked before anything runs. Lists in quotes: -p test_folds "[1, 2]".
 paths       Relative ones are looked for in the folder that you are in, then in the project.
 resuming    The same command again continues a run: notebooks whose code, parameters and inputs are
-            unchanged are skipped. --fresh runs everything again.
+            unchanged are skipped. --fresh runs everything again; --appendix adds what a class can skip.
 one         --only 03 runs just that one, on what the others left in the same run folder.
 report      runs/<name>/index.html; `report runs/<name> --open` makes it again and opens it.
 
@@ -93,7 +93,7 @@ def _parser():
 def _run(options):
     from . import pipeline, report
 
-    given = {"name": options.name, "only": options.only, "fresh": options.fresh}
+    given = {name: getattr(options, name) for name in ("name", "only", "fresh", "appendix")}
     try:
         folder = pipeline.run(options.profile, dict(options.p), **given)
     except pipeline.RunFailed as error:

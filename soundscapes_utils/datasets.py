@@ -6,6 +6,7 @@ never a shorter table. ``datasets.csv`` says what the sets are and on which term
 where they are fetched from.
 """
 
+import hashlib
 import lzma
 import re
 import shutil
@@ -57,7 +58,8 @@ def load_esc50(root, esc10=False):
         Folder, table or files missing, duplicate or contradicting rows.
     """
     columns = ["filename", "fold", "target", "category", "esc10", "src_file"]
-    table, where = _read_table(root, "meta/esc50.csv", columns, "esc50")
+    name = "esc10" if esc10 else "esc50"
+    table, where = _read_table(root, "meta/esc50.csv", columns, name)
     _check_rows(table, where, "filename", "target", "category")
     # ESC-50 spells fold and target out in the name: 1-100032-A-0.wav
     table["fold"], table["target"] = (_whole(table, where, name) for name in ("fold", "target"))
@@ -72,10 +74,8 @@ def load_esc50(root, esc10=False):
         table = table[table["esc10"].str.lower() == "true"]
         if table.empty:
             raise DatasetError(f"{where}: no row has esc10 = True; choose dataset esc50 instead")
-    paths = _find_files(root, "audio/" + table["filename"], where, _hint("esc50"))
-    return _clips(
-        paths, table["category"], table["fold"], table["src_file"], "esc10" if esc10 else "esc50"
-    )
+    paths = _find_files(root, "audio/" + table["filename"], where, _hint(name))
+    return _clips(paths, table["category"], table["fold"], table["src_file"], name)
 
 
 def load_urbansound8k(root):
@@ -268,8 +268,9 @@ def load_clips(
 ):  # fmt: skip
     """Load the foreground clips of a data set by its name, one of :data:`DATASETS`.
 
-    Where a root is not given, it is ``ESC-50``, ``UrbanSound8K`` or ``own`` in `data_dir`. "own" is what
-    :func:`load_folder` takes, of two classes or more with three sources each, else a DatasetError;
+    Where a root is not given, it is ``ESC-50`` (for "esc10" or ``ESC-10``), ``UrbanSound8K`` or ``own``
+    in `data_dir`. "own" is what :func:`load_folder` takes, of two classes or more with three sources
+    each, else a DatasetError;
     `clips_per_class` and `seed` are those of the built-in data set (:func:`load_builtin`).
     """
     data_dir = Path(data_dir)
@@ -280,7 +281,9 @@ def load_clips(
     if dataset == "own":
         return _classes(load_folder(sounds_root or data_dir / "own"), sounds_root or data_dir / "own")
     if dataset in ("esc10", "esc50"):
-        return load_esc50(esc50_root or data_dir / "ESC-50", esc10=dataset == "esc10")
+        root = data_dir / "ESC-50"
+        root = data_dir / "ESC-10" if dataset == "esc10" and not root.exists() else root
+        return load_esc50(esc50_root or root, esc10=dataset == "esc10")
     raise DatasetError(f"unknown dataset {dataset!r}; choose one of {', '.join(DATASETS)}")
 
 
@@ -484,15 +487,16 @@ def _probe(path):
 def download_dataset(name, dest="data", archives=ARCHIVES):
     """Fetch a data set into its folder in `dest`, which appears complete or not at all; return it.
 
-    `name` is one of "esc50", "urbansound8k", "tau", "dcase2024_task7"; `archives` a table like
+    `name` is one of "esc10", "esc50", "urbansound8k", "tau", "dcase2024_task7"; `archives` a table like
     ``archives.csv``. What will be fetched, the disk space that it needs, licence and citation are
-    printed first. A finished folder is left as it is. An archive that was fetched whole is kept until
-    all are unpacked, so that a broken attempt can simply be repeated.
+    printed first, and at a terminal the question whether to go on. A finished folder is left as it is.
+    An archive that was fetched whole is kept until all are unpacked, so that a broken attempt can
+    simply be repeated.
     """
     if name not in SOURCES.index:
         raise DatasetError(f"unknown dataset {name!r}; choose one of {', '.join(SOURCES.index)}")
-    load = {"esc50": load_esc50, "urbansound8k": load_urbansound8k, "tau": load_tau,
-            "dcase2024_task7": load_dcase2024_task7}[name]  # fmt: skip
+    load = {"esc10": load_esc50, "esc50": load_esc50, "urbansound8k": load_urbansound8k,
+            "tau": load_tau, "dcase2024_task7": load_dcase2024_task7}[name]  # fmt: skip
     source, archives = SOURCES.loc[name], list(archives[archives["dataset"] == name].itertuples())
     dest, root = Path(dest), Path(dest) / source["folder"]
     if root.exists():
@@ -506,6 +510,8 @@ def download_dataset(name, dest="data", archives=ARCHIVES):
     try:
         for path, archive in zip(paths, archives, strict=True):
             _unpack(path, folder, archive.unpacked)
+        if name == "esc10":
+            _lay_out_as_esc50(folder)
         tables = list(folder.rglob(source["table"]))
         if len(tables) != 1:
             raise DatasetError(f"{paths[0]}: {len(tables)} files {source['table']}, expected one")
@@ -538,6 +544,25 @@ def _announce(source, dest, archives):
             f"{dest}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB are free; free some space or "
             "choose another folder"
         )
+    if sys.stdin.isatty() and input("Fetch it now? [Y/n] ").strip().lower().startswith("n"):
+        raise DatasetError(f"{source['title']} is not fetched; give the folder of a copy instead")
+
+
+def _lay_out_as_esc50(folder):
+    """Give ESC-10's archive the layout of ESC-50; each of its files is known by its SHA-256."""
+    table = store.read_table(Path(__file__).with_name("esc10.csv"), as_text=True)
+    top = next(folder.glob("*/"), folder)
+    (top / "audio").mkdir()
+    for row in table.itertuples():
+        path = top / row.path
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != row.sha256:
+            raise DatasetError(
+                f"{row.path} of ESC-10 is not the file that was published; fetch it again"
+            )
+        path.replace(top / "audio" / row.filename)
+    for path in set(table["path"].str.partition("/")[0]):
+        shutil.rmtree(top / path)
+    store.write_table(table.drop(columns=["path", "sha256"]), top / "meta" / "esc50.csv")
 
 
 def _fetch(archive, dest):
@@ -545,6 +570,7 @@ def _fetch(archive, dest):
 
     try:
         known, show = archive.checksum or None, sys.stderr.isatty()
+        pooch.get_logger().setLevel("WARNING")  # what is fetched has been said
         return Path(pooch.retrieve(archive.url, known, archive.name, dest, progressbar=show))
     except (ValueError, OSError) as error:
         raise DatasetError(

@@ -735,6 +735,12 @@ def _choices(word):
 def _check_demands(values):
     """Refuse what a stage's own records refuse, and what a notebook asks of another in vain."""
     given = {name: value for own in values.values() for name, value in own.items()}
+    if "esc10" in (given.get("dataset"), given.get("mix_dataset")) and "esc50_root" in given:
+        from . import datasets
+
+        data = store.project_path(given["data_dir"])
+        if not given["esc50_root"] and not (data / "ESC-50").exists():
+            datasets.download_dataset("esc10", data)
     if given.get("dataset") == "own" and "sounds_root" in given:
         from . import datasets
 

@@ -32,7 +32,7 @@ from soundscapes_utils import (
 )
 
 RATE = 16_000
-DCASE = Path("/work/shared/data/dcase2024_task7_dev")
+DCASE = Path(__file__).parents[2] / "shared/data/dcase2024_task7_dev"
 
 
 # --- helpers that know nothing of the package -----------------------------------------------------

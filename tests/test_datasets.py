@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 import threading
 import unicodedata
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -778,10 +779,84 @@ def test_archive_without_the_table_is_refused(web, fetch_esc, esc_root):
         fetch_esc()
 
 
+PUBLISHED = store.read_table(Path(datasets.__file__).with_name("esc10.csv"), as_text=True)
+ESC10_ZIP = datasets.ARCHIVES.set_index("dataset").name["esc10"]
+
+
+@pytest.fixture
+def fetch_esc10(web, tmp_path):
+    """ESC-10 from an archive like GitHub's, made of the published files."""
+    if not ESC10.is_dir():
+        pytest.skip(f"needs the recordings of ESC-10 in {ESC10}")
+    with zipfile.ZipFile(web.folder / ESC10_ZIP, "w") as archive:
+        archive.writestr("ESC-10-553c8f1/README.md", "ESC-10")
+        for row in PUBLISHED.itertuples():
+            archive.write(ESC10 / "audio" / row.filename, f"ESC-10-553c8f1/{row.path}")
+
+    def fetch():
+        archives = served(web, "esc10", {ESC10_ZIP: ""})
+        return datasets.download_dataset("esc10", tmp_path / "data", archives)
+
+    return fetch
+
+
+def test_esc10_is_laid_out_as_esc50(fetch_esc10, web, tmp_path):
+    root = fetch_esc10()
+    assert names_in(root) == ["README.md", "audio", "meta"]
+    clips = datasets.load_clips("esc10", data_dir=tmp_path / "data")
+    same = datasets.load_esc50(ESC10, esc10=True)
+    pd.testing.assert_frame_equal(clips.drop(columns="path"), same.drop(columns="path"))
+    published = store.read_table(ESC10 / "meta/esc50.csv", as_text=True)
+    columns = ["filename", "fold", "target", "category"]
+    ours = store.read_table(root / "meta/esc50.csv", as_text=True)
+    assert set(ours[columns].itertuples(index=False)) == set(published[columns].itertuples(index=False))
+    assert fetch_esc10() == root and web.asked == [ESC10_ZIP]
+    assert names_in(tmp_path / "data") == ["ESC-10"]
+
+
+@pytest.mark.parametrize("how", ["cut", "another file", "killed"])
+def test_esc10_is_never_half_there(fetch_esc10, web, tmp_path, monkeypatch, how):
+    if how == "cut":
+        web.cut[ESC10_ZIP] = 10**6
+    if how == "another file":
+        whole = (web.folder / ESC10_ZIP).read_bytes()
+        with zipfile.ZipFile(web.folder / ESC10_ZIP, "a") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            archive.writestr(f"ESC-10-553c8f1/{PUBLISHED.path[7]}", b"something else")
+    if how == "killed":  # after the archive has come
+        (tmp_path / "data/.unpacking-ESC-10/audio").mkdir(parents=True)
+        shutil.copy(web.folder / ESC10_ZIP, tmp_path / "data" / ESC10_ZIP)
+    else:
+        wrong = "check the connection" if how == "cut" else re.escape(PUBLISHED.path[7])
+        with pytest.raises(datasets.DatasetError, match=wrong):
+            fetch_esc10()
+        assert names_in(tmp_path / "data") == []
+    if how == "another file":
+        (web.folder / ESC10_ZIP).write_bytes(whole)
+    assert len(datasets.load_esc50(fetch_esc10(), esc10=True)) == 400
+    assert names_in(tmp_path / "data") == ["ESC-10"]
+    assert len(web.asked) == (0 if how == "killed" else 2)
+
+
+@pytest.mark.parametrize("answer", ["", "n"])
+def test_at_a_terminal_one_is_asked_before_anything_is_fetched(
+    web, fetch_esc, esc_root, monkeypatch, answer
+):
+    zip_folder(esc_root, web.folder / ESC_ZIP)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: answer)
+    if answer == "n":
+        with pytest.raises(datasets.DatasetError, match="ESC-50 is not fetched"):
+            fetch_esc()
+        assert web.asked == []
+    else:
+        assert fetch_esc().is_dir()
+
+
 def test_no_server_and_unknown_names_are_said(fetch_esc):
     with pytest.raises(datasets.DatasetError, match="check the connection"):
         fetch_esc("0" * 64)
-    with pytest.raises(datasets.DatasetError, match="unknown dataset 'esc'; choose one of esc50"):
+    with pytest.raises(datasets.DatasetError, match="unknown dataset 'esc'; choose one of esc50, esc10"):
         datasets.download_dataset("esc")
 
 

@@ -532,6 +532,104 @@ def test_full_disk_inside_a_notebook_and_in_the_runner(project, monkeypatch):
         pipeline.run("quick", root=project)
 
 
+MORE = 'run_dir = "runs/quick"\ngain = 1.0\nmore = {}\n'
+SETTLE = "from soundscapes_utils import pipeline\nmore = pipeline.settings('01_use', more)\n"
+SETTLE += "from soundscapes_utils import store\nimport pandas as pd\nrun = store.RunFolder(run_dir)\n"
+SETTLE += "run.save_table(pd.DataFrame([vars(more) | {'gain': gain}]), 'given')"
+
+
+@pytest.fixture
+def with_more(project):
+    (project / "notebooks/more.yaml").write_text(
+        "01_use:\n  steps: 20  # of training\n  rates: [0.5, 1.0]  # to try\n  words: ''  # a file\n"
+    )
+    write_notebook(project / "notebooks/01_use.ipynb", MORE, SETTLE)
+    return project
+
+
+def test_what_is_seldom_changed_comes_from_its_file_profile_and_command_line(with_more):
+    (with_more / "notebooks/profiles/large.yaml").write_text("01_use: {steps: 30, gain: 2}\n")
+    resolved = pipeline.resolve_parameters("large", {"rates": "[2]"}, with_more)["01_use"]
+    assert resolved == {"gain": 2.0, "steps": 30, "rates": [2.0], "words": ""}
+    pipeline.run("large", {"rates": "[2]"}, root=with_more)
+    given = store.read_table(with_more / "runs/large/tables/given.csv")
+    assert given.loc[0, ["steps", "rates", "gain"]].tolist() == [30, "[2.0]", 2]
+    executed = (with_more / "runs/large/notebooks/01_use.ipynb").read_text()
+    assert 'more = {\\"steps\\": 30, \\"rates\\": [2.0]}' in executed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"stepz": 1}, "no parameter 'stepz'; nearest: steps"),
+        ({"steps": "many"}, "'steps' of 01_use takes a whole number, not 'many'"),
+        ({"steps": 0}, "takes numbers from 1 on, not 0"),
+        ({"words": "./none.csv"}, "none.csv does not exist"),
+    ],
+)
+def test_what_more_cannot_hold_is_refused(with_more, more, message):
+    assert pipeline.settings("01_use", {"steps": 5}).steps == 5
+    with pytest.raises(pipeline.UsageError, match=message):
+        pipeline.settings("01_use", more)
+    with pytest.raises(pipeline.UsageError, match=message):
+        pipeline.run("quick", more, root=with_more)
+    assert not (with_more / "runs").exists()
+
+
+def test_notebooks_that_need_nothing_of_each_other_run_side_by_side(project, capsys):
+    """Each waits for the other, so that one after the other they would never end."""
+    wait = (
+        "import os, pathlib, time\npathlib.Path(f'{here}').touch()\n"
+        "while not pathlib.Path(f'{other}').exists(): time.sleep(0.05)\n"
+        "assert os.environ['OMP_NUM_THREADS'] and os.getcwd().endswith('notebooks')"
+    )
+    for name, other in (("01_use", "02_too"), ("02_too", "01_use")):
+        code = f"here, other = '{name[3:]}', '{other[3:]}'\n{wait}\n'00_make'"
+        write_notebook(project / f"notebooks/{name}.ipynb", 'run_dir = ""\ngain = 1.0\n', code)
+    before = Path.cwd()
+    (project / "notebooks/profiles/large.yaml").unlink()
+    pipeline.run("quick", root=project)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("[1/3] 00_make: ")  # on which both build
+    assert lines[2:4] == ["[2/3] 01_use …", "[3/3] 02_too …"] and Path.cwd() == before
+
+
+def test_the_appendix_runs_when_it_is_asked_for(project, capsys):
+    (project / "notebooks/appendix").mkdir()
+    for name in ("appendix/A1_more.ipynb", "solutions.ipynb", "appendix/A1_more-Copy1.ipynb"):
+        write_notebook(
+            project / "notebooks" / name, 'run_dir = "runs/quick"\n', READ.replace("=gain", "=1")
+        )
+    pipeline.run("quick", root=project)
+    assert "A1" not in capsys.readouterr().out
+    pipeline.run("quick", root=project, appendix=True)
+    said = capsys.readouterr().out
+    assert said.count("unchanged") == 2 and "A1_more: " in said and "solutions: " in said
+    pipeline.run("quick", root=project, only="A1")
+    assert "[1/1] A1_more" in capsys.readouterr().out
+
+
+def test_a_notebook_that_is_opened_first_finds_a_small_set(project, monkeypatch, capsys):
+    path = project / "notebooks/00_make.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-1].metadata["tags"] = ["makes"]
+    notebook.cells.append(v4.new_code_cell("raise ValueError('not one of the cells that make')"))
+    nbformat.write(notebook, path)
+    profile = 'tags: ["parameters", "makes"]\n00_make: {seed: 7}\n'
+    (project / "notebooks/profiles/starter.yaml").write_text(profile)
+    real = pipeline.run
+    monkeypatch.setattr(pipeline, "run", lambda *a, **k: real(*a, root=project, **k))
+    run = pipeline.open_run("runs/quick")
+    assert run.load_table("mixes0", made_by="00_make")["seed"].tolist() == [7]
+    said = capsys.readouterr().out
+    assert "run notebook 00_make first" in said and "runs/starter" in said and "01_use" not in said
+    assert run.load_table("mixes0", made_by="00_make")["seed"].tolist() == [7]
+    assert "unchanged, skipped" in capsys.readouterr().out
+    monkeypatch.setenv("SOUNDSCAPES_HERE", str(project))  # in a batch run
+    with pytest.raises(store.MissingStage):
+        pipeline.open_run("runs/quick").load_table("mixes0", made_by="00_make")
+
+
 def test_only_runs_one_notebook_even_if_unchanged(project, capsys):
     pipeline.run("quick", only="00", root=project)
     pipeline.run("quick", only="0", root=project)
