@@ -13,7 +13,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.ticker import MaxNLocator
 
 from . import audio, captions, store
 
@@ -129,24 +128,6 @@ def mel_panels(mels, n_columns=4, title="", frame_s=0.01, limits=MEL_LIMITS):
     `frame_s` is seconds from one frame to the next, `limits` the darkest and the brightest value.
     """
     return _mel_grid(list(mels.items()), n_columns, (2.4, 1.5), title, frame_s, limits)
-
-
-# --- mixes (notebook 01) -------------------------------------------------------------------------
-
-
-def mix_grid(mixes):
-    """Count the mixes of every label over every scene: one heat map per split, on one scale."""
-    counts = pd.crosstab([mixes["split"], mixes["label"]], mixes["scene"])
-    splits, labels = mixes["split"].unique(), sorted(mixes["label"].unique())
-    title = "Mixes of each event over each scene"
-    figure, axes = _panels(len(splits), size=(3.9, 4.2), title=title, sharey=True)
-    look = {"vmin": 0, "vmax": counts.max(axis=None), "cmap": "viridis"}
-    look["cbar_kws"] = {"ticks": MaxNLocator(integer=True)}
-    for panel, split in zip(axes, splits, strict=True):
-        grid = counts.loc[split].reindex(labels, fill_value=0)
-        _heat(panel, grid, cbar=panel is axes[-1], **look)
-        panel.set(title=f"{split}: {grid.to_numpy().sum()} mixes", xlabel="", ylabel="")
-    return figure
 
 
 # --- generated clips (notebook 02) ---------------------------------------------------------------

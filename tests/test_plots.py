@@ -84,16 +84,7 @@ def test_spectrograms_share_time_and_colours():
     assert figure.axes[1].images[0].get_clim() == (-2, 2)
 
 
-# --- mixes and generated clips -------------------------------------------------------------------
-
-
-def test_mix_grid_counts_mixes_by_split():
-    rows = [("train", "dog", "park"), ("train", "dog", "park"), ("train", "rain", "metro")]
-    mixes = pd.DataFrame([*rows, ("test", "rain", "park")], columns=["split", "label", "scene"])
-    figure = plots.mix_grid(mixes)
-    assert panels(figure) == ["train: 3 mixes", "test: 1 mixes"]
-    grids = [panel.collections[0].get_array().ravel().tolist() for panel in figure.axes[:2]]
-    assert grids == [[0, 2, 1, 0], [0, 0, 0, 1]]  # dog, rain by metro, park
+# --- generated clips -----------------------------------------------------------------------------
 
 
 def test_filters_stand_in_front_of_random_choices():
