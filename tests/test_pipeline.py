@@ -336,6 +336,26 @@ def test_what_can_be_known_before_is_said_before(planned, profile, given, messag
     assert not (planned / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("profile", "given", "fetched"),
+    [
+        ("esc10", {}, True),
+        ("esc10", {"esc50_root": "ESC"}, False),
+        ("esc10", {"data_dir": "with_esc50"}, False),
+        ("quick", {}, False),
+    ],
+)
+def test_esc10_is_fetched_before_anything_runs(planned, monkeypatch, profile, given, fetched):
+    asked = []
+    monkeypatch.setattr(datasets, "download_dataset", lambda *what: asked.append(what))
+    monkeypatch.chdir(planned)
+    (planned / "pyproject.toml").touch()
+    for folder in ("ESC", "with_esc50/ESC-50"):
+        (planned / folder).mkdir(parents=True)
+    pipeline.run(profile, given, root=planned)
+    assert asked == [("esc10", planned / "data")] * fetched
+
+
 def write_sounds(folder, **counts):
     for label, count in counts.items():
         for number in range(count):
