@@ -106,14 +106,6 @@ def mel_picture(y, sample_rate):
     return buffer.getvalue()
 
 
-def clip_grid(clips, n_columns=5, title=""):
-    """Log-mel spectrograms of a clip table, one panel per row (``path`` and ``label`` are used)."""
-    sounds = [audio.load_audio(path, audio.LOG_MEL_RATE) for path in clips["path"]]
-    mels = [audio.log_mel(*sound) for sound in sounds]
-    named = list(zip(map(captions.tidy, clips["label"]), mels, strict=True))
-    return _mel_grid(named, n_columns, (1.9, 1.5), title)
-
-
 def aligned_spectrograms(signals, sample_rate, title=""):
     """Log-mel spectrograms of several signals (a dict) on one time axis and one scale of levels."""
     named = [(name, audio.log_mel(y, sample_rate)) for name, y in signals.items()]

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from soundscapes_utils import audio, plots
+from soundscapes_utils import plots
 
 
 @pytest.fixture(autouse=True)
@@ -62,15 +62,6 @@ def test_mel_pictures_have_low_bands_below_and_one_scale():
     with Image.open(io.BytesIO(plots.mel_picture(tone(20), 16_000))) as image:
         assert image.width <= 512
     assert plots.mel_picture(tone(0.01), 16_000)  # shorter than a window
-
-
-def test_clip_grid_names_every_clip(tmp_path):
-    paths = [audio.save_audio(tmp_path / f"{i}.wav", tone(1), 16_000) for i in range(3)]
-    clips = pd.DataFrame({"path": paths, "label": ["dog", "sea_waves", "dog"]})
-    figure = plots.clip_grid(clips, n_columns=2, title="Three")
-    assert panels(figure) == ["dog", "sea waves", "dog"]
-    assert figure.get_suptitle() == "Three"
-    assert figure.axes[0].images[0].get_extent() == [0, 1, 0, 64]
 
 
 def test_spectrograms_share_time_and_colours():
