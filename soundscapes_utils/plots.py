@@ -8,7 +8,6 @@ returns its matplotlib figure; ``RunFolder.save_figure`` keeps it. Three drawing
 
 import io
 
-import librosa
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -49,8 +48,10 @@ def _narrowed(mel, width):
 
 
 _KHZ = (0.5, 1, 2, 4)
-# the band whose peak is there: 64 bands from 0 to 8 kHz are 64 of 65 steps of Slaney's scale
-_KHZ_BANDS = librosa.hz_to_mel(1000 * np.array(_KHZ)) / librosa.hz_to_mel(8000) * 65 - 0.5
+# the band whose peak is there: 64 bands from 0 to 8 kHz are 64 of 65 steps of Slaney's scale, which
+# is linear up to 1 kHz. By its formula, as librosa brings tqdm along, which warns in notebooks
+_MEL = [15 * khz if khz < 1 else 15 + 27 * np.log(khz) / np.log(6.4) for khz in (*_KHZ, 8)]
+_KHZ_BANDS = np.array(_MEL[:-1]) / _MEL[-1] * 65 - 0.5
 
 
 def _mel_grid(named, columns, size, title, frame_s=0.01, limits=MEL_LIMITS):
