@@ -4,7 +4,7 @@
 executes the notebooks, those that need nothing of each other side by side, skipping what is finished
 and unchanged. A run is the folder ``runs/<name>``: its ``run.json`` says what was run, with which
 parameters, and how far it came. :func:`settings` and :func:`open_run` stand at the head of a notebook.
-:func:`run_parameters`, :func:`profile_table` and :func:`check_environment` tell a reader about it.
+:func:`profile_table` and :func:`check_environment` tell a reader about it.
 """
 
 import ast
@@ -734,16 +734,15 @@ def _choices(word):
 
 def _check_demands(values):
     """Refuse what a stage's own records refuse, and what a notebook asks of another in vain."""
-    given = {name: value for own in values.values() for name, value in own.items()}
-    if "esc10" in (given.get("dataset"), given.get("mix_dataset")) and "esc50_root" in given:
-        from . import datasets
+    from . import datasets
 
+    given = {name: value for own in values.values() for name, value in own.items()}
+    sets = given.get("dataset"), given.get("mix_dataset")
+    if "esc10" in sets and "esc50_root" in given:
         data = store.project_path(given["data_dir"])
         if not given["esc50_root"] and not (data / "ESC-50").exists():
             datasets.download_dataset("esc10", data)
-    if given.get("dataset") == "own" and "sounds_root" in given:
-        from . import datasets
-
+    if "own" in sets and "sounds_root" in given:
         datasets.check_own(given)
     for stem, own in values.items():
         try:
@@ -839,19 +838,6 @@ def open_run(run_dir):
         return store.RunFolder(run("starter"))
 
     return store.RunFolder(run_dir, None if "SOUNDSCAPES_HERE" in os.environ else starter)
-
-
-def run_parameters(run):
-    """Tabulate the parameters of a ``store.RunFolder``: of its batch run, or the notebooks' defaults.
-
-    One row per parameter, one column per notebook (its number), values as text.
-    """
-    planned = read_record(run.path).get("parameters")
-    root = store.project_root()
-    planned = planned or {k: _notebook_parameters(path, root) for k, path in notebooks(root).items()}
-    columns = {stem[:2]: pd.Series(values, dtype=object) for stem, values in planned.items()}
-    table = pd.DataFrame(columns).sort_index().drop(index=INJECTED, errors="ignore")
-    return table.rename_axis("parameter").map(lambda value: "" if value != value else str(value))
 
 
 def profile_table(root=None):
