@@ -102,7 +102,7 @@ def mel_picture(y, sample_rate):
     """Log-mel picture of a sound as the bytes of a PNG: 64 rows, low bands below, on one scale."""
     mel = audio.log_mel(audio.fix_length(y, max(len(y), 1024), "pad"), sample_rate)
     buffer, (low, high) = io.BytesIO(), MEL_LIMITS
-    look = {"cmap": "magma", "vmin": low, "vmax": high, "metadata": {"Software": None}}
+    look = {"cmap": plt.get_cmap("magma", 32), "vmin": low, "vmax": high, "metadata": {"Software": None}}
     plt.imsave(buffer, _narrowed(mel, 256).T[::-1], format="png", **look)
     return buffer.getvalue()
 
