@@ -163,47 +163,6 @@ def filters_beside_random(table, title=""):
     return figure
 
 
-# --- fine-tuning (notebook 03) -------------------------------------------------------------------
-
-
-_WATCHED = {  # panels, and the columns of the log in them
-    "loss": "train_loss val_loss val_loss_ema test_loss_ema",
-    "validation, given the sound or its caption": "val_audio_ema val_loss_ema",
-    "validation, by noise (clean to noisy)": "val_loss_t1 val_loss_t2 val_loss_t3 val_loss_t4",
-    "variational bound, nats": "train_vlb val_vlb_ema",
-    "gradient norm": "grad_norm",
-    "learning rate": "learning_rate",
-    "samples per second": "samples_per_s",
-}
-
-
-def training_curves(log, best_step, scores=None):
-    """Draw what is watched in a training run: ``log, best_step, scores`` of its ``FinetuneResult``.
-
-    One panel per quantity, and one per metric and embedding of the samples' scores, floor dashed.
-    """
-    drawn = [] if scores is None or scores.empty else list(scores.groupby(["metric", "embedding"]))
-    figure, axes = _panels(len(_WATCHED) + len(drawn), 3, (3.2, 2.4))
-    for (title, columns), panel in zip(_WATCHED.items(), axes, strict=False):
-        for column, style in zip(columns.split(), (":", "--", "-", "-."), strict=False):
-            if column in log:
-                panel.plot(log["step"], log[column], style, marker="o", markersize=3, label=column)
-        panel.set_title(title, fontsize="small")
-        if panel.lines:
-            panel.legend(fontsize="x-small")
-    for ((metric, embedding), rows), panel in zip(drawn, axes[len(_WATCHED) :], strict=True):
-        rows = rows.sort_values("step")
-        panel.plot(rows["step"], rows["value"], marker="o", markersize=3)
-        panel.fill_between(rows["step"], rows["ci_low"], rows["ci_high"], alpha=0.2, linewidth=0)
-        panel.plot(rows["step"], rows["floor"], "--", color="0.4", label="real against real")
-        panel.set_title(f"{metric} of samples, {embedding}", fontsize="small")
-        panel.legend(fontsize="x-small")
-    for panel in axes:
-        panel.axvline(best_step, color="0.6", linewidth=1)
-    figure.supxlabel("step (grey: the best one)", fontsize="small")
-    return figure
-
-
 # --- distances (notebook 04) ---------------------------------------------------------------------
 
 

@@ -88,20 +88,6 @@ def test_filters_stand_in_front_of_random_choices():
     assert axes.get_yticklabels()[0].get_text() == "clap_score 75% (30 clips)"
 
 
-# --- fine-tuning ---------------------------------------------------------------------------------
-
-
-def test_training_curves_show_the_log_the_scores_and_their_floor():
-    log = pd.DataFrame({"step": [0, 10], "train_loss": [1.0, 0.5], "val_loss": [1.0, 0.7]})
-    assert len(panels(plots.training_curves(log, 10))) == 7
-    scores = pd.DataFrame({"metric": "FAD", "embedding": "logmel", "step": [10, 0]})
-    scores = scores.assign(value=[2.0, 3.0], ci_low=[1.5, 2.5], ci_high=[2.5, 3.5], floor=0.4)
-    figure = plots.training_curves(log, 10, scores)
-    assert panels(figure)[-1] == "FAD of samples, logmel"
-    assert {(0, 1.0), (10, 0.7)} <= points(figure.axes[0])
-    assert {(0, 3.0), (10, 2.0), (0, 0.4)} <= points(figure.axes[7])
-
-
 # --- distances -----------------------------------------------------------------------------------
 
 
