@@ -751,16 +751,16 @@ def _check_demands(values):
 
                 ratio = {"snr_db": tuple(own["snr_db"])} if own["snr_db"] else {}
                 mixing.MixOptions(**ratio, onset=own["onset"], duration_s=own["duration_s"])
-            if {*_STUDY, *_TRAINING, *_FURTHER_ARMS} <= own.keys():
+            if {*_STUDY, *_TRAINING} <= own.keys():
                 _check_study(own, values.values())
         except ValueError as error:
             raise UsageError(f"{stem}: {error}") from error
 
 
-_STUDY = ("arms", "models", "test_folds", "runs", "seed", "real_per_class", "validation")
+_STUDY = ("models", "test_folds", "runs", "seed", "real_per_class", "validation")
 _TRAINING = ("epochs", "patience", "batch_size", "patches_per_epoch", "device", "workers")
 _MAKER = {"n_per_class", "counts", "checkpoint", "test_fold"}
-_FURTHER_ARMS = ("controls", "few_arms", "practice_arms")
+_ARMS = ("arms", "practice_arms", "controls", "few_arms")
 
 
 def _check_study(own, parts):
@@ -769,9 +769,10 @@ def _check_study(own, parts):
 
     own = own | {name: own[name] or None for name in ("real_per_class", "patches_per_epoch", "workers")}
     classifiers.Training(*(own[name] for name in _TRAINING))
-    arms = esc.Study(*(own[name] for name in _STUDY)).arms
-    for name in _FURTHER_ARMS:  # which only the first of the models is trained on
-        arms += esc.Study(own[name], own["models"][:1]).arms if own[name] else ()
+    arms, (models, *rest) = (), (own[name] for name in _STUDY)
+    for name in _ARMS:  # all but `arms` are trained with the first of the models only
+        if own.get(name):
+            arms += esc.Study(own[name], models if name == "arms" else models[:1], *rest).arms
     source = next((one for one in parts if "clips_per_class" in one), {"dataset": ""})
     maker = next((one for one in parts if one.keys() >= _MAKER), None)
     known = {"builtin": source.get("clips_per_class"), "esc10": 40, "esc50": 40}

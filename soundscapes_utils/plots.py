@@ -195,51 +195,6 @@ def scores_beside_floor(scores, by="candidate", title=""):
     return figure
 
 
-# --- classifiers (notebook 05) -------------------------------------------------------------------
-
-
-def accuracy_curve(summary, results, arm, xlabel, title=""):
-    """Accuracy on real test clips against the ratio of synthetic sound in `arm`; "real" stands at 0.
-
-    `summary`, from ``stats.summarise``, gives lines and bars; `results` a point per classifier.
-    """
-    means = summary[summary["arm"].isin(["real", arm])].sort_values("ratio")
-    trained = results[results["arm"].isin(["real", arm])]
-    figure, (axes,) = _panels(1, size=(7, 3.6))
-    models = list(means["model"].unique())
-    for place, (model, colour) in enumerate(_colours(models).items()):
-        # side by side, so that bars of two models do not hide each other
-        shift = 0.02 * (place - (len(models) - 1) / 2) * max(1.0, means["ratio"].max())
-        line, dots = means[means["model"] == model], trained[trained["model"] == model]
-        axes.scatter(dots["ratio"] + shift, dots["accuracy"], s=14, color=colour, alpha=0.45)
-        bars = {"yerr": line["half_width"], "marker": "o", "capsize": 3}
-        axes.errorbar(line["ratio"] + shift, line["accuracy"], color=colour, label=model, **bars)
-    axes.set(xlabel=xlabel, ylabel="accuracy on real test clips", ylim=(0, 1.02), title=title)
-    axes.set_xticks(sorted(means["ratio"].unique()))
-    axes.legend(loc="lower left")
-    return figure
-
-
-def confusion_matrices(tables, title=""):
-    """Confusion matrices side by side, each row as shares of its true class.
-
-    `tables` maps headings to counts (rows: true class, columns: predicted), from ``stats.confusion`` or
-    ``pandas.crosstab``; up to 12 classes the shares are written in.
-    """
-    side = 0.5 * max(len(table) for table in tables.values()) + 1.4
-    figure, axes = _panels(len(tables), size=(side + 0.6, side), title=title, sharey=True)
-    for panel, (name, table) in zip(axes, tables.items(), strict=True):
-        shares = table.div(table.sum(axis=1).clip(lower=1), axis=0)
-        # empty cells stay empty: the eye should find the confusions
-        written = np.where(shares > 0, shares.map("{:.2f}".format), "")
-        look = {"annot": written if len(table) <= 12 else False, "fmt": ""}
-        look |= {"annot_kws": {"fontsize": "x-small"}, "vmin": 0, "vmax": 1}
-        _heat(panel, shares, cmap="viridis", cbar=panel is axes[-1], **look)
-        panel.set(title=name, xlabel="predicted", ylabel="")
-    axes[0].set_ylabel("true class")
-    return figure
-
-
 # --- drawings ------------------------------------------------------------------------------------
 
 

@@ -118,26 +118,6 @@ def test_scores_class_by_class_have_a_line_for_each_class():
     assert heights == {-0.1, 0.9}
 
 
-# --- classifiers ---------------------------------------------------------------------------------
-
-
-def test_accuracy_curve_shows_means_and_trained_classifiers():
-    summary = pd.DataFrame({"arm": ["real", "both", "mixed"], "ratio": [0.0, 1.0, 1.0]})
-    summary = summary.assign(model="sbcnn", accuracy=[0.5, 0.7, 0.1], half_width=[0.1, np.nan, 0.1])
-    results = pd.DataFrame({"arm": "both", "ratio": 1.0, "model": "sbcnn", "accuracy": [0.6, 0.8]})
-    (axes,) = plots.accuracy_curve(summary, results, "both", "synthetic clips").axes
-    assert points(axes) >= {(0, 0.5), (1, 0.7)} and (1, 0.1) not in points(axes)
-    assert axes.collections[0].get_offsets().tolist() == [[1, 0.6], [1, 0.8]]
-
-
-def test_confusions_are_shares_of_the_true_class():
-    counts = pd.DataFrame([[3, 1], [0, 2]], index=["dog", "rain"], columns=["dog", "rain"])
-    figure = plots.confusion_matrices({"one": counts, "two": counts}, "Two")
-    assert panels(figure) == ["one", "two"]
-    assert figure.axes[0].collections[0].get_array().ravel().tolist() == [0.75, 0.25, 0, 1]
-    assert [text.get_text() for text in figure.axes[0].texts] == ["0.75", "0.25", "", "1.00"]
-
-
 # --- drawings ------------------------------------------------------------------------------------
 
 DRAWINGS = {
