@@ -123,46 +123,6 @@ def mel_panels(mels, n_columns=4, title="", frame_s=0.01, limits=MEL_LIMITS):
     return _mel_grid(list(mels.items()), n_columns, (2.4, 1.5), title, frame_s, limits)
 
 
-# --- generated clips (notebook 02) ---------------------------------------------------------------
-
-
-def sets_compared(table, by, title=""):
-    """Compare sets of generated clips, a row of ``selection.summarise`` each, named by column `by`."""
-    names = {
-        "judge_agrees": "judge agrees (95 % interval)",
-        "clap_score": "CLAP score, cosine",
-        "spread": "spread within a class",
-    }
-    shown = [column for column in names if table[column].notna().any()]  # one clip has no spread
-    title = f"{title} (n = {', '.join(map(str, sorted(set(table['n']))))} per set)"
-    size = (3.4, 0.36 * len(table) + 1.1)
-    figure, axes = _panels(len(shown), size=size, title=title, sharey=True)
-    place, colour = np.arange(len(table)), sns.color_palette("colorblind")[0]
-    axes[0].hlines(place, table["ci_low"], table["ci_high"], color=colour)
-    for panel, column in zip(axes, shown, strict=True):
-        panel.plot(table[column], place, "o", color=colour)
-        panel.set(xlabel=names[column])
-    _name_rows(axes[0], table[by].astype(str))
-    axes[0].set(ylabel=by, xlim=(-0.03, 1.03))
-    return figure
-
-
-def filters_beside_random(table, title=""):
-    """Accuracy with each filter (``selection.choose_filter``), before random choices of equal size."""
-    figure, (axes,) = _panels(1, size=(8, 0.4 * len(table) + 1.2))
-    place, (blue, orange) = np.arange(len(table)), sns.color_palette("colorblind", 2)
-    widths = table["control_high"] - table["control_low"]
-    bar = {"height": 0.55, "color": orange, "alpha": 0.35, "label": "random, middle 95 %"}
-    axes.barh(place, widths, left=table["control_low"], **bar)
-    axes.plot(table["control"], place, "|", ms=14, color=orange, label="random, mean")
-    axes.plot(table["accuracy"], place, "o", color=blue, label="filter")
-    _name_rows(axes, [f"{row.filter} ({row.n_kept:.0f} clips)" for row in table.itertuples()])
-    sources = table["n_validation"].iloc[0]
-    axes.set(title=title, xlabel=f"accuracy on {sources} real sources of the validation folds")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    return figure
-
-
 # --- distances (notebook 04) ---------------------------------------------------------------------
 
 

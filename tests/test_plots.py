@@ -75,19 +75,6 @@ def test_spectrograms_share_time_and_colours():
     assert figure.axes[1].images[0].get_clim() == (-2, 2)
 
 
-# --- generated clips -----------------------------------------------------------------------------
-
-
-def test_filters_stand_in_front_of_random_choices():
-    table = pd.DataFrame({"filter": ["clap_score 75%", "all"], "n_kept": [30, 40]})
-    table = table.assign(accuracy=[0.8, 0.7], control=[0.6, 0.7], control_low=[0.5, 0.7])
-    table = table.assign(control_high=[0.65, 0.7], n_validation=12)
-    (axes,) = plots.filters_beside_random(table, "Filters").axes
-    assert {(0.8, 0), (0.7, 1), (0.6, 0)} <= points(axes)
-    assert axes.patches[0].get_width() == pytest.approx(0.15)
-    assert axes.get_yticklabels()[0].get_text() == "clap_score 75% (30 clips)"
-
-
 # --- distances -----------------------------------------------------------------------------------
 
 
