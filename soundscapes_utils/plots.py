@@ -1,7 +1,6 @@
 """Every figure of the notebooks and of the report, drawn from finished tables: nothing is computed here.
 
-A figure is a grid of panels (:func:`_panels`) that hold log-mel pictures (:func:`_mel`), heat maps
-(:func:`_heat`), points with their intervals (:func:`_intervals`), or plain lines. Every function
+A figure is a grid of panels (:func:`_panels`) that hold log-mel pictures (:func:`_mel_grid`) or points with their intervals (:func:`_intervals`), or plain lines. Every function
 returns its matplotlib figure; ``RunFolder.save_figure`` keeps it. Three drawings explain the series:
 :func:`series_map`, :func:`model_drawing`, :func:`folds_drawing`.
 """
@@ -70,14 +69,6 @@ def _mel_grid(named, columns, size, title, frame_s=0.01, limits=MEL_LIMITS):
     figure.supxlabel("time, s", fontsize="small")
     figure.supylabel("frequency, kHz", fontsize="small")
     return figure
-
-
-def _heat(panel, table, **options):
-    """Draw a table as a heat map, classes by their names."""
-    named = table.rename(index=captions.tidy, columns=captions.tidy)
-    # seaborn would draw long names upright first, for which there is no room
-    sns.heatmap(named, ax=panel, yticklabels=False, **options)
-    panel.set_yticks(np.arange(len(named)) + 0.5, named.index)
 
 
 def _intervals(panel, rows, place, colour, **options):
