@@ -223,7 +223,7 @@ def _db(x):
 # --- levels -----------------------------------------------------------------------------------
 
 
-def active_level(y, sample_rate, measure="rms"):
+def _active_level(y, sample_rate, measure="rms"):
     """Measure the level of a signal where it sounds in dB, and from when to when (s) that is.
 
     A frame of 20 ms is active if it is within 30 dB of the loudest one: the silence that clips are
@@ -251,7 +251,7 @@ def snr_gain_db(foreground, background, sample_rate, snr_db, measure="rms"):
     -14.0
     """
     _check_choice("measure", measure, MEASURES)
-    level, _, _ = active_level(audio.check_audio(foreground, "foreground"), sample_rate, measure)
+    level, _, _ = _active_level(audio.check_audio(foreground, "foreground"), sample_rate, measure)
     return snr_db - (level - _level(audio.check_audio(background, "background"), sample_rate, measure))
 
 
@@ -560,7 +560,7 @@ def _clip_level(path, loop, options, left_out):
         left_out[path] = error
         return None
     if not loop:
-        return (*active_level(y, rate, measure), y.size / rate)
+        return (*_active_level(y, rate, measure), y.size / rate)
     return _level(audio.fix_length(y, round(seconds * rate)), rate, measure), 0.0, seconds, seconds
 
 

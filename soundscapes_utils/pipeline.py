@@ -4,7 +4,6 @@
 executes the notebooks, those that need nothing of each other side by side, skipping what is finished
 and unchanged. A run is the folder ``runs/<name>``: its ``run.json`` says what was run, with which
 parameters, and how far it came. :func:`settings` and :func:`open_run` stand at the head of a notebook.
-:func:`profile_table` and :func:`check_environment` tell a reader about it.
 """
 
 import ast
@@ -379,7 +378,7 @@ def _state_key(path, values, stages, tags, root):
     return store.content_key(code, _sources(code), values, _inputs(values, root), earlier)
 
 
-_OF_THE_RUNNER = ("pipeline", "parameters.csv", "commands.csv", "needs.csv")
+_OF_THE_RUNNER = ("pipeline", "parameters.csv", "commands.csv")
 
 
 def _sources(code):
@@ -846,37 +845,6 @@ def profile_table(root=None):
     rows = {name: _read_profile(name, root) for name in profiles(root)}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(ABOUT))
     return table.rename_axis("profile")
-
-
-def check_environment(data_dir="data", esc50_root="", urbansound8k_root="", tau_root="", yamnet_path=""):
-    """Look for what the larger profiles need, and say how to get what is missing.
-
-    Nothing is downloaded, and no data set is read. The folders are the notebooks' parameters of these
-    names; `data_dir` is where data sets lie whose own folder is not given. Columns ``item, found``
-    (bool), ``detail, needed_for, remedy``.
-    """
-    import torch
-    from huggingface_hub import try_to_load_from_cache
-
-    data, gpu = store.project_path(data_dir), torch.cuda.is_available()
-    free, memory = _free_gb(data), psutil.virtual_memory().total / 1e9
-    seen = {"GPU": (gpu, torch.cuda.get_device_name() if gpu else "none that CUDA sees")}
-    seen["disk, 300 GB"] = free > 300, f"{free:.0f} GB free"
-    seen["memory, 32 GB"] = memory > 32, f"{memory:.0f} GB"
-    places = {"ESC-50": esc50_root or data / "ESC-50", "YAMNet": yamnet_path}
-    places |= {"UrbanSound8K": urbansound8k_root or data / "UrbanSound8K", "TAU 2020 Mobile": tau_root}
-    places["mini-AudioLDM"] = "data/checkpoints/mini-audioldm"
-    table = store.read_table(PACKAGE / "needs.csv", as_text=True)
-    for item, mark in zip(table["item"], table["mark"], strict=True):
-        if item in places:
-            there = bool(places[item]) and (store.project_path(places[item]) / mark).exists()
-            seen[item] = there, mark and f"looked for {mark}"
-        elif item not in seen:  # a checkpoint on the hub; its mark is a file of a whole download
-            there = isinstance(try_to_load_from_cache(item, mark), str)
-            seen[item] = there, "in the hub's cache" if there else "not in the hub's cache"
-    table["found"], table["detail"] = zip(*map(seen.get, table["item"]), strict=True)
-    table.loc[table["found"], "remedy"] = ""
-    return table[["item", "found", "detail", "needed_for", "remedy"]]
 
 
 def _free_gb(folder):

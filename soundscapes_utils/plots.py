@@ -1,8 +1,7 @@
-"""Every figure of the notebooks and of the report, drawn from finished tables: nothing is computed here.
+"""What several notebooks and the report draw: nothing is computed here.
 
-A figure is a grid of panels (:func:`_panels`) that hold log-mel pictures (:func:`_mel_grid`) or points with their intervals (:func:`_intervals`), or plain lines. Every function
-returns its matplotlib figure; ``RunFolder.save_figure`` keeps it. Three drawings explain the series:
-:func:`series_map`, :func:`model_drawing`, :func:`folds_drawing`.
+Log-mel pictures, and three drawings that explain the series (:func:`series_map`,
+:func:`model_drawing`, :func:`folds_drawing`); other figures stand in the notebook that shows them.
 """
 
 import io
@@ -12,7 +11,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from . import audio, captions, store
+from . import audio, store
 
 MEL_LIMITS = (-8, 2)  # darkest and brightest log-mel: one scale, so that pictures can be compared
 
@@ -25,19 +24,6 @@ def use_style():
 
 
 # --- what figures are made of --------------------------------------------------------------------
-
-
-def _panels(n, columns=None, size=(4.2, 3.2), title="", **options):
-    """A figure with `n` panels in rows of `columns`, and the list of its panels."""
-    columns = columns or n
-    rows = -(-n // columns)
-    size = (size[0] * columns, size[1] * rows + 0.4)
-    options |= {"squeeze": False, "layout": "constrained"}
-    figure, axes = plt.subplots(rows, columns, figsize=size, **options)
-    for panel in axes.flat[n:]:
-        panel.set_axis_off()
-    figure.suptitle(title, fontsize="medium")
-    return figure, list(axes.flat[:n])
 
 
 def _narrowed(mel, width):
@@ -55,35 +41,26 @@ _KHZ_BANDS = np.array(_MEL[:-1]) / _MEL[-1] * 65 - 0.5
 
 def _mel_grid(named, columns, size, title, frame_s=0.01, limits=MEL_LIMITS):
     """Draw pairs of name and log-mel [frames, bands] on one scale."""
-    figure, axes = _panels(len(named), columns, size, title, sharex=True, sharey=True)
+    rows = -(-len(named) // columns)
+    size = (size[0] * columns, size[1] * rows + 0.4)
+    options = {"squeeze": False, "layout": "constrained", "sharex": True, "sharey": True}
+    figure, axes = plt.subplots(rows, columns, figsize=size, **options)
     # 32 shades look like 256, and halve the picture's bytes in a notebook
     look = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
     look |= {"cmap": plt.get_cmap("magma", 32), "vmin": limits[0], "vmax": limits[1]}
-    for panel, (name, mel) in zip(axes, named, strict=True):
+    for panel in axes.flat[len(named) :]:
+        panel.set_axis_off()
+    for panel, (name, mel) in zip(axes.flat, named, strict=False):
         mel = np.asarray(mel)
         extent = (0, len(mel) * frame_s, 0, mel.shape[1])
         panel.imshow(_narrowed(mel, 256).T, extent=extent, **look)
         panel.set_title(name, fontsize="small")
         panel.set_yticks(_KHZ_BANDS, _KHZ, fontsize="x-small")
         panel.grid(False)
+    figure.suptitle(title, fontsize="medium")
     figure.supxlabel("time, s", fontsize="small")
     figure.supylabel("frequency, kHz", fontsize="small")
     return figure
-
-
-def _intervals(panel, rows, place, colour, **options):
-    """Draw ``value`` as points, ``ci_low`` to ``ci_high`` as lines, at heights `place`."""
-    panel.hlines(place, rows["ci_low"], rows["ci_high"], color=colour)
-    panel.plot(rows["value"], place, "o", color=colour, **options)
-
-
-def _name_rows(panel, names):
-    """Name the heights 0, 1, … of a panel, the first one on top."""
-    panel.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
-
-
-def _colours(names):
-    return dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
 
 
 # --- sounds --------------------------------------------------------------------------------------
@@ -112,38 +89,6 @@ def mel_panels(mels, n_columns=4, title="", frame_s=0.01, limits=MEL_LIMITS):
     `frame_s` is seconds from one frame to the next, `limits` the darkest and the brightest value.
     """
     return _mel_grid(list(mels.items()), n_columns, (2.4, 1.5), title, frame_s, limits)
-
-
-# --- distances (notebook 04) ---------------------------------------------------------------------
-
-
-def scores_beside_floor(scores, by="candidate", title=""):
-    """Draw scores with their intervals, each in front of its floor (grey): real against real.
-
-    `scores` are from ``fad.score_table``: a panel per metric (rows) and embedding (columns), a line per
-    candidate; or, `by` "reference", per class that is the reference, candidates side by side.
-    """
-    colours, lines = _colours(scores["candidate"].unique()), list(scores[by].unique())
-    # candidates of one class stand side by side
-    step = 0.2 if by == "reference" else 0.0
-    shifts = {name: step * (k - (len(colours) - 1) / 2) for k, name in enumerate(colours)}
-    drawn = list(scores.groupby(["metric", "embedding"], sort=False))
-    size = (4.4, 0.4 * len(lines) + 0.9)
-    columns = scores["embedding"].nunique()
-    figure, axes = _panels(len(drawn), columns, size, sharey=True)
-    for panel, ((metric, embedding), rows) in zip(axes, drawn, strict=True):
-        for name, part in rows.groupby("candidate", sort=False):
-            place = np.array([lines.index(line) for line in part[by]]) + shifts[name]
-            panel.hlines(place, part["floor_low"], part["floor_high"], color="0.85", linewidth=9)
-            panel.plot(part["floor"], place, "|", color="0.5", markersize=10)
-            _intervals(panel, part, place, colours[name], label=name)
-        panel.set_title(f"{metric}, {embedding}")
-    _name_rows(axes[0], [captions.tidy(line) for line in lines])
-    if by == "reference":
-        legend = axes[0].get_legend_handles_labels()
-        figure.legend(*legend, loc="outside lower center", ncols=len(colours))
-    figure.suptitle(title or "Distance to held-out recordings; grey: real against real")
-    return figure
 
 
 # --- drawings ------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 
@@ -24,25 +23,6 @@ def panels(figure):
     figure.canvas.draw()
     drawn = [panel for panel in figure.axes if panel.axison and panel.get_label() != "<colorbar>"]
     return [panel.get_title() for panel in drawn]
-
-
-def points(panel):
-    """What the lines of a panel go through, as a set of rounded points."""
-    return {
-        (round(float(x), 6), round(float(y), 6))
-        for line in panel.lines
-        for x, y in zip(*map(np.ravel, line.get_data()), strict=True)
-    }
-
-
-def spans(panel):
-    """Ends of the horizontal lines of a panel."""
-    return {
-        (round(low[0], 6), round(high[0], 6))
-        for lines in panel.collections
-        if hasattr(lines, "get_segments")
-        for low, high in lines.get_segments()
-    }
 
 
 def tone(seconds, hz=440):
@@ -73,36 +53,6 @@ def test_spectrograms_share_time_and_colours():
     assert panels(figure) == ["a", "b"]
     assert figure.axes[1].images[0].get_extent() == [0, 1, 0, 32]
     assert figure.axes[1].images[0].get_clim() == (-2, 2)
-
-
-# --- distances -----------------------------------------------------------------------------------
-
-
-def score_rows(**columns):
-    table = pd.DataFrame({"metric": "FAD", "embedding": ["a", "a", "b", "b"], "reference": "real"})
-    table["candidate"] = ["before", "after"] * 2
-    table = table.assign(value=[3.0, 2.0, 5.0, 4.0], ci_low=[2.5, 1.5, 4.5, 3.5], ci_high=6.0)
-    return table.assign(floor=1.0, floor_low=0.5, floor_high=1.25, **columns)
-
-
-def test_scores_stand_in_front_of_their_floor():
-    figure = plots.scores_beside_floor(score_rows())
-    assert panels(figure) == ["FAD, a", "FAD, b"]
-    first, second = figure.axes
-    assert points(first) == {(3.0, 0), (2.0, 1), (1.0, 0), (1.0, 1)}
-    assert points(second) >= {(5.0, 0), (4.0, 1)}
-    assert spans(first) == {(2.5, 6.0), (1.5, 6.0), (0.5, 1.25)}
-    without = plots.scores_beside_floor(score_rows().assign(floor=np.nan, floor_low=np.nan))
-    assert points(without.axes[0]) >= {(3.0, 0), (2.0, 1)}
-
-
-def test_scores_class_by_class_have_a_line_for_each_class():
-    rows = pd.concat([score_rows().assign(reference=label) for label in ("dog", "sea_waves")])
-    figure = plots.scores_beside_floor(rows, by="reference", title="Classes")
-    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names == ["dog", "sea waves"] and figure.get_suptitle() == "Classes"
-    heights = {y for x, y in points(figure.axes[0]) if x == 3.0}
-    assert heights == {-0.1, 0.9}
 
 
 # --- drawings ------------------------------------------------------------------------------------
