@@ -1,10 +1,7 @@
-"""Augmentation study: its speed against the paper's code, and its truth on real recordings.
+"""Augmentation study: row P7 of `all.py`, and its truth on real recordings.
 
-Speed. The paper's code decodes, resamples and transforms every clip in every epoch. Here that is done
-once a clip. Both ways train the same SB-CNN on the same clips, in one process and one thread; what is
-printed are ratios of this one run.
-
-    python benchmarks/esc.py --clips 7859 --workers 2
+P7. Epochs at the size of UrbanSound8K, eight folds of ten to train on and one to validate, against the
+optimiser's steps alone on the same patches, drawn anew in every epoch on both sides.
 
 Truth. The whole study on ESC-10 with a generator that never heard the test fold, which is trained
 first: tables of arms, controls and tests. What is done is kept, so the same command goes on after a
@@ -21,11 +18,7 @@ of the other studies has heard 24, one of its own just these two, drawn anew for
 """
 
 import argparse
-import contextlib
-import io
 import multiprocessing
-import resource
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -38,7 +31,6 @@ import torch
 from scipy.stats import spearmanr
 
 from soundscapes_utils import (
-    audio,
     classifiers,
     datasets,
     embeddings,
@@ -46,115 +38,48 @@ from soundscapes_utils import (
     fad,
     generation,
     minimodel,
-    procedural,
     selection,
     stats,
     store,
 )
 
-CLIP_SECONDS = 4.0
-SOURCE_RATE = 44_100
+
+def bare_epoch(network, optimiser, patches, y):
+    """Draw an epoch's patches and take its optimiser steps, and nothing else."""
+    for part in torch.randperm(len(y)).split(128):
+        batch = patches[part, torch.randint(patches.shape[1], (len(part),))]
+        loss = torch.nn.functional.cross_entropy(network(batch.transpose(1, 2).unsqueeze(1)), y[part])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        loss.item()
 
 
-def make_clips(folder, n):
-    """Write `n` clips of 4 s at 44.1 kHz, over all classes and five folds."""
-    rows = []
-    for i in range(n):
-        label = procedural.EVENTS[i % len(procedural.EVENTS)]
-        y = procedural.synthesize(label, i, SOURCE_RATE, CLIP_SECONDS)
-        path = audio.save_audio(Path(folder) / f"{i}.wav", y, SOURCE_RATE)
-        fold = i // len(procedural.EVENTS) % 5 + 1
-        rows.append((str(i), str(path), label, fold, str(i), "builtin"))
-    return pd.DataFrame(rows, columns=["clip_id", "path", "label", "fold", "source_id", "dataset"])
+def p7(work, quick, options):
+    """Epochs of both networks with validation, over bare steps."""
+    n = 160 if quick else 8732
+    rng, n_train, epochs = np.random.default_rng(0), n * 8 // 10, 1 if quick else 2
+    x = classifiers.standardise(rng.normal(size=(n_train + n // 10, 126, 64)).astype(np.float32))
+    y = np.arange(len(x)) % 10
+    parts = [(x[:n_train], y[:n_train]), (x[n_train:], y[n_train:])]
+    patches = torch.from_numpy(parts[0][0]).unfold(1, classifiers.PATCH_FRAMES, 1)
+    for model in ("sbcnn", "crnn"):
+        network = classifiers.MODELS[model](10).to(memory_format=torch.channels_last).train()
+        optimiser = torch.optim.Adam(network.parameters(), **classifiers.ADAM)
+        bare = partial(bare_epoch, network, optimiser, patches, torch.from_numpy(parts[0][1]))
+        whole = partial(classifiers.train_classifier, model, *parts, 10, esc.Training(epochs=epochs))
+        bare_epoch(network, optimiser, patches[:128], torch.from_numpy(y[:128]))  # the first is slower
+        found = []
+        for action, times in [(bare, 1), (whole, epochs)] * (1 if quick else 2):
+            started = time.perf_counter()
+            action()
+            found.append((time.perf_counter() - started) / times)
+        row = {"what": f"{model}, {n_train} clips, {n // 10} to validate", "peer": "bare steps"}
+        best = {"theirs": min(found[::2]), "ours": min(found[1::2])}
+        yield row | best | {"unit": "s an epoch", "most": 1.15}
 
 
-def transform_each(paths):
-    """Decode, resample and transform every clip with torchaudio, as the paper's data set does."""
-    from torchaudio.functional import resample
-    from torchaudio.transforms import MelSpectrogram
-
-    mel = MelSpectrogram(16_000, n_fft=1024, hop_length=512, n_mels=64)
-    for path in paths:
-        y, rate = audio.load_audio(path)
-        y = resample(torch.from_numpy(y), rate, 16_000)[: 4 * 16_000]
-        yield torch.log(mel(y) + 0.001).T.numpy()
-
-
-def seconds(action):
-    """Wall time of a call."""
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
-def epoch_times(clips, cache, device):
-    """Seconds of: features as the paper takes them, here, here again, patches; epoch; bare steps."""
-    y = np.arange(len(clips)) % len(procedural.EVENTS)
-    peer = seconds(lambda: list(transform_each(clips["path"])))
-    first = seconds(lambda: classifiers.load_features(clips["path"], cache, workers=1))
-    again = seconds(lambda: classifiers.load_features(clips["path"], cache, workers=1))
-    data = (classifiers.standardise(classifiers.load_features(clips["path"], cache, workers=1)[0]), y)
-    tiny = (data[0][:1], y[:1])
-    training = esc.Training(epochs=3, batch_size=128, patience=99, device=device)
-
-    def train():
-        classifiers.train_classifier("sbcnn", data, tiny, 10, training)
-
-    train()
-    epoch = seconds(train) / 3
-    return peer, first, again, drawing(data[0]), epoch, bare_steps(data, device)
-
-
-def drawing(x):
-    """Seconds to cut an epoch's random patches out of the spectrograms in memory."""
-    patches = torch.from_numpy(x).unfold(1, classifiers.PATCH_FRAMES, 1)
-
-    def draw():
-        for part in torch.randperm(len(x)).split(128):
-            starts = torch.randint(patches.shape[1], (len(part),))
-            patches[part, starts].transpose(1, 2).unsqueeze(1).float()
-
-    draw()
-    return seconds(draw)
-
-
-def bare_steps(data, device, epochs=3):
-    """Seconds of an epoch's optimiser steps alone, on patches that lie ready."""
-    x, y = (torch.from_numpy(part).to(device) for part in data)
-    network = classifiers.SBCNN(10).to(device, memory_format=torch.channels_last).train()
-    optimiser = torch.optim.Adam(network.parameters(), **classifiers.ADAM)
-    patches = x[:, : classifiers.PATCH_FRAMES].unsqueeze(1).contiguous()
-    batches = list(zip(patches.split(128), y.split(128), strict=True))
-
-    def run(times):
-        for batch, target in batches * times:
-            loss = torch.nn.functional.cross_entropy(network(batch), target)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            loss.item()
-
-    run(1)
-    return seconds(lambda: run(epochs)) / epochs
-
-
-def study_hours(per_clip, workers):
-    """Hours of the paper's study of SB-CNN: 7,859 real clips, 10 folds, 5 runs, all arms, 50 epochs."""
-    real = 7859
-    sizes = [1, *(1 + r for r in range(1, 5)), *[1] * 8, *range(1, 5)]
-    return sum(sizes) * real * 10 * 5 * 50 * per_clip / workers / 3600
-
-
-def peak_mb():
-    """Largest memory that this process has held, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def run_units(clips, folder, workers, runs):
-    """Train `runs` classifiers of a few epochs; nothing is printed."""
-    study = esc.Study(["real"], ["sbcnn"], runs=runs)
-    with contextlib.redirect_stdout(io.StringIO()):
-        esc.run_study(clips, None, study, esc.Training(5, 15, 16, workers=workers), folder)
+ROWS = {"P7": p7}
 
 
 # SB-CNN's arms on ESC-10, every epoch of as many patches as there are real training clips
@@ -398,66 +323,24 @@ def truth(wanted):
     print(f"in all {(time.perf_counter() - started) / 60:.1f} min, {wanted.workers} processes")
 
 
-def speed(wanted):
-    """Print the table of speeds."""
-    with tempfile.TemporaryDirectory() as folder:
-        clips = make_clips(folder, wanted.clips)
-        times = epoch_times(clips, Path(folder) / "cache", wanted.device)
-        peer, first, _, drawn, epoch, bare = times
-        print(f"{wanted.clips} clips of 4 s at 44.1 kHz, one thread, {wanted.device}; ms a clip")
-        names = (
-            "features, every epoch anew (paper)",
-            "features, computed here, once",
-            "features, found in the cache",
-            "patches drawn from memory, an epoch",
-            "epoch, features in memory",
-            "its optimiser steps alone",
-        )
-        for name, value in zip(names, times, strict=True):
-            print(f"  {name:36s}{value / wanted.clips * 1e3:9.2f}")
-        print(f"  epoch over its bare steps: {100 * (epoch / bare - 1):+.0f} %")
-        epochs = 50
-        for many, name in ((1, "one classifier"), (50, "50 classifiers (10 folds, 5 runs)")):
-            mine = drawn + first / (many * epochs)
-            print(f"  feature time an epoch, {name} of {epochs}: {peer / mine:.0f} times less")
-        ratio = epochs * (peer + epoch) / (first + epochs * epoch)
-        print(f"  {epochs} epochs in all: {ratio:.1f} times faster than with features anew")
-        hours = study_hours(epoch / wanted.clips, wanted.workers)
-        print(f"  the paper's study, SB-CNN, {wanted.workers} side by side: about {hours:.0f} h")
-        few = clips.head(100)
-        for workers in (1, wanted.workers):
-            out = Path(folder) / f"workers-{workers}"
-            took = seconds(lambda n=workers, o=out: run_units(few, o, n, 4))
-            print(f"  4 classifiers in {workers} processes: {took:.1f} s")
-        before = peak_mb()
-        run_units(few, Path(folder) / "many", 1, 12)
-        print(f"  12 classifiers more in this process: {peak_mb() - before:+.0f} MB at the peak")
-
-
 def main():
-    """Speed by default, truth where a folder is given for it."""
+    """Run the studies that were asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     say = parser.add_argument
-    say("--clips", type=int, default=100)
     say("--workers", type=int, default=2)
     say("--device", default="cpu")
-    say("--truth", metavar="FOLDER", help="run the studies on ESC-10 into this folder")
+    say("--truth", required=True, metavar="FOLDER", help="run the studies on ESC-10 into this folder")
     say("--root", default="data/ESC-50", help="ESC-10 or ESC-50")
-    say("--yamnet", help="YAMNet's TFLite file")
+    say("--yamnet", required=True, help="YAMNet's TFLite file")
     say("--studies", nargs="+", choices=[*STUDIES, "own"], help="all by default")
     say("--fold", type=int, default=5, help="test fold; the next one stops the training")
     say("--runs", type=int, default=5)
     say("--epochs", type=int, default=60)
     wanted = parser.parse_args()
     torch.set_num_threads(1)
-    if not wanted.truth:
-        speed(wanted)
-    elif wanted.yamnet:
-        truth(wanted)
-    else:
-        parser.error("--truth needs --yamnet")
+    truth(wanted)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""Distances and embeddings: speed against what other toolkits do, and what the numbers are worth.
+"""Distances and embeddings: rows P2 and P3 of `all.py`, and what the numbers are worth.
 
-Sections, one or several in one run:
+P2. FAD: means, covariances and `scipy.linalg.sqrtm` of their product, as fadtk and
+frechet-audio-distance call it. KAD: kadtk's formula, `torch.pdist` for the bandwidth and three whole
+matrices, like against like in float32 (its default) and float64 (ours). PRDC: prdc's lines.
+P3. One network with random weights over files of 44.1 kHz: in batches against a loop that reads,
+resamples and embeds one file at a time, as fadtk and panns_inference do; the same network, resampler and
+threads on both sides.
 
-distances
-    Fréchet: means, covariances and `scipy.linalg.sqrtm` of their product, as fadtk and
-    frechet-audio-distance call it. KAD: kadtk's formula, `torch.pdist` for the bandwidth and three
-    whole matrices, like against like in float32 (its default) and float64 (ours). Seconds are the
-    least of `--repeats`, memory is the peak of all arrays, the embeddings included.
-embedding
-    One network with random weights over files of 44.1 kHz: in batches against a loop that reads,
-    resamples and embeds one file at a time, as those toolkits do; the same network, resampler and
-    threads on both sides.
+Sections of this script:
+
 oracles
     Largest relative errors against closed forms, references and definitions.
 floors
@@ -19,23 +17,24 @@ floors
 sensitivity
     How far the distances move when ESC-10 is changed in known ways (`--esc10`), by embedding.
 
-    python benchmarks/evaluation.py distances embedding
     python benchmarks/evaluation.py oracles floors sensitivity --esc10 data/ESC-50 \
         --dcase data/dcase2024_task7_dev --yamnet yamnet.tflite
 """
 
 import argparse
-import tempfile
+import os
 import time
-import tracemalloc
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
+import soundfile as sf
 import torch
 from scipy.linalg import sqrtm
+from sklearn.metrics import pairwise_distances
 
 from soundscapes_utils import audio, audio_networks, datasets, embeddings, fad
 
@@ -68,6 +67,22 @@ def kad_by_whole_matrices(x, y, precision=torch.float32):
     return float(100 * (within(x) + within(y) - 2 * kernel(x, y).mean()))
 
 
+def prdc_by_whole_matrices(x, y, k=5):
+    """Return precision, recall, density and coverage as prdc computes them."""
+
+    def radii(rows):
+        distances = pairwise_distances(rows, rows)
+        return np.take_along_axis(distances, np.argpartition(distances, k, axis=1)[:, : k + 1], 1).max(1)
+
+    x_radii, y_radii = radii(x), radii(y)
+    distances = pairwise_distances(x, y)
+    inside = distances < x_radii[:, None]
+    recall = (distances < y_radii[None]).any(axis=1).mean()
+    density, coverage = inside.sum(axis=0).mean() / k, (distances.min(axis=1) < x_radii).mean()
+    shares = inside.any(axis=0).mean(), recall, density, coverage
+    return dict(zip(("precision", "recall", "density", "coverage"), map(float, shares), strict=True))
+
+
 def timed(function, *args, repeats=1):
     """Return a function's value and the least seconds it took; what takes long is not repeated."""
     seconds = []
@@ -78,46 +93,46 @@ def timed(function, *args, repeats=1):
     return value, min(seconds)
 
 
-def peak_megabytes(function, x, y):
-    """Return the peak of the arrays that NumPy holds during a call, `x` and `y` included."""
-    tracemalloc.start()
-    function(x, y)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return (peak + x.nbytes + y.nbytes) / 1e6
+def against(what, ours, peer, x, y, least):
+    """One row: calls a second of both, taking turns; the note is the relative difference."""
+    pairs = [(timed(ours, x, y), timed(peer[1], x, y)) for _ in range(3 if len(x) < 5000 else 1)]
+    mine, theirs = (min(pair[side][1] for pair in pairs) for side in (0, 1))
+    value, expected = (np.array([*v.values()] if isinstance(v, dict) else v) for (v, _) in pairs[0])
+    row = {"what": what, "peer": peer[0], "theirs": 1 / theirs, "ours": 1 / mine, "unit": "calls/s"}
+    apart = np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-300)
+    return row | {"least": least, "note": f"differ by {apart:.0e}"}
 
 
-def compare(name, function, peer, x, y, repeats):
-    """Print seconds of both, their ratio and the relative difference of the values."""
-    value, seconds = timed(function, x, y, repeats=repeats)
-    expected, peer_seconds = timed(peer, x, y, repeats=repeats)
-    difference = abs(value - expected) / abs(expected)
-    print(f"{name:34}{seconds:9.3f}{peer_seconds:9.3f}{peer_seconds / seconds:8.1f}{difference:12.1e}")
-
-
-def distances(options):
-    """Print one row a case: FAD and KAD, ours and the peers'."""
-    rng = np.random.default_rng(0)
-    mixing = rng.normal(size=(options.dim, options.dim)) / np.sqrt(options.dim)
+def p2(work, quick, options):
+    """Distances of two sets of one width: noise that is correlated, and other noise."""
+    rng, dim = np.random.default_rng(0), 64 if quick else 2048
+    mixing = rng.normal(size=(dim, dim)) / np.sqrt(dim)
 
     def sets(n):
-        return rng.normal(size=(n, options.dim)) @ mixing, rng.normal(0.1, 1.2, (n, options.dim))
+        return rng.normal(size=(n, dim)) @ mixing, rng.normal(0.1, 1.2, (n, dim))
 
-    for function in (fad.frechet_distance, fad.kernel_distance, kad_by_whole_matrices):
+    for function in (fad.frechet_distance, fad.kernel_distance, kad_by_whole_matrices, frechet_by_sqrtm):
         function(*sets(64))  # first calls load the linear algebra
-    print(f"d = {options.dim}, {torch.get_num_threads()} threads")
-    print(f"{'':34}{'ours s':>9}{'peer s':>9}{'ratio':>8}{'difference':>12}")
-    for n in options.n:
-        x, y = sets(n)
-        name = f"FAD, sqrtm, n = {n}"
-        compare(name, fad.frechet_distance, frechet_by_sqrtm, x, y, options.repeats)
-    for n in options.kad_n:
-        x, y = sets(n)
-        for precision in ("float32", "float64"):
-            ours = partial(fad.kernel_distance, dtype=precision)
-            peer = partial(kad_by_whole_matrices, precision=getattr(torch, precision))
-            compare(f"KAD, kadtk, {precision}, n = {n}", ours, peer, x, y, options.repeats)
-            print(f"    peak of ours: {peak_megabytes(ours, x, y):.0f} MB")
+    for n, least in ((50, 100), (100, 60)) if quick else ((500, 100), (1000, 60), (5000, 6)):
+        peer = "sqrtm, as fadtk", frechet_by_sqrtm
+        yield against(f"FAD, d {dim}, n {n}", fad.frechet_distance, peer, *sets(n), least)
+    n = 100 if quick else 1000
+    x, y = sets(n)
+    for precision in ("float32", "float64"):
+        peer = "kadtk's formula", partial(kad_by_whole_matrices, precision=getattr(torch, precision))
+        ours = partial(fad.kernel_distance, dtype=precision)
+        yield against(f"KAD, {precision}, n {n}", ours, peer, x, y, 1)
+    peer, ours = ("prdc's formula", prdc_by_whole_matrices), fad.precision_recall_density_coverage
+    yield against(f"PRDC, n {n}", ours, peer, x, y, 1)
+    one = min(timed(fad.kernel_distance, x, y)[1] for _ in range(3))
+    # the floor, which a table always has, is not part of the interval
+    with patch.object(fad, "_floor", lambda *_: (np.nan, np.nan, np.nan, n, "")):
+        table = partial(fad.score_table, embedding="noise", metrics=("KAD",), repeats=200)
+        whole = timed(table, x, {"noise": y})[1]
+    row = {"what": f"KAD with an interval of 200 repeats, n {n}", "peer": "one KAD", "unit": "s"}
+    yield row | {"theirs": one, "ours": whole, "most": 3}
+    _, seconds = timed(fad.fad_infinity, x, y)
+    yield {"what": f"FAD-inf, n {n}, 50 repeats", "ours": seconds, "unit": "s", "most": 30}
 
 
 # --- oracles --------------------------------------------------------------------------------------
@@ -179,47 +194,45 @@ def oracles(options):
 # --- embedding ------------------------------------------------------------------------------------
 
 
-def write_clips(folder, n, seconds):
-    """Write `n` clips of noise at 44.1 kHz."""
-    rng = np.random.default_rng(0)
-    clips = rng.normal(0, 0.1, (n, round(seconds * SOURCE_RATE))).astype(np.float32)
-    return [audio.save_audio(folder / f"{i}.wav", y, SOURCE_RATE) for i, y in enumerate(clips)]
-
-
 def one_by_one(network, files):
     """Read, resample and embed one file after the other."""
-    return np.concatenate([network.embed([file], silence="allow") for file in files])
+    rows = []
+    for file in files:
+        y, rate = sf.read(file, dtype="float32")
+        rows.append(network.network(audio.resample(y, rate, network.sample_rate)[None])[0])
+    return np.stack(rows)
 
 
-def batched(network, files):
-    """Embed files in batches."""
-    return network.embed(files, batch_size=64, silence="allow")
-
-
-def embedding(options):
-    """Print milliseconds per clip in batches and in a loop over files, by length of the clips."""
+def p3(work, quick, options):
+    """Clips a second in batches against a loop over files; a cache hit, and whether it reads sounds."""
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "random.pth"
-        rate = embeddings.EMBEDDINGS[options.network].sample_rate
-        net = audio_networks.PANN(rate, options.network == "panns-wavegram")
-        torch.save({"model": net.state_dict()}, weights)
-        network = embeddings.get_embedding(options.network, weights)
-        print(
-            f"{options.network}, {options.clips} files, {torch.get_num_threads()} threads, ms per clip"
-        )
-        print(f"{'':34}{'ours':>9}{'loop':>9}{'ratio':>8}{'difference':>12}")
-        for seconds in options.seconds:
-            files = write_clips(Path(folder) / f"{seconds}", options.clips, seconds)
-            one_by_one(network, files[:2])  # the first call is slower
-            rows, ours = timed(batched, network, files)
-            expected, loop = timed(one_by_one, network, files)
-            difference = np.abs(rows - expected).max() / np.abs(expected).max()
-            each = 1e3 / len(files)
-            print(
-                f"{f'clips of {seconds:g} s':34}{ours * each:9.1f}{loop * each:9.1f}"
-                f"{loop / ours:8.1f}{difference:12.1e}"
-            )
+    rng, n = np.random.default_rng(0), 2 if quick else 64
+    weights, name = work / "random.pth", "panns-cnn14-16k"
+    net = audio_networks.PANN(embeddings.EMBEDDINGS[name].sample_rate, False)
+    torch.save({"model": net.state_dict()}, weights)
+    network = embeddings.get_embedding(name, weights)
+    batched = partial(network.embed, batch_size=32, silence="allow")
+    for seconds, least in ((1, 3), (4, 1.5), (10, 1.5)):
+        files = [work / f"{seconds} s" / f"{i}.wav" for i in range(n)]
+        for file in files:
+            audio.save_audio(file, rng.uniform(-0.3, 0.3, seconds * SOURCE_RATE), SOURCE_RATE)
+        one_by_one(network, files[:2])  # the first call is slower
+        peer = "a loop a file", lambda _, files: one_by_one(network, files)
+        row = against("", lambda _, files: batched(files), peer, (), files, least)
+        clips = {side: row[side] * n for side in ("ours", "theirs")}
+        yield row | clips | {"what": f"{name}, {n} clips of {seconds} s", "unit": "clips/s"}
+    rows, _ = timed(partial(batched, cache_dir=work / "cache"), files)
+    for file in files:  # other content, same size and time: who does not read it cannot know
+        info = file.stat()
+        file.write_bytes(bytes(info.st_size))
+        os.utime(file, ns=(info.st_mtime_ns, info.st_mtime_ns))
+    again, hit = timed(partial(batched, cache_dir=work / "cache"), files, repeats=5)
+    note = "sounds not read" if np.array_equal(rows, again) else "sounds were read"
+    row = {"what": f"cache hit, {n} clips of 10 s", "ours": 1e3 * hit / n, "unit": "ms", "note": note}
+    yield row | {"most": 0.2}
+
+
+ROWS = {"P2": p2, "P3": p3}
 
 
 # --- floors and sensitivity -----------------------------------------------------------------------
@@ -297,13 +310,7 @@ def sensitivity(options):
     print(pd.concat(tables).round(3).to_string(index=False))
 
 
-SECTIONS = {
-    "distances": distances,
-    "embedding": embedding,
-    "oracles": oracles,
-    "floors": floors,
-    "sensitivity": sensitivity,
-}
+SECTIONS = {"oracles": oracles, "floors": floors, "sensitivity": sensitivity}
 
 
 def main():
@@ -311,14 +318,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sections", nargs="*", metavar="section", default=["distances", "embedding"])
-    parser.add_argument("--dim", type=int, default=2048, help="width of the embedding (PANNs)")
-    parser.add_argument("--n", type=int, nargs="*", default=[500, 1000, 5000], help="clips, FAD")
-    parser.add_argument("--kad-n", type=int, nargs="*", default=[5000], help="clips, KAD")
-    parser.add_argument("--repeats", type=int, default=3, help="of each, the least is printed")
-    parser.add_argument("--network", default="panns-cnn14-16k", help="which of the PANNs to embed with")
-    parser.add_argument("--clips", type=int, default=200, help="files to embed")
-    parser.add_argument("--seconds", type=float, nargs="*", default=[1, 4], help="their lengths")
+    parser.add_argument("sections", nargs="*", metavar="section", default=["oracles"])
     parser.add_argument("--esc10", type=Path, help="folder of ESC-10 or ESC-50")
     parser.add_argument("--dcase", type=Path, help="folder of the DCASE 2024 Task 7 set")
     parser.add_argument("--yamnet", default="", help="YAMNet's TFLite file")

@@ -1,12 +1,10 @@
-"""Fine-tuning: what the caches are worth, what a GPU holds, and what three seeds come to.
+"""Fine-tuning: row P5 of `all.py`, what a GPU holds, and what three seeds come to.
 
-The baseline trainer runs decoding, spectrogram, autoencoder and CLAP in every step. Here they run
-once a clip. Both ways train the same U-Net on the same sounds, in one process and one thread; what
-is printed are ratios of this one run.
+P5. The baseline trainer runs decoding, spectrogram, autoencoder and CLAP in every step. Here they run
+once a clip. Both ways train the same U-Net of the built-in model on the same sounds.
 
-    OMP_NUM_THREADS=1 python benchmarks/finetuning.py --clips 64 --repeats 20
-                                                       on the CPU; and on a GPU, if there is one
-    python benchmarks/finetuning.py --small            the GPU's part in small, on the CPU
+    python benchmarks/finetuning.py                    AudioLDM-S on a GPU, if there is one
+    python benchmarks/finetuning.py --small            the same in small, on the CPU
     python benchmarks/finetuning.py --checks           a killed run, and two processes, against one
     python benchmarks/finetuning.py --study ESC-50 --checkpoint FOLDER --out runs/finetuning-study
 
@@ -100,9 +98,10 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def stepper(unet, scheduler, precision="fp32"):
-    """Make the optimiser step that both ways share: loss, gradients, clipping, AdamW."""
+def stepper(unet, scheduler, precision="fp32", ema_decay=None):
+    """Make an optimiser step: loss, gradients, clipping, AdamW, and the average if it is wanted."""
     trained = [value for value in unet.parameters() if value.requires_grad]
+    averaged = [value.detach().clone() for value in trained] if ema_decay else []
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     device = next(unet.parameters()).device.type
     half = precision == "bf16"
@@ -115,6 +114,8 @@ def stepper(unet, scheduler, precision="fp32"):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        for mean, value in zip(averaged, trained, strict=False):
+            mean.lerp_(value.detach(), 1 - ema_decay)
         return float(loss.detach())
 
     return step
@@ -136,63 +137,63 @@ def make_set(folder, n):
     return metadata.write_audiocaps(table, Path(folder) / "metadata", "speed")
 
 
+def encoded(pipe, clap, path, config, rng):
+    """Latent and embedding of one segment of a sound, as the baseline trainer computes them."""
+    frames = round(config.segment_s * 100 / 32) * 32
+    y, _ = audio.load_audio(path, ldm.SAMPLE_RATE)
+    segment = audio.loudest_segment(y, frames * ldm.HOP, ldm.TRIES, rng)
+    latent = ldm.encode_mel(pipe, ldm.waveform_to_mel(segment, frames)[None])[0]
+    return latent, ldm.embed_audio(clap, [segment], ldm.SAMPLE_RATE)[0]
+
+
 def uncached_batch(pipe, clap, clips, config, step):
     """Compute a batch as the baseline trainer does: all of it, in every step."""
     rng = np.random.default_rng([config.seed, step])
-    frames = round(config.segment_s * 100 / 32) * 32
     chosen = clips.iloc[rng.integers(len(clips), size=config.batch_size)]
-    latents, sounds = [], []
-    for path in chosen["path"]:
-        y, _ = audio.load_audio(path, ldm.SAMPLE_RATE)
-        segment = audio.loudest_segment(y, frames * ldm.HOP, 1, rng)
-        mel = ldm.waveform_to_mel(segment, frames)
-        latents.append(ldm.encode_mel(pipe, mel[None])[0])
-        sounds.append(ldm.embed_audio(clap, [segment], ldm.SAMPLE_RATE)[0])
+    found = [encoded(pipe, clap, path, config, rng) for path in chosen["path"]]
+    latents, sounds = map(torch.stack, zip(*found, strict=True))
     texts = ldm.embed_text(pipe, chosen["caption"].tolist())
     as_text = torch.from_numpy(rng.random(len(chosen)) < config.text_condition_probability)
-    latents = torch.stack(latents)
     return {
         "latents": latents,
         "noise": torch.randn(latents.shape),
         "t": torch.from_numpy(rng.random(len(chosen)).astype(np.float32)),
-        "condition": torch.where(as_text[:, None], texts, torch.stack(sounds)),
+        "condition": torch.where(as_text[:, None], texts, sounds),
     }
 
 
-def cpu_table(folder, n_clips, repeats):
-    """Print samples a second of the mini model with and without the caches."""
-    root = make_set(folder, n_clips)
+def p5(work, quick, options):
+    """The caches against one by one; the trainer's own steps against steps that encode."""
+    n_clips, steps = (16, 4) if quick else (256, 60)
+    root = make_set(work, n_clips)
     config = finetuning.FinetuneConfig(
-        "builtin", str(root), str(Path(folder) / "out"), text_condition_probability=0.5
-    )
+        "builtin", str(root), str(work / "out"), text_condition_probability=0.5, steps=2 * steps,
+        validation_steps=steps, validation_segments=1, test_segments=0,
+    )  # fmt: skip
     pipe, clap = ldm.load_pipeline("builtin", "cpu"), ldm.load_clap("builtin")
-    clips = metadata.read_audiocaps(root)
+    clips, rng = metadata.read_audiocaps(root), np.random.default_rng(0)
+    some = [path for path in clips["path"][: n_clips // 4] for _ in range(config.segments_per_clip)]
+    encoded(pipe, clap, some[0], config, rng)  # the first is slower
     started = time.perf_counter()
-    data = finetuning.load_data(pipe, config)["train"]
-    first = time.perf_counter() - started
+    for path in some:
+        encoded(pipe, clap, path, config, rng)
+    one_by_one = len(some) / (time.perf_counter() - started)
     started = time.perf_counter()
-    finetuning.load_data(pipe, config)
-    again = time.perf_counter() - started
-    step = stepper(pipe.unet.train(), pipe.scheduler)
-    n = config.batch_size
-    batch = finetuning.training_batch(data, config, 0)
-    drawing = seconds(lambda i: finetuning.training_batch(data, config, i), 20)
-    bare = seconds(lambda _: step(batch), repeats)
-    cached = seconds(lambda i: step(finetuning.training_batch(data, config, i)), repeats)
-    computing = seconds(lambda i: uncached_batch(pipe, clap, clips, config, i), repeats)
-    whole = seconds(lambda i: step(uncached_batch(pipe, clap, clips, config, i)), repeats)
-    print(f"mini model, {n_clips} clips, batches of {n} segments of {config.segment_s} s, one thread")
-    print(f"  all in the loop (baseline trainer's way): {n / whole:8.2f} samples/s")
-    print(f"  latents and embeddings cached:            {n / cached:8.2f} samples/s")
-    print(f"  ratio: {whole / cached:.2f}; the U-Net's steps alone: {n / bare:.2f} samples/s")
-    print(f"  share of the loader in a step: cached {drawing / cached:.2%}, ", end="")
-    print(f"in the loop {computing / whole:.1%}")
-    print(f"  loader alone: cached {n / drawing:,.0f} samples/s, in the loop {n / computing:.1f}")
-    per_clip = first / n_clips * 1e3
-    print(f"  computing the caches, once: {per_clip:.0f} ms a clip; found there: {again:.2f} s in all")
-    # the caches hold segments_per_clip segments of each clip
-    saved = (whole - cached) / n * config.segments_per_clip
-    print(f"  they have paid after {first / n_clips / saved:.1f} passes over the segments")
+    data = finetuning.load_data(pipe, config)
+    ours = sum(len(part["clip"]) for part in data.values()) / (time.perf_counter() - started)
+    row = {"what": f"preparing {n_clips} clips of 5 s", "peer": "one by one", "unit": "segments/s"}
+    yield row | {"theirs": one_by_one, "ours": ours, "least": 4}
+    # the trainer says itself what its steps took: drawing, copies, average and log included
+    mine = finetuning.finetune(config).log["samples_per_s"].iloc[-1]
+    step, log = stepper(pipe.unet.train(), pipe.scheduler, ema_decay=config.ema_decay), []
+    whole = seconds(
+        lambda i: log.append(step(uncached_batch(pipe, clap, clips, config, i))), max(2, steps // 10)
+    )
+    row = {"what": f"steps of {config.batch_size} segments", "peer": "encoding in every step"}
+    yield row | {"theirs": config.batch_size / whole, "ours": mine, "unit": "samples/s", "least": 5}
+
+
+ROWS = {"P5": p5}
 
 
 # --- on a GPU: AudioLDM-S in full size ------------------------------------------------------------
@@ -461,7 +462,6 @@ def study(wanted):
 def main():
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="the GPU's part in small, on the CPU")
     parser.add_argument("--checks", action="store_true", help="a killed run, and two processes")
@@ -485,8 +485,6 @@ def main():
     if wanted.small:
         gpu_table("cpu", True, wanted.repeats)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        cpu_table(folder, wanted.clips, wanted.repeats)
     if torch.cuda.is_available():
         gpu_table("cuda", False, 4 * wanted.repeats)
     else:

@@ -1,45 +1,33 @@
-"""Mixing: mixes per second and memory against pydub loops, scaper and the floor, in one run.
+"""Rows P1a to P1e of `all.py`: mixes a second against loops of pydub, scaper and the floor.
 
-All make 10 s at 44.1 kHz, 16-bit WAV, from the same clips: 16-bit WAV too, a foreground for every
-25.5 mixes as in Gaurav et al., made by rule in the folder that `--dir` names. Rates are of the wall
-clock and include planning where a row says so. Processes that serve several calls are started before.
-
-    python benchmarks/mixing.py --n 5100
-    python benchmarks/mixing.py --n 255 --dir /dev/shm        # short, and without a disk
-
-scaper needs numpy < 2 and sox, so an environment of its own: `--scaper-python env/bin/python`.
+All make 10 s of 16-bit WAV from noise made by rule, in a folder that should lie on a disk: events of 5 s
+and scenes of 10 s, as many of each as mixes are divided by "mixes a source". Cases take turns, the best
+of three rounds counts for each. A row is a dictionary, see `all.py`.
 """
 
-import argparse
 import os
-import shutil
 import subprocess
-import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
 import soundfile as sf
 from pydub import AudioSegment
 
-from soundscapes_utils import metadata, mixing, store
+from soundscapes_utils import metadata, mixing
 
-RATE, SECONDS = 44_100, 10.0
-LABELS = [f"event {i}" for i in range(10)]
-SCENES = [f"scene {i}" for i in range(10)]
-# what the slow peers make of the same plan; their rates do not depend on the number
+RATE, SECONDS, ROUNDS = 44_100, 10.0, 3
+PLAIN = mixing.PRESETS["gaurav2024-report"]
+# what the slow peers make of the same clips; their rates do not depend on the number
 FEW = 150
-# 1.8 GB: what is written stays in memory at first; of more, a disk's own speed would be measured
-PLAIN = 2040
-# machines waver: the plain cases take turns, the best round counts for each
-ROUNDS = 3
 SCAPER = """
 import sys, time, warnings
-import scaper
+try:
+    import scaper
+except ImportError:
+    import dscaper as scaper
 warnings.simplefilter("ignore")
 foregrounds, backgrounds, n, out = *sys.argv[1:3], int(sys.argv[3]), sys.argv[4]
 start = time.perf_counter()
@@ -52,35 +40,28 @@ for i in range(n):
         ("uniform", -5, 15), None, None,
     )
     scene.generate(f"{out}/{i}.wav", f"{out}/{i}.jams", disable_instantiation_warnings=True)
-print(n / (time.perf_counter() - start))
-"""
-MEMORY = """
-import resource, sys
-import pandas as pd
-from soundscapes_utils import mixing
-events, scenes = (pd.read_csv(path) for path in sys.argv[1:3])
-n = int(sys.argv[3])
-mixes = mixing.plan_mixes(events, scenes, n, **mixing.PRESETS["gaurav2024-report"])
-mixing.render_mixes(mixes, sys.argv[4], 44100, workers=1, shard=f"1/{n // 500}")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(scaper.__name__, scaper.__version__, n / (time.perf_counter() - start))
 """
 
 
-def make_clips(folder, labels, per_fold, seconds, suffix):
-    """Write noise bursts, one folder a label as scaper wants it; return their table."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for label in labels:
-        for fold in range(1, 6):
-            for take in range(per_fold):
-                name = f"{label}-{fold}-{take}".replace(" ", "_")
-                path = folder / label / f"{name}.{suffix}"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                y = rng.normal(0, rng.uniform(0.02, 0.06), int(seconds * RATE))
-                subtype = "PCM_16" if suffix == "wav" else "VORBIS"
-                sf.write(path, y.clip(-0.4, 0.4), RATE, subtype=subtype)
-                rows.append((name, str(path), label, fold, name))
+def make_clips(folder, n, seconds, suffix="wav", rate=RATE):
+    """Write `n` noise bursts, one folder a label as scaper wants it, over five folds; their table."""
+    rng, rows, n_labels = np.random.default_rng(0), [], max(1, min(10, n // 5))
+    for i in range(n):
+        label = f"{folder.name} {i % n_labels}"
+        path = folder / label / f"{folder.name}-{i}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        y = rng.normal(0, rng.uniform(0.02, 0.06), round(seconds * rate)).clip(-0.4, 0.4)
+        sf.write(path, y, rate, subtype="PCM_16" if suffix == "wav" else "VORBIS")
+        rows.append((path.stem, str(path), label, i // n_labels % 5 + 1, path.stem))
     return pd.DataFrame(rows, columns=["clip_id", "path", "label", "fold", "source_id"])
+
+
+def make_set(work, n_events, n_scenes, suffix="wav"):
+    """Write events and scenes of one row."""
+    folder = work / f"{suffix}-{n_events}-{n_scenes}"
+    events = make_clips(folder / "event", n_events, SECONDS / 2, suffix)
+    return events, make_clips(folder / "scene", n_scenes, SECONDS, suffix)
 
 
 def clear(folder):
@@ -102,40 +83,34 @@ def rate_of(function, n):
     return n / (time.perf_counter() - start)
 
 
-def shared_out(make, pairs, work, workers=1):
-    """Rate at which a function of sources and a folder makes all mixes, in so many processes."""
+def in_folder(work, make, n):
+    """Rate at which a function of an empty folder makes `n` mixes."""
     out = work / "out"
     out.mkdir()
-    tasks = [joblib.delayed(make)(pairs[i::workers], out / f"{i}-") for i in range(workers)]
     try:
-        return rate_of(lambda: joblib.Parallel(workers)(tasks), len(pairs))
+        return rate_of(lambda: make(out), n)
     finally:
         clear(out)
 
 
-def floor(pairs, prefix):
+def floor(pairs, out, by_library):
     """Decode every source once, write ready samples as often as there are mixes."""
     for path in {path for pair in pairs for path in pair}:
         y, rate = sf.read(path, dtype="int16")
     y = np.resize(y, int(SECONDS * rate))
+    image = bytes(44) + y.tobytes()
     for number in range(len(pairs)):
-        sf.write(f"{prefix}{number}.wav", y, rate, subtype="PCM_16")
+        if by_library:
+            sf.write(f"{out}/{number}.wav", y, rate, subtype="PCM_16")
+        else:
+            (out / f"{number}.wav").write_bytes(image)
 
 
-def floor_of_bytes(pairs, prefix):
-    """Do the same, but write a ready file image: no library at all."""
-    for path in {path for pair in pairs for path in pair}:
-        y, _ = sf.read(path, dtype="int16")
-    image = bytes(44) + np.resize(y, int(SECONDS * RATE)).tobytes()
-    for number in range(len(pairs)):
-        Path(f"{prefix}{number}.wav").write_bytes(image)
-
-
-def pydub_loop(pairs, prefix, rate=RATE):
+def pydub_loop(pairs, out, rate=RATE):
     """Mix as Gaurav et al. do: open both files, overlay, export; anew for every mix."""
     for number, pair in enumerate(pairs):
         background, foreground = (_segment(path).set_frame_rate(rate) for path in pair)
-        background.overlay(foreground).export(f"{prefix}{number}.wav", format="wav")
+        background.overlay(foreground).export(f"{out}/{number}.wav", format="wav")
 
 
 def _segment(path):
@@ -146,170 +121,103 @@ def _segment(path):
     return AudioSegment(y.tobytes(), sample_width=2, frame_rate=rate, channels=1)
 
 
-def ours(mixes, rate, workers, work):
-    """Render a plan into an empty folder; return mixes per second."""
-    out = work / "out"
-    try:
-        return rate_of(lambda: mixing.render_mixes(mixes, out, rate, workers), len(mixes))
-    finally:
-        clear(out)
+def plain(work, n, a_source, suffix="wav", rate=RATE, least=1.3):
+    """Yield the rows of the plain equation in one process, over pydub's loop and over the floor."""
+    tables = make_set(work, n // a_source, n // a_source, suffix)
+    plan = partial(mixing.plan_mixes, *tables, n, **PLAIN | {"sample_rate": rate})
+    planning, mixes = rate_of(plan, n), plan()
+    pairs = list(zip(mixes["background"], mixes["foreground"], strict=True))
+    some, best = pairs if suffix == "wav" else pairs[:FEW], {}
+    cases = {
+        "floor": (n, partial(floor, pairs, by_library=True)),
+        "floor of bytes": (n, partial(floor, pairs, by_library=False)),
+        "ours": (n, lambda out: mixing.render_mixes(mixes, out, rate, workers=1)),
+        "pydub": (len(some), partial(pydub_loop, some, rate=rate)),
+    }
+    mixing.render_mixes(mixes[:8], work / "warm", rate, workers=1)  # imports what the case needs
+    for _ in range(ROUNDS):
+        for name, (count, make) in cases.items():
+            best[name] = max(best.get(name, 0.0), in_folder(work, make, count))
+    what = f"{n} mixes of {len(tables[0])} + {len(tables[1])} {suffix.upper()} sources"
+    row = {"what": what, "ours": best["ours"], "unit": "mixes/s"}
+    yield row | {"peer": "pydub's loop", "theirs": best["pydub"], "least": least}
+    if suffix == "wav":
+        fastest = max(best["floor"], best["floor of bytes"])
+        yield row | {"peer": "decode once + write", "theirs": fastest, "least": 0.75}
+        both = 1 / (1 / best["ours"] + 1 / planning)
+        row |= {"what": f"{what}, planning included", "ours": both}
+        yield row | {"peer": "pydub's loop", "theirs": best["pydub"]}
 
 
-def plain(mixes, pairs, work):
-    """Rates of the plain equation, its floors and the pydub loop, by name and processes."""
-    rates = {}
-    for w in (1, 2):
-        rates["floor", w] = shared_out(floor, pairs, work, w)
-        rates["ours", w] = ours(mixes, RATE, w, work)
-        rates["bare", w] = shared_out(floor_of_bytes, pairs, work, w)
-    rates["loop", 1] = shared_out(pydub_loop, pairs, work)
-    return rates
+def p1a(work, quick, options):
+    """Every source used once, and 400 sources in all, used twice."""
+    n = 20 if quick else 400
+    yield from plain(work, n, 1)
+    yield from plain(work, n, 2)
 
 
-def with_annotations(tables, n, workers, work):
-    """Plan SNR in LUFS, onsets and captions, render, write all metadata: more than scaper does."""
-    out = work / "out"
-
-    def everything():
-        mixes = mixing.plan_mixes(*tables, n, snr_measure="lufs", sample_rate=RATE)
-        done = mixing.render_mixes(mixes, out, RATE, workers)
-        metadata.write_metadata(done, out / "metadata", "mixes")
-
-    try:
-        return rate_of(everything, n)
-    finally:
-        clear(out)
+def p1b(work, quick, options):
+    """Few sources, used often: 16 events and 16 scenes for 400 mixes."""
+    yield from plain(work, 125 if quick else 400, 25)
 
 
-def on_the_fly(mixes):
-    """Take every mix once from the data set, source by source as a loader may; mixes per second."""
-    items = mixing.MixDataset(mixes, RATE)
-    order = np.argsort(mixes.foreground.to_numpy(), kind="stable").tolist()
-    return rate_of(lambda: [items[i]["audio"].size for i in order], len(items))
+def p1c(work, quick, options):
+    """Compressed sources, resampled."""
+    yield from plain(work, 20 if quick else 400, 2, "ogg", 16_000, least=5)
 
 
-def scaper_rate(python, work):
-    """Mixes a second of scaper, or None and why not."""
-    if not python:
-        return None, "not measured: no --scaper-python was given"
-    found = subprocess.run([python, "-c", "import scaper"], capture_output=True, text=True)
-    if found.returncode:
-        return None, f"not measured: {found.stderr.strip().splitlines()[-1]}"
-    folders = [work / "wav" / kind for kind in ("events", "scenes")]
-    return elsewhere(python, SCAPER, [*folders, FEW], work), ""
+def p1d(work, quick, options):
+    """SNR by LUFS, onsets, captions, JAMS: planned, rendered by two workers and annotated."""
+    shapes = [(5, 5, 125), (20, 20, 40)] if quick else [(160, 160, 4000), (2000, 2000, 4000)]
+    for n_events, n_scenes, n in shapes:
+        tables = make_set(work, n_events, n_scenes)
+        peers = [scaper(python, work, tables, 2 if quick else FEW) for python in options.scaper_python]
+        mixing.render_mixes(mixing.plan_mixes(*tables, 40, **PLAIN), work / "warm", RATE, workers=2)
+        rate = in_folder(work, partial(with_annotations, tables, n), n)
+        without = "scaper (not measured: no --scaper-python was given)", None
+        peer, theirs = max(peers, key=lambda found: found[1] or 0.0, default=without)
+        row = {"what": f"{n} mixes of {n_events} + {n_scenes}, LUFS, JAMS", "unit": "mixes/s"}
+        yield row | {"peer": peer, "theirs": theirs, "ours": rate, "least": 15}
 
 
-def peak_megabytes(tables, planned, work):
-    """Peak memory of a process that plans so many mixes and renders 500 of them."""
-    tables = [store.write_atomic(work / f"{i}.csv", t.to_csv().encode()) for i, t in enumerate(tables)]
-    return elsewhere(sys.executable, MEMORY, [*tables, planned], work)
+def with_annotations(tables, n, out):
+    """Plan, render, write all metadata: more than scaper does."""
+    mixes = mixing.plan_mixes(*tables, n, snr_measure="lufs", sample_rate=RATE)
+    done = mixing.render_mixes(mixes, out, RATE, workers=2)
+    metadata.write_metadata(done, out / "metadata", "mixes")
 
 
-def elsewhere(python, code, arguments, work):
-    """Run a script in a process of its own; return the number that it prints."""
-    out = work / "elsewhere"
-    out.mkdir()
-    command = [python, "-c", code, *map(str, arguments), str(out)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return float(done.stdout.split()[-1])
-    except subprocess.CalledProcessError as error:
-        raise SystemExit(f"{python} failed:\n{error.stderr}") from error
-    finally:
-        clear(out)
+def scaper(python, work, tables, n):
+    """Name and rate of the scaper of an interpreter; or why there is none, and None."""
+    folders = [str(Path(table["path"][0]).parents[1]) for table in tables]
+    out = work / "scaper"
+    out.mkdir(exist_ok=True)
+    command = [python, "-c", SCAPER, *folders, str(n), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return f"scaper (not measured: {(done.stderr.strip().splitlines() or ['?'])[-1]})", None
+    name, version, rate = done.stdout.split()[-3:]
+    return f"{name} {version}", float(rate)
 
 
-def line(name, rate, *ratios):
-    """Print one row of the table: mixes per second, and ratios with what they are aimed at."""
-    shown = "; ".join(
-        f"{rate / other:.2f} × {what}" + (f" (goal {goal})" if goal else "")
-        for other, what, goal in ratios
-        if other
-    )
-    print(f"{name:<52}{rate:>9.1f}   {shown}".rstrip(), flush=True)
+def p1e(work, quick, options):
+    """On the fly: shuffled, two workers, batches of 32 as torch makes them."""
+    from torch.utils.data import DataLoader
+
+    n = 125 if quick else 2000
+    tables = make_set(work, n // 25, n // 25)
+    items = mixing.MixDataset(mixing.plan_mixes(*tables, n, **PLAIN), RATE)
+    loader = DataLoader(items, 32, shuffle=True, num_workers=2, persistent_workers=True)
+
+    def epoch():
+        return sum(len(batch["audio"]) for batch in loader)
+
+    seconds = [n / rate_of(epoch, n) for _ in range(3)]
+    what = f"{n} mixes of {len(tables[0])} + {len(tables[1])} sources, shuffled, 2 workers"
+    row = {"peer": "", "unit": "items/s"}
+    yield row | {"what": f"{what}, three epochs", "ours": 3 * n / sum(seconds), "least": 1000}
+    yield row | {"what": "  the first epoch, which decodes", "ours": n / seconds[0]}
+    yield row | {"what": "  the last epoch", "ours": n / seconds[-1]}
 
 
-def main():
-    """Make clips in a folder of its own, compare, and clean up."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=5100, help="mixes of a case")
-    parser.add_argument("--dir", help="where clips and mixes go; a temporary folder by default")
-    parser.add_argument("--scaper-python", help="interpreter that can import scaper")
-    options = parser.parse_args()
-    work = Path(tempfile.mkdtemp(dir=options.dir, prefix="mixing-"))
-    try:
-        compare(options.n, options.scaper_python, work)
-    finally:
-        shutil.rmtree(work)
-
-
-def compare(n, scaper_python, work):
-    """Run all cases in a folder and print the table."""
-    per_fold = max(1, round(n / 25.5 / 50))
-    wav, ogg = (
-        (
-            make_clips(work / suffix / "events", LABELS, per_fold, 5.0, suffix),
-            make_clips(work / suffix / "scenes", SCENES, 1, SECONDS, suffix),
-        )
-        for suffix in ("wav", "ogg")
-    )
-    print(
-        f"{n} mixes from {len(wav[0])} events and {len(wav[1])} scenes, {min(n, PLAIN)} where the "
-        f"plain equation is compared; {os.cpu_count()} cores\n"
-    )
-    preset = mixing.PRESETS["gaurav2024-report"]
-    planning = n / rate_of(lambda: mixing.plan_mixes(*wav, n, **preset), n)
-    plan = mixing.plan_mixes(*wav, n, **preset)
-    pairs = list(zip(plan.background, plan.foreground, strict=True))
-    # starts the processes that all cases share, and imports what they need
-    starting = 128 / ours(plan[:128], RATE, 2, work)
-
-    print(f"{'':<52}{'mixes/s':>9}")
-    rounds = [plain(plan[:PLAIN], pairs[:PLAIN], work) for _ in range(ROUNDS)]
-    floors, bare, loop, mine = (
-        {w: max(rates[name, w] for rates in rounds) for w in (1, 2) if (name, w) in rounds[0]}
-        for name in ("floor", "bare", "loop", "ours")
-    )
-    loop = loop[1]
-    for w, name in ((1, "1 process"), (2, "2 processes")):
-        line(f"floor: decode once, write by soundfile, {name}", floors[w])
-        line(f"floor: decode once, write ready bytes, {name}", bare[w])
-    line("pydub loop as in Gaurav et al., 1 process", loop)
-    against = (loop, "pydub loop", None), (loop, "pydub loop", 1.8)
-    for w in (1, 2):
-        line(
-            f"plain equation, {w} worker{'s' * (w - 1)}", mine[w],
-            (floors[w], "floor", 0.75), (bare[w], "floor of bytes", None), against[w - 1],
-        )  # fmt: skip
-
-    scaper, why = scaper_rate(scaper_python, work)
-    if scaper:
-        line("scaper: SNR in LUFS, onset, JAMS, 1 process", scaper)
-    else:
-        print(f"{'scaper':<52}{'':>9}   {why}")
-    rate = with_annotations(wav, n, 2, work)
-    line("SNR in LUFS, onset, captions, JAMS …, plan and 2 workers", rate, (scaper, "scaper", 15))
-    line("on the fly, this process", on_the_fly(plan), (1000, "the goal of 1000", None))
-
-    few = min(FEW, n)
-    compressed = mixing.plan_mixes(*ogg, n, **preset | {"sample_rate": 16_000})
-    some = list(zip(compressed.background, compressed.foreground, strict=True))[:few]
-    peer = shared_out(partial(pydub_loop, rate=16_000), some, work)
-    line(f"Ogg to 16 kHz: pydub loop, {few} mixes, 1 process", peer)
-    line("Ogg to 16 kHz: ours, 1 worker", ours(compressed, 16_000, 1, work), (peer, "pydub loop", 5))
-
-    print()
-    for planned in (500, 50_000):
-        peak = peak_megabytes(wav, planned, work)
-        print(f"peak memory, {planned} mixes planned, 500 of them rendered: {peak:.0f} MiB")
-    rendering = n / ours(plan, RATE, 2, work)
-    minutes = (planning + rendering) * 51_000 / n / 60 + starting / 60
-    gigabytes = 51_000 * (44 + 2 * SECONDS * RATE) / 1e9
-    print(
-        f"51000 mixes, planned and rendered by 2 workers: {minutes:.1f} min, {gigabytes:.0f} GB "
-        f"(from {n} on this disk)"
-    )
-
-
-if __name__ == "__main__":
-    main()
+ROWS = {"P1a": p1a, "P1b": p1b, "P1c": p1c, "P1d": p1d, "P1e": p1e}

@@ -90,7 +90,7 @@ def frechet_distance(x, y):
 def _root_trace(a, b):
     """Trace of (C_a C_b)^½ by eigenvalues, and a bound of its rounding error.
 
-    They square what singular values do not, in half the time (benchmarks/evaluation.py, FAD).
+    They square what singular values do not, in half the time (benchmarks/all.py, P2).
     """
     from scipy.linalg import LinAlgError, eigvalsh
 

@@ -846,7 +846,7 @@ def _encoded(steps, rate, flac):
         buffer = io.BytesIO()
         sf.write(buffer, steps.astype(np.int16), rate, format="FLAC", subtype="PCM_16")
         return buffer.getvalue()
-    # a header made once: "plain equation" of benchmarks/mixing.py stands against ready bytes
+    # a header made once: row P1b of benchmarks/all.py stands against ready bytes
     file = np.concatenate([_wav_header(steps.size, rate), steps], dtype="<i2", casting="unsafe")
     return file.data.cast("B")
 
