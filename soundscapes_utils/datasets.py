@@ -373,6 +373,12 @@ def assign_splits(clips, test_fold):
     return split
 
 
+def format_heard(heard):
+    """Write the folds that a model was trained on as the column ``heard`` of a table holds them."""
+    parts = [f"{name}:{','.join(map(str, sorted(map(int, heard[name]))))}" for name in sorted(heard)]
+    return ";".join(parts)
+
+
 def audit(clips):
     """Read every file whole; return the usable rows and a table ``clip_id, path, problem``.
 

@@ -33,7 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from . import audio, captions, embeddings, fad, ldm, metadata, store
+from . import audio, captions, datasets, embeddings, fad, ldm, metadata, store
 
 _CARD = Path(__file__).with_name("finetuned_card.md")
 # clips whose latents share a file of the cache; a killed run loses at most these
@@ -785,7 +785,7 @@ def _card(run, info):
         name=Path(config.out_dir).name,
         licence_id=licence.split(" (")[0].lower().replace(" ", "-"),
         data_licence=config.data_licence or "not stated",
-        heard=ldm.format_heard(info["heard"]) or "not stated",
+        heard=datasets.format_heard(info["heard"]) or "not stated",
         clips=run.clips["split"].value_counts().to_dict(),
         kind=run.scheduler.config.prediction_type,
         losses=losses.to_string(index=False),

@@ -23,7 +23,7 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
-from . import audio, captions, store
+from . import audio, captions, datasets, store
 
 PLAN_COLUMNS = ["clip_id", "label", "prompt", "prompt_family", "negative_prompt", "seed"]
 PLAN_COLUMNS += ["duration_s"]
@@ -561,10 +561,8 @@ def generate_clips(plan, backend, out_dir, batch_size=None, max_attempts=3, loud
 
 def _described(table, backend, out_dir):
     """Say of clips what follows from this call; from the records comes what was measured only."""
-    from . import ldm
-
     table["path"] = [str(Path(out_dir) / f"{key}.wav") for key in table.pop("key")]
-    heard = ldm.format_heard(getattr(backend, "heard", {}))
+    heard = datasets.format_heard(getattr(backend, "heard", {}))
     about = {"dataset": "generated", "heard": heard, "backend": backend.name}
     about |= {"checkpoint": backend.checkpoint, "sample_rate": backend.sample_rate}
     about |= {key: backend.settings.get(key) for key in ("guidance_scale", "steps")}

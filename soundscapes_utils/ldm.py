@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 
-from . import audio, captions, store
+from . import audio, captions, datasets, store
 
 SAMPLE_RATE = 16_000
 HOP = 160
@@ -100,7 +100,7 @@ def checkpoint_info(checkpoint):
         if "heard" not in info and folds:  # notes from before there was this entry
             names = info["training_dataset"].split(";")
             info["heard"] = {name.strip().removeprefix("mixes of "): folds for name in names}
-        format_heard(info.get("heard", {}))
+        datasets.format_heard(info.get("heard", {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{note}: damaged ({error!r}); copy or make it again") from error
     tower = _KNOWN["audio_encoder"].get(str(checkpoint)) or HUB_CLAP
@@ -113,12 +113,6 @@ def licence(checkpoint):
     lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
     said = [line.removeprefix("license:").strip() for line in lines if line.startswith("license:")]
     return _KNOWN["licence"].get(str(checkpoint), (said or ["unknown"])[0])
-
-
-def format_heard(heard):
-    """Write the folds that a model was trained on as the column ``heard`` of a table holds them."""
-    parts = [f"{name}:{','.join(map(str, sorted(map(int, heard[name]))))}" for name in sorted(heard)]
-    return ";".join(parts)
 
 
 def checkpoint_digest(source):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from toy_clips import CLASSES, write_clips
 
-from soundscapes_utils import audio, classifiers, esc, ldm, stats, store
+from soundscapes_utils import audio, classifiers, datasets, esc, ldm, stats, store
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -281,7 +281,7 @@ def test_a_model_fine_tuned_from_one_that_knew_a_fold_is_refused_on_it(clips, ge
     info = {"heard": {"toy": [1, 2, 3, 4]}, "training_dataset": "toy; mixes of toy"}
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "soundscapes.json").write_text(json.dumps(info))
-    made = generated.assign(heard=ldm.format_heard(ldm.checkpoint_info(tmp_path)["heard"]))
+    made = generated.assign(heard=datasets.format_heard(ldm.checkpoint_info(tmp_path)["heard"]))
     with pytest.raises(esc.LeakError, match=r"fold \[4\]"):
         planned(clips, made, ["both:1"], test_folds=[4])
     planned(clips, made, ["both:1"], test_folds=[5])

@@ -15,7 +15,7 @@ from diffusers import AudioLDMPipeline
 from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA
 
-from soundscapes_utils import audio, ldm
+from soundscapes_utils import audio, datasets, ldm
 
 ESC10 = Path(__file__).parents[2] / "shared/data/ESC-10/audio"
 needs_esc10 = pytest.mark.skipif(not ESC10.is_dir(), reason="../shared/data/ESC-10 is not there")
@@ -440,8 +440,8 @@ def test_folds_of_the_training_are_read_from_notes_old_and_new(tmp_path, note, h
 
 
 def test_folds_of_the_training_are_written_in_order():
-    assert ldm.format_heard({}) == ""
-    assert ldm.format_heard({"b": [1], "a": [10, 9]}) == "a:9,10;b:1"
+    assert datasets.format_heard({}) == ""
+    assert datasets.format_heard({"b": [1], "a": [10, 9]}) == "a:9,10;b:1"
 
 
 def test_clap_of_transformers_gives_both_towers(small, tmp_path):
