@@ -448,9 +448,9 @@ def _parts(mixes, events, known):
     """Everything that the mixes of a split consist of: a set of texts for each column; `known` keeps
     the first name of each file.
     """
-    columns = ("background", "background_source", "path")
-    parts = {column: set(mixes[column].astype(str)) for column in columns}
-    sounding = list(itertools.chain(*mixing.events_of(mixes, events)))
+    parts = {c: set(mixes[c].astype(str)) for c in ("background", "background_source", "path")}
+    named = mixes[[c for c in ("clip_id", "n_events", "foreground", "source_id") if c in mixes]]
+    sounding = list(itertools.chain(*mixing.events_of(named, events)))
     for column in ("foreground", "source_id"):
         parts[column] = {str(event[column]) for event in sounding}
     for column in ("foreground", "background", "path"):  # one file may be named in several ways

@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import os
+import sys
 import warnings
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
@@ -50,7 +51,7 @@ _LOUD_DB = 40.0  # 16 bit lies 96 dB above its rounding noise, and recordings se
 # Recipes pass through CSV, whose readers are exact to about 15 digits only.
 _DECIMALS = 4
 _MIXES_PER_WORKER = 500  # a new process takes about as long as these
-_MIN_CHUNK = 32
+_MIN_CHUNK, _ROWS_HELD = 32, 10_000  # of a plan as dictionaries, which take five times its table
 
 
 class Event(NamedTuple):
@@ -455,24 +456,26 @@ def plan_scenes(foregrounds, backgrounds, n, seed=0, **options):
         raise store.DataError(f"n of {n} mixes leaves a split empty; plan at least {n_folds}")
     held_out = max(1, round(n / n_folds))
     shares = {"train": n - 2 * held_out, "val": held_out, "test": held_out}
-    mixes, events, loud, left_out = [], [], {}, {}
+    tables, mixes, events, loud, left_out = [], [], [], {}, {}
+    texts = ["caption", *(f"caption_{k}" for k in range(2, int(options.n_captions) + 1))]
+    table = partial(pd.DataFrame, columns=[*MIX_COLUMNS, *texts])
     measure = lru_cache(maxsize=None)(partial(_clip_level, options=options, left_out=left_out))
 
     def level(clip):
         return measure(clip.path, clip.loop)
 
     for number, (split, count) in enumerate(shares.items()):
-        of_split = (table[table["split"] == split] for table in (fg, bg))
-        key = [seed, number]
-        for index, chosen in enumerate(_choose_clips(*of_split, count, key, options, level)):
+        of_split = (clips[clips["split"] == split] for clips in (fg, bg))
+        for index, chosen in enumerate(_choose_clips(*of_split, count, [seed, number], options, level)):
             name = {"clip_id": f"{split}-{index:05d}", "split": split}
             placed = [name | event for event in _place(*chosen, options, level)]
+            if len(mixes) == _ROWS_HELD:
+                tables, mixes = [*tables, table(mixes)], []
             mixes.append(_mix(*chosen, placed, options))
             events += placed if len(placed) > 1 else []
             gains = [event[gain] for event in placed for gain in ("gain_db", "background_gain_db")]
             loud |= {name["clip_id"]: max(gains)} if max(gains) > _LOUD_DB else {}
-    texts = [name for name in mixes[0] if name.startswith("caption")]
-    mixes = pd.DataFrame(mixes, columns=[*MIX_COLUMNS, *texts])
+    mixes = pd.concat([*tables, table(mixes)], ignore_index=True)
     _warn("clips that no mix can use are left out", left_out.values())
     _warn(f"mixes amplify by more than {_LOUD_DB:.0f} dB, rounding noise with it", loud)
     return mixes, pd.DataFrame(events, columns=EVENT_COLUMNS)
@@ -500,7 +503,7 @@ def _choose_clips(fg, bg, count, key, options, level):
     for index, (first, background) in zip(range(count), _pairs(fg, bg, key, level), strict=False):
         seed = int(np.random.SeedSequence([*key, index]).generate_state(1)[0])
         clips = [first]
-        for _ in range(int(_draw(options, seed, 0)["events"]) - 1):
+        for _ in range(int(_draw(options, seed, 0)["events"]) - 1 if most > 1 else 0):
             clips.append(further({clip.label for clip in clips}))
         yield seed, background, clips
 
@@ -592,15 +595,14 @@ def _place(seed, background, clips, options, level):
 
 def _mix(seed, background, clips, placed, options):
     """One row of the table of mixes."""
-    labels = [clip.label for clip in clips]
-    texts = captions.mix_captions(labels, background.label, seed, options.n_captions)
+    texts = captions.mix_captions([c.label for c in clips], background.label, seed, options.n_captions)
     mix = placed[0] | {"foreground_gain_db": placed[0]["gain_db"], "n_events": len(placed)}
     mix |= {"fold": clips[0].fold, "dataset": getattr(clips[0], "dataset", "")}
     mix |= {"background": str(background.path), "background_source": background.source_id}
     mix |= {"scene": background.label, "level_measure": options.snr_measure, "seed": seed}
     mix |= {"duration_s": options.duration_s, "sample_rate": options.sample_rate or math.nan}
     mix |= {"peak_scale": math.nan, "path": f"{mix['split']}/{mix['clip_id']}.{options.format}"}
-    return mix | {f"caption_{k}" if k > 1 else "caption": text for k, text in enumerate(texts, 1)}
+    return mix | {f"caption_{k}" if k > 1 else "caption": sys.intern(t) for k, t in enumerate(texts, 1)}
 
 
 # --- events -----------------------------------------------------------------------------------
