@@ -450,9 +450,9 @@ def _parts(mixes, events, known):
     """
     parts = {c: set(mixes[c].astype(str)) for c in ("background", "background_source", "path")}
     named = mixes[[c for c in ("clip_id", "n_events", "foreground", "source_id") if c in mixes]]
+    named = named.drop_duplicates([c for c in named if c != "clip_id"]) if events is None else named
     sounding = list(itertools.chain(*mixing.events_of(named, events)))
-    for column in ("foreground", "source_id"):
-        parts[column] = {str(event[column]) for event in sounding}
+    parts |= {c: {str(event[c]) for event in sounding} for c in ("foreground", "source_id")}
     for column in ("foreground", "background", "path"):  # one file may be named in several ways
         places = {os.path.realpath(unicodedata.normalize("NFC", name)): name for name in parts[column]}
         parts[column] = {known.setdefault(place, name) for place, name in places.items()}
