@@ -27,7 +27,7 @@ left_out="$venv/left-out"
 usage() {
     cat <<'TEXT'
 usage: ./run_all.sh [profile] [-p name value]... [--name run] [--only NN] [--fresh] [--appendix]
-       ./run_all.sh setup [--cpu] | test | profiles | report RUN_DIR [--open] | --help
+       ./run_all.sh setup [--cpu] | test | site | profiles | report RUN_DIR [--open] | --help
 
 Sets up a virtual environment in .venv (once), runs the notebooks of a profile in order, and makes
 runs/<name>/index.html. Without a profile: quick.
@@ -43,6 +43,7 @@ runs/<name>/index.html. Without a profile: quick.
   setup           only install (9 GB); with --cpu without the libraries of CUDA (3 GB): every later
                   command keeps to that, until .venv is removed
   test            lint, unit tests, and the notebooks
+  site            the website, into site/, from what is committed (a minute; runs no notebook)
   profiles        the profiles with their time, memory, disk and needs
   report DIR      make the report of a run again; --open shows it in the browser
 
@@ -192,6 +193,14 @@ run_tests() {
         tests/notebooks tests/test_*.py
 }
 
+# The generator is installed when it is asked for, not with the rest; Sphinx imports nothing of the project.
+make_site() {
+    find_uv
+    (cd "$venv" && "${uv[@]}" pip install --no-config --quiet --python "$python" --no-deps \
+        -r "$here/requirements.site.txt") || fail "could not install the website's generator: is the network there?"
+    exec "$python" "$here/docs/website/build.py"
+}
+
 case "${1:-}" in
 -h | --help | help)
     usage
@@ -213,6 +222,10 @@ setup) ;;
 test)
     shift
     run_tests "$@"
+    ;;
+site)
+    [ $# -eq 1 ] || fail "site takes no argument"
+    make_site
     ;;
 profiles | report | publish | train-mini) exec "$python" -m soundscapes_utils "$@" ;;
 *) exec "$python" -m soundscapes_utils run "$@" ;;
