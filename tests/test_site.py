@@ -1,4 +1,4 @@
-"""The website: links, sounds, pictures and alt texts of its pages, and that nothing is fetched from elsewhere."""
+"""The website: links, sounds, pictures and alt texts of its pages; nothing is fetched from elsewhere."""
 
 import base64
 import importlib.util
@@ -68,8 +68,8 @@ def stage(tmp_path):
 
 def test_links_between_files_become_links_between_pages(stage):
     page = "notebooks/00_start_here.ipynb"
-    text = "[a](../README.md#the-folders) [b](05_esc_augmentation.ipynb) [c](profiles) [d](https://x.org) [e](#f)"
-    expected = "[a](../index.md#the-folders) [b](05_esc_augmentation.ipynb) c [d](https://x.org) [e](#f)"
+    text = "[a](../README.md#b) [c](05_esc_augmentation.ipynb) [d](profiles) [e](https://x.org) [f](#g)"
+    expected = "[a](../index.md#b) [c](05_esc_augmentation.ipynb) d [e](https://x.org) [f](#g)"
     assert stage.text(page, text) == expected and not stage.dead
     assert stage.text(page, "[terms](../LICENSE)") == "[terms](../LICENSE)"
     assert (stage.folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
@@ -182,7 +182,8 @@ def test_pages_in_a_browser(site, tmp_path, width, scheme):
     feature = {"name": "prefers-color-scheme", "value": scheme}
     browser.call("Emulation.setEmulatedMedia", features=[feature])
     # files that fail to load, and errors of scripts
-    listen = "errors = []; addEventListener('error', e => errors.push(e.message || e.target.src), true)"
+    listen = "errors = []; addEventListener('error', e => errors.push(e.message || e.target.src), true);"
+    listen += "addEventListener('unhandledrejection', e => errors.push(String(e.reason)))"
     browser.call("Page.enable")
     browser.call("Page.addScriptToEvaluateOnNewDocument", source=listen)
     for name in ("index", "notebooks/00_start_here", "notebooks/01_dataset_mixing", "listen",
@@ -198,4 +199,5 @@ def test_pages_in_a_browser(site, tmp_path, width, scheme):
     address = (site / "search.html").as_uri() + "?q=kernel_distance"
     browser.call("Page.navigate", url=address)
     browser.until(lambda: browser.value("!!document.querySelector('#search-results li a')"))
+    assert browser.value("errors") == []
     browser.close()

@@ -1,7 +1,8 @@
 """Build the website: what is committed, as static pages that open from the disk or any web server.
 
-Copies the pages into ``build/website``, with links between files turned into links between pages, and sounds and
-pictures of the notebooks' outputs as files of their own; Sphinx makes the site of that. No notebook is run.
+Copies the pages into ``build/website``, with links between files turned into links between pages, and
+with the sounds and pictures of the notebooks' outputs as files of their own; Sphinx makes the site of
+that. No notebook is run.
 
     python docs/website/build.py [FOLDER]      # default: site
 """
@@ -26,6 +27,8 @@ MENU = {
 }
 # linked already, not written yet: until it is, such a link is plain text
 AWAITED = {"docs/glossary.md", "docs/scale.md", "notebooks/solutions.ipynb"}
+LISTEN = """Every sound of the notebooks, in their order: recordings, mixes, and clips of the built-in
+model. The names of the notebooks lead to where they are explained."""
 PICTURES = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg"}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 SOUND = re.compile(r'src="data:audio/(\w+);base64,([^"]+)"')
@@ -50,13 +53,13 @@ class Stage:
         path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
 
     def media(self, page, content, suffix):
-        """Keep a sound or a picture as a file named by its content, and return its address for a page."""
+        """Keep a sound or a picture as a file named by its content; return its address for a page."""
         name = f"media/{hashlib.sha256(content).hexdigest()[:16]}.{suffix}"
         self.write(f"extra/{name}", content)
         return "../" * page.count("/") + name
 
     def text(self, page, text):
-        """Map the links of a page's Markdown: to pages, to files (copied, to be downloaded), or to words alone."""
+        """Map the links of Markdown: to pages, to files (copied, to be downloaded), or to words."""
 
         def mapped(match):
             picture, words, target, anchor = match.groups()
@@ -87,34 +90,34 @@ class Stage:
             content = content.encode() if mime.endswith("xml") else base64.b64decode(content)
             source = self.media(page, content, PICTURES[mime])
             alt = about.get(mime, {}).get("alt") or about.get("alt") or "figure"
-            output["data"] = {
-                "text/html": f'<a href="{source}"><img src="{source}" alt="{escape(alt)}" loading="lazy"></a>'
-            }
+            picture = f'<img src="{source}" alt="{escape(alt)}" loading="lazy">'
+            output["data"] = {"text/html": f'<a href="{source}">{picture}</a>'}
 
     def notebook(self, page):
-        """Stage a notebook, and return the sounds of its outputs, each below the last heading before it."""
+        """Stage a notebook, and return the sounds of its outputs by title and last heading."""
         notebook = json.loads((ROOT / page).read_text(encoding="utf-8"))
-        sounds, heading = {}, ""
+        sounds, headings = {}, []
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
                 cell["source"] = self.text(page, _join(cell["source"]))
-                heading = [heading, *re.findall(r"^#+ (.+)$", cell["source"], re.MULTILINE)][-1]
+                headings += re.findall(r"^#+ (.+)$", cell["source"], re.MULTILINE)
             for output in cell.get("outputs", []):
                 self.output(page, output)
                 html = output.get("data", {}).get("text/html", "")
                 if "<audio " in html:
-                    sounds.setdefault(heading, []).append(html.replace('src="../', 'src="'))
+                    html = re.sub(r'src="(\.\./)+', 'src="', html)
+                    sounds.setdefault((headings[0], headings[-1]), []).append(html)
         self.write(page, json.dumps(notebook))
         return sounds
 
     def listening(self, notebooks):
         """Gather the sounds of all notebooks on one page."""
-        parts = ["# Listen", "Every sound of the notebooks, in their order: recordings, mixes, and clips of the "
-                 "built-in model. Each heading leads to the notebook that explains it."]  # fmt: skip
+        parts = ["# Listen", LISTEN]
         for page, sounds in notebooks.items():
-            for heading, players in sounds.items():
+            parts.append(f"## [{next(iter(sounds))[0]}]({page})")
+            for (_, heading), players in sounds.items():
                 html = "\n".join(re.sub(r"\n\s*\n", "\n", player) for player in players)
-                parts += [f"## [{heading}]({page})", f'<div class="sounds">\n{html}\n</div>']
+                parts += [f"### {heading}", f'<div class="sounds">\n{html}\n</div>']
         self.write("listen.md", "\n\n".join(parts) + "\n")
         self.pages["Notebooks"].append("listen.md")
 
