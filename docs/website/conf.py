@@ -48,7 +48,7 @@ add_module_names = False
 html_theme, html_title = "furo", "Soundscapes"
 html_extra_path = [str(ROOT / "build/website/extra")]
 html_static_path, html_css_files, html_js_files = ["site.css", "site.js"], ["site.css"], ["site.js"]
-html_copy_source = False
+html_copy_source = html_show_copyright = False
 html_math_renderer = "mathml"
 exclude_patterns = ["extra"]
 
