@@ -305,6 +305,7 @@ shutil.rmtree(sys.argv[1], ignore_errors=True)
 # a file beside the notebooks may be imported, but takes no library's place
 _KERNEL_PATH = ["--InteractiveShellApp.ignore_cwd=True"]
 _KERNEL_PATH += ["--InteractiveShellApp.exec_lines=import sys; sys.path.append('')"]
+_KERNEL_PATH += ["--IPKernelApp.log_level=50"]  # its end is an interruption to it
 # of the caller's settings, those that change what a kernel imports, starts with or draws on
 _FOREIGN = ("PYTHON", "JUPYTER", "IPYTHON", "JPY_", "MPLBACKEND", "MATPLOTLIBRC")
 
