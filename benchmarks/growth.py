@@ -145,7 +145,7 @@ def main(name, n, work):
     next(stage)
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     list(stage)
-    print(json.dumps([seconds, peak / (1e6 if sys.platform == "darwin" else 1e3)]))
+    print(json.dumps([seconds, peak * (1 if sys.platform == "darwin" else 1024) / 1e6]))
 
 
 if __name__ == "__main__":

@@ -449,7 +449,7 @@ def _parts(mixes, events, known):
     the first name of each file.
     """
     parts = {c: set(mixes[c].astype(str)) for c in ("background", "background_source", "path")}
-    named = mixes[[c for c in ("clip_id", "n_events", "foreground", "source_id") if c in mixes]]
+    named = mixes.filter(items=["clip_id", "n_events", "foreground", "source_id"])
     named = named.drop_duplicates([c for c in named if c != "clip_id"]) if events is None else named
     sounding = list(itertools.chain(*mixing.events_of(named, events)))
     parts |= {c: {str(event[c]) for event in sounding} for c in ("foreground", "source_id")}
