@@ -2,7 +2,7 @@
 
     python benchmarks/all.py                     every row, about two hours on two idle cores
     python benchmarks/all.py P1a P3              these rows
-    python benchmarks/all.py --quick             tiny sizes, to see that it works: no verdict
+    python benchmarks/all.py --quick             tiny sizes, to see that it works: no verdict (P6: minutes)
     python benchmarks/all.py --out runs/speed    the table also as runs/speed.csv and runs/speed.md
 
 Every row runs in a process of its own, in a folder of its own under `--dir`, which should be on a disk.
@@ -55,7 +55,7 @@ COLUMNS = ["row", "what", "peer", "peer's rate", "ours", "unit", "ratio", "goal"
 
 def p6(work, quick, options):
     """Run the quick profile anew, and read what it left."""
-    name, profile = f"speed-{os.getpid()}", "starter" if quick else "quick"
+    name, profile = f"speed-{os.getpid()}", "test" if quick else "quick"
     launcher = [str(ROOT / "run_all.sh")]
     if not (ROOT / ".venv" / "set-up-complete").is_file():  # never set up from here
         launcher = [sys.executable, "-m", "soundscapes_utils", "run"]
