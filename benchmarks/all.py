@@ -2,7 +2,7 @@
 
     python benchmarks/all.py                     every row, about two hours on two idle cores
     python benchmarks/all.py P1a P3              these rows
-    python benchmarks/all.py --quick             tiny sizes, to see that it works: no verdict (P6: minutes)
+    python benchmarks/all.py --quick             tiny sizes, to see that it works; P6 takes minutes
     python benchmarks/all.py --out runs/speed    the table also as runs/speed.csv and runs/speed.md
 
 Every row runs in a process of its own, in a folder of its own under `--dir`, which should be on a disk.
@@ -174,8 +174,8 @@ def measured(name, options):
         lines = Path(file.name).read_text(encoding="utf-8").splitlines()
     table = [judged(name, json.loads(line), options.quick) for line in lines]
     if done.returncode:
-        why = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-        table.append([name, WHAT[name][1], *[""] * 6, "failed", why[:300]])
+        why = " ".join(done.stderr.split())[-300:] or f"exit {done.returncode}"
+        table.append([name, WHAT[name][1], *[""] * 6, "failed", why])
     print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return table
 
