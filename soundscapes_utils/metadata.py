@@ -445,9 +445,7 @@ def _few(names):
 
 
 def _parts(mixes, events, known):
-    """Everything that the mixes of a split consist of: a set of texts for each column; `known` keeps
-    the first name of each file.
-    """
+    """What a split consists of, a set of texts a column; `known` keeps a file's first name."""
     parts = {c: set(mixes[c].astype(str)) for c in ("background", "background_source", "path")}
     named = mixes.filter(items=["clip_id", "n_events", "foreground", "source_id"])
     named = named.drop_duplicates([c for c in named if c != "clip_id"]) if events is None else named
@@ -456,5 +454,4 @@ def _parts(mixes, events, known):
     for column in ("foreground", "background", "path"):  # one file may be named in several ways
         places = {os.path.realpath(unicodedata.normalize("NFC", name)): name for name in parts[column]}
         parts[column] = {known.setdefault(place, name) for place, name in places.items()}
-    parts["pairs"] = set(zip(mixes["foreground"], mixes["background"], strict=True))
-    return parts
+    return parts | {"pairs": set(zip(mixes["foreground"], mixes["background"], strict=True))}
