@@ -23,7 +23,12 @@ MENU = {
     "Notebooks": ["notebooks/[0-9]*.ipynb", "notebooks/solutions*.ipynb", "listen.md"],
     "Appendix": ["notebooks/appendix/*.ipynb"],
     "Results": ["docs/results.md", "docs/scale.md", "docs/glossary.md"],
-    "The project": ["data/README.md", "CONTRIBUTING.md", "CHANGELOG.md"],
+    "The project": [
+        "data/README.md",
+        "data/checkpoints/mini-*/README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+    ],
 }
 # linked already, not written yet: until it is, such a link is plain text
 AWAITED = {"docs/glossary.md", "docs/scale.md", "notebooks/solutions.ipynb"}
@@ -45,6 +50,7 @@ class Stage:
         self.known = {page: page for pages in self.pages.values() for page in pages}
         self.known["README.md"] = "index.md"
         shutil.rmtree(folder, ignore_errors=True)
+        (folder / "extra").mkdir(parents=True)
 
     def write(self, name, content):
         """Write a file of the stage, text or bytes."""
@@ -124,7 +130,8 @@ class Stage:
     def fill(self):
         """Stage all pages, with a menu on the first."""
         notebooks = [page for page in self.known if page.endswith(".ipynb")]
-        self.listening({page: sounds for page in notebooks if (sounds := self.notebook(page))})
+        if sounds := {page: found for page in notebooks if (found := self.notebook(page))}:
+            self.listening(sounds)
         for page, name in self.known.items():
             if page.endswith(".md"):
                 text = self.text(page, (ROOT / page).read_text(encoding="utf-8"))

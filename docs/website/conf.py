@@ -1,5 +1,6 @@
 """Settings of Sphinx for the website; ``build.py`` beside this file lays out what it reads."""
 
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from astroid.exceptions import AstroidImportError
 from astroid.manager import AstroidManager
 from docutils import nodes
-from docutils.utils.math.latex2mathml import tex2mathml
+from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -21,6 +22,7 @@ nb_merge_streams = True
 nb_ipywidgets_js = {}
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # headings of a text may skip a level
 
 # the reference, read from the sources
 autoapi_dirs = [str(ROOT / "soundscapes_utils")]
@@ -53,13 +55,18 @@ html_math_renderer = "mathml"
 exclude_patterns = ["extra"]
 
 
+def _mathml(node, display):
+    # the converter does not know the two by name behind \bigl and its like
+    return convert(re.sub(r"\\[lr]Vert(?![a-zA-Z])", "‖", node.astext()), display=display)
+
+
 def _inline(self, node):
-    self.body.append(tex2mathml(node.astext()))
+    self.body.append(_mathml(node, "inline"))
     raise nodes.SkipNode
 
 
 def _display(self, node):
-    self.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    self.body.append(f'<div class="math">{_mathml(node, "block")}</div>')
     raise nodes.SkipNode
 
 
