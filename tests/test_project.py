@@ -714,6 +714,26 @@ def test_links_between_files_lead_somewhere(name):
         assert (ROOT / name).parent.joinpath(link).exists(), link
 
 
+def test_everything_that_is_loaded_has_its_line_in_the_table_of_licences():
+    text = (
+        (ROOT / "README.md")
+        .read_text(encoding="utf-8")
+        .partition("## Licences")[2]
+        .partition("\n## ")[0]
+    )
+    rows = [row.replace("-", " ") for row in text.splitlines() if row.startswith("| ")]
+    tables = {name: store.read_table(ROOT / f"soundscapes_utils/{name}.csv")
+              for name in ("datasets", "checkpoints", "embeddings")}  # fmt: skip
+    known = [title.partition(",")[0] for title in tables["datasets"]["title"]]
+    for name in tables["checkpoints"]["checkpoint"]:
+        known.append(f"{name.partition('/')[0]}/" if f"{name.partition('/')[0]}/…" in text else name)
+    own = {"logmel-stats", "mini-clap"}
+    for name in set(tables["embeddings"]["name"]) - own:
+        known.append(re.match("(?:ms-|laion-)?[a-z]+", name)[0])
+    for name in known:
+        assert any(name.replace("-", " ").lower() in row.lower() for row in rows), name
+
+
 def test_every_module_has_its_place_on_the_map():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for module in MODULES:
