@@ -30,8 +30,8 @@ MENU = {
         "CHANGELOG.md",
     ],
 }
-# linked already, not written yet: until it is, such a link is plain text
-AWAITED = {"docs/scale.md"}
+# linked already, not there yet: until it is, such a link is plain text
+AWAITED = {"figures/series.svg"}
 LISTEN = """Every sound of the notebooks, in their order: recordings, mixes, and clips of the built-in
 model. The names of the notebooks lead to where they are explained."""
 PICTURES = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg"}
