@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Protocol
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -44,8 +46,10 @@ AUDIOCRAFT_LUFS, AUDIOCRAFT_FLOOR = -14.0, 2e-3  # audiocraft's level, and the R
 # Pipelines are diffusers' classes; ragged are tokenizers that do not pad all prompts to one length (of
 # other pipelines any may be).
 _TABLES = json.loads(Path(__file__).with_name("backends.json").read_text(encoding="utf-8"))
-BACKENDS, PRESETS, _PIPELINES, _RAGGED = _TABLES.values()
-# public checkpoints; parameters in millions, of the parts that a generation needs
+# Audiocraft: the class of each back-end and what it calls the settings.
+BACKENDS, PRESETS, _PIPELINES, _RAGGED, _AUDIOCRAFT = _TABLES.values()
+# Public checkpoints; parameters in millions, of the parts that a generation needs. docs/generators.md
+# shows them, with what each column means.
 CHECKPOINTS = store.read_table(Path(__file__).with_name("checkpoints.csv")).set_index("checkpoint")
 
 # how pipelines of diffusers call the seconds and the settings
@@ -135,8 +139,9 @@ class _InPasses:
 class DiffusersBackend(_InPasses):
     """A text-to-audio pipeline of diffusers, on its device; made by `get_backend`.
 
-    Half precision is tested in float16 with AudioLDM and AudioLDM 2, in bfloat16 with AudioLDM,
-    Stable Audio and LongCat. A tiny AudioLDM 2 in bfloat16 on a CPU makes clips that are rejected.
+    Stereo becomes mono, the mean of both channels. Half precision is tested in float16 with AudioLDM
+    and AudioLDM 2, in bfloat16 with AudioLDM, Stable Audio (Open and 3), LongCat and ACE-Step. A tiny
+    AudioLDM 2 in bfloat16 on a CPU makes clips that are rejected.
     """
 
     def pass_keys(self, prompts, negative_prompts):
@@ -168,6 +173,8 @@ class DiffusersBackend(_InPasses):
         arguments[seconds] = (n_samples + spare + 0.5) / self.sample_rate
         if any(negative_prompts):
             arguments["negative_prompt"] = negative_prompts
+        if "lyrics" in takes:  # ACE-Step: one for each clip; of broken seconds it may miscount latents
+            arguments |= {"lyrics": [""] * len(prompts), seconds: math.ceil(arguments[seconds])}
         # noise drawn on the CPU is the same on every device
         generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
         try:
@@ -180,10 +187,11 @@ class DiffusersBackend(_InPasses):
 
 
 class AudioGenBackend(_InPasses):
-    """AudioGen through audiocraft, tokens sampled with one stream of random numbers per clip.
+    """AudioGen or MAGNeT through audiocraft, tokens sampled with one random stream per clip.
 
-    Beyond the 10 s that it was trained on, audiocraft continues a clip from its own end. With
-    several clips per pass a rounding may tip a token, and all that follows it differs.
+    Beyond the 10 s that it was trained on, AudioGen continues a clip from its own end; MAGNeT makes its
+    whole length, in spans of tokens, which is cut. With several clips per pass a rounding may tip a
+    token, and all that follows it differs.
     """
 
     def pass_keys(self, prompts, negative_prompts):
@@ -193,24 +201,32 @@ class AudioGenBackend(_InPasses):
         return [lengths[prompt] for prompt in prompts]
 
     def _one_pass(self, prompts, seeds, negative_prompts, n_samples):
-        rate = self.pipe.frame_rate
-        frames = math.ceil(n_samples / self.sample_rate * rate)
-        self.pipe.set_generation_params(
+        rate, seconds = self.pipe.frame_rate, n_samples / self.sample_rate
+        given = {theirs: self.settings[own] for own, theirs in _AUDIOCRAFT[self.name][1].items()}
+        if span := getattr(self.pipe.lm, "span_len", 0):
+            longest = round(self.pipe.duration * rate) // span * span / rate
+            _require(seconds <= longest, f"{self.checkpoint}: makes {longest} s at most, not {seconds}")
+        else:
             # half a frame more: audiocraft truncates where floating point falls short
-            duration=(frames + 0.5) / rate,
-            top_k=self.settings["top_k"],
-            temperature=self.settings["temperature"],
-            cfg_coef=self.settings["guidance_scale"],
-        )
-        with _sample_by_row(seeds):
+            given["duration"] = (math.ceil(seconds * rate) + 0.5) / rate
+        self.pipe.set_generation_params(**given)
+        with _sample_by_row(seeds, "xformers" if span else "torch"):
             return self.pipe.generate(prompts).float().cpu().numpy()[:, 0]
 
 
 @contextmanager
-def _sample_by_row(seeds):
-    """Let audiocraft draw the tokens of each row from that row's own generator."""
+def _sample_by_row(seeds, attention):
+    """Let audiocraft draw the tokens of each row from that row's own generator.
+
+    MAGNeT's masked attention is that of "xformers", which has none on a CPU: torch has the same.
+    """
     import torch
+    from audiocraft.modules import transformer
     from audiocraft.utils import utils
+
+    def attend(q, k, v, mask, p):
+        parts = (part.transpose(1, 2) for part in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(*parts, mask, p).transpose(1, 2)
 
     generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
 
@@ -221,11 +237,11 @@ def _sample_by_row(seeds):
         noise = torch.stack([torch.empty(shape).exponential_(generator=g) for g in generators])
         return (probabilities / noise.to(probabilities)).argmax(-1, keepdim=True)
 
-    original, utils.multinomial = utils.multinomial, multinomial
-    try:
+    ops, during = SimpleNamespace(unbind=torch.unbind), mock.patch.object
+    ops.memory_efficient_attention = attend
+    transformer.set_efficient_attention_backend(attention)
+    with during(utils, "multinomial", multinomial), during(transformer, "ops", ops):
         yield
-    finally:
-        utils.multinomial = original
 
 
 # --- open a model ---------------------------------------------------------------------------------
@@ -253,7 +269,8 @@ def get_backend(name, **options):
         ``checkpoint``: a folder or hub name, or ``"builtin"``. ``device``: a torch device, else a GPU if
         there is one. ``guidance_scale``: weight of the prompt. ``clips_per_pass``: more is faster, on a
         GPU by far, and less exact. Pipelines of diffusers: ``steps``, ``eta``, ``dtype`` ("float32",
-        "float16", "bfloat16"). AudioGen: ``top_k``, ``temperature``. None stands for what was left out.
+        "float16", "bfloat16"). AudioGen (MAGNeT): ``top_k`` (``top_p``), ``temperature``. None stands
+        for what was left out.
 
     Raises
     ------
@@ -278,7 +295,7 @@ def get_backend(name, **options):
     options = {key: (whole | options)[key] for key in known}
     _require(options["checkpoint"], "backend auto needs a checkpoint: a folder or a hub name")
     _require(options["clips_per_pass"] >= 1, "clips_per_pass must be at least 1")
-    opener = _open_audiogen if whole["backend"] == "audiogen" else _open_diffusers
+    opener = _open_audiocraft if whole["backend"] in _AUDIOCRAFT else _open_diffusers
     checkpoint = options["checkpoint"]
     if not ldm.local_folder(checkpoint).exists():
         _say_licence(checkpoint)
@@ -290,7 +307,8 @@ def _say_licence(checkpoint):
     """Say licence and size of a public checkpoint before it is fetched."""
     about = "licence and size not known here, see its page"
     if checkpoint in CHECKPOINTS.index:
-        about = "licence {licence}, {download_gb} GB".format(**CHECKPOINTS.loc[checkpoint])
+        about = "licence {licence}, {download_gb} GB, trained on {trained_on}"
+        about = about.format(**CHECKPOINTS.loc[checkpoint])
     print(f"{checkpoint}: {about}", file=sys.stderr)
 
 
@@ -322,6 +340,8 @@ def _open_diffusers(name, options):
         _require(acts or settings[key] is None, f"{checkpoint}: its pipeline has no option {key}")
         if settings[key] is None and acts:
             settings[key] = info[key] if name == "audioldm" else takes[argument].default
+    if settings["steps"] is None and type(pipe).__name__ == "StableAudio3Pipeline":
+        settings["steps"] = 8 if pipe.scheduler.config.stochastic_sampling else 100  # as its __call__
     settings["weights"] = ldm.checkpoint_digest(source)
     about = name, _short_name(checkpoint), _sample_rate(pipe), settings
     return DiffusersBackend(*about, pipe, info.get("heard", {}), "negative_prompt" in takes)
@@ -378,34 +398,26 @@ def _short_name(checkpoint):
     return path.absolute().name if checkpoint != "builtin" and path.is_dir() else str(checkpoint)
 
 
-def _open_audiogen(name, options):
+def _open_audiocraft(name, options):
+    import torch
+
     from . import ldm
 
     checkpoint, device = options.pop("checkpoint"), _device(options.pop("device"))
     _require(
-        checkpoint != "builtin", "checkpoint builtin is an AudioLDM: backend audiogen has no use of it"
+        checkpoint != "builtin", f"checkpoint builtin is an AudioLDM: backend {name} has no use of it"
     )
     about = name, _short_name(checkpoint)
     checkpoint = str(ldm.local_folder(checkpoint))
-    with _tensors_only():
-        model = _import_audiocraft().models.AudioGen.get_pretrained(checkpoint, device=device)
+    kind = getattr(_import_audiocraft().models, _AUDIOCRAFT[name][0])
+    # its pickles hold tensors and texts, whatever the environment would allow
+    load = torch.load
+    with mock.patch("torch.load", lambda *args, **how: load(*args, **how | {"weights_only": True})):
+        model = kind.get_pretrained(checkpoint, device=device)
     # audiocraft decides: half precision on a GPU
     settings = options | {"dtype": "float32" if device == "cpu" else "float16"}
     settings["weights"] = ldm.checkpoint_digest(checkpoint)
     return AudioGenBackend(*about, model.sample_rate, settings, model, takes_negative_prompts=False)
-
-
-@contextmanager
-def _tensors_only():
-    """Let audiocraft's pickles hold tensors and texts, whatever the environment would allow."""
-    import torch
-
-    original = torch.load
-    torch.load = lambda *args, **options: original(*args, **{**options, "weights_only": True})
-    try:
-        yield
-    finally:
-        torch.load = original
 
 
 def _import_audiocraft():

@@ -109,7 +109,7 @@ def checkpoint_info(checkpoint):
 
 def licence(checkpoint):
     """The licence of a checkpoint: as is known of a public one, or as its card says."""
-    card = Path(resolve(checkpoint)) / CARD_FILE
+    card = local_folder(checkpoint) / CARD_FILE
     lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
     said = [line.removeprefix("license:").strip() for line in lines if line.startswith("license:")]
     return _KNOWN["licence"].get(str(checkpoint), (said or ["unknown"])[0])

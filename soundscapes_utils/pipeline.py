@@ -126,10 +126,7 @@ def _builds_on(stems, root):
 
 
 def _run_side_by_side(pool, jobs, builds_on, run_one):
-    """Begin each notebook as soon as those that it builds on are done, up to `jobs` at a time.
-
-    After a failure nothing begins, and what runs is finished.
-    """
+    """Begin each notebook when what it builds on is done; after a failure finish what runs."""
     waiting, running, slots, failed = list(builds_on), {}, set(range(jobs)), []
     while waiting or running:
         ready = [stem for stem in waiting if not builds_on[stem] & {*waiting, *running.values()}]
@@ -228,10 +225,7 @@ def _is_done(stage, key, folder, executed):
 
 
 def _outputs(folder, source, since):
-    """Tables and figures written since a time: if one is deleted, its notebook runs again.
-
-    What another notebook beside it writes is not its own: its code does not name that.
-    """
+    """Tables and figures that its code names, written since a time: one deleted, and it runs again."""
     files, code = [*folder.glob("tables/*.csv"), *folder.glob("figures/*.png")], str(_code_cells(source))
     own = [file for file in files if file.name[:2] == source.name[:2] or file.stem in code]
     new = [file for file in own if file.stat().st_mtime >= since - 1]
@@ -526,9 +520,8 @@ _OF_A_RUN = {"offline": True, "jobs": 2, "tags": []}
 def _read_profile(name, root=None, above=()):
     """Read a profile, on top of the one that it extends.
 
-    The texts of ``ABOUT``; ``offline`` (bool); ``jobs``, notebooks side by side at most; ``tags`` of the
-    cells to run, where not all are; and ``sections``: for "common" and for each notebook the parameters
-    that differ from its defaults, as texts: their notebook says what they are.
+    The texts of ``ABOUT``; ``offline``; ``jobs``, notebooks side by side; ``tags`` of the cells to run,
+    where not all are; ``sections``: for "common" and each notebook what differs from its defaults.
     """
     known = profiles(root)
     if str(name) not in known:
@@ -799,19 +792,10 @@ def _check_study(own, parts):
 
 
 def settings(stem, more):
-    """Complete a notebook's ``more`` by the defaults in ``notebooks/more.yaml``, as a namespace.
+    """Complete ``more`` (a dict) of notebook `stem` by the defaults in ``notebooks/more.yaml``.
 
-    Parameters
-    ----------
-    stem : str
-        The notebook's name.
-    more : dict
-        Values by name, of those parameters that do not stand in its parameters cell.
-
-    Raises
-    ------
-    UsageError
-        A name that is not known, or a value that does not fit.
+    They are the parameters that do not stand in its parameters cell, and come as a namespace. A name
+    that is not known, or a value that does not fit, is a UsageError.
 
     >>> settings("01_dataset_mixing", {"n_captions": 2}).n_captions
     2
@@ -826,10 +810,10 @@ def settings(stem, more):
 
 
 def open_run(run_dir):
-    """Open a run's folder from a notebook: what no earlier notebook has left is made in small.
+    """Open a run's folder from a notebook.
 
-    In a notebook that is opened by hand, a table that is missing comes from the run ``starter``, which
-    is made on first use; in a batch run it is an error, see ``store.RunFolder``.
+    Opened by hand, a notebook has the tables that are missing from the run ``starter``, which is made on
+    first use; in a batch run a missing one is an error, see ``store.RunFolder``.
     """
 
     def starter(missing):

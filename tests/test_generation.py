@@ -31,8 +31,11 @@ HALF = [
     ("audioldm", "bfloat16"),
     ("audioldm2", "float16"),
     ("stable-audio", "bfloat16"),
+    ("stable-audio-3", "bfloat16"),
+    ("ace-step", "bfloat16"),
     ("auto", "bfloat16"),
 ]
+AUDIOCRAFT = ["audiogen", "magnet"]
 
 
 def small_plan(n=3, labels=("dog", "rain")):
@@ -57,7 +60,7 @@ def backends(checkpoints):
     diffusion = {"steps": 3, "guidance_scale": 2.5, "device": "cpu"}
     options = dict.fromkeys(generation.BACKENDS, diffusion)
     options["audioldm"] = {**diffusion, "eta": 1.0}
-    options["audiogen"] = {"top_k": 8, "device": "cpu"}
+    options |= {"audiogen": {"top_k": 8, "device": "cpu"}, "magnet": {"device": "cpu"}}
     yield {
         name: generation.get_backend(name, checkpoint=checkpoints[name], **own)
         for name, own in options.items()
@@ -115,7 +118,7 @@ def test_passes_of_several_clips_differ_by_rounding_only(backends, name, monkeyp
     np.testing.assert_allclose(np.stack(four), np.stack(one), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in generation.BACKENDS if name != "audiogen"])
+@pytest.mark.parametrize("name", [n for n in generation.BACKENDS if n not in [*AUDIOCRAFT, "ace-step"]])
 def test_negative_prompt_reaches_the_model(backends, name):
     prompts, seeds, negatives = ["a dog"] * 3, [1, 1, 1], ["", "hiss", ""]
     plain, negative, again = backends[name].generate(prompts, seeds, 0.5, negatives)
@@ -172,14 +175,17 @@ def test_stable_audio_solver_is_that_of_diffusers_given_the_noise(backends, monk
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["audioldm", "audioldm2", "stable-audio"])
+@pytest.mark.parametrize(
+    "name", ["audioldm", "audioldm2", "stable-audio", "stable-audio-3", "longcat", "ace-step"]
+)
 def test_auto_makes_what_the_named_backend_makes(backends, checkpoints, name):
     options = {"steps": 3, "guidance_scale": 2.5, "device": "cpu"}
     options |= {"eta": 1.0} if name == "audioldm" else {}
     auto = generation.get_backend("auto", checkpoint=checkpoints[name], **options)
     assert auto.sample_rate == backends[name].sample_rate
-    ours = auto.generate(PROMPTS[:2], SEEDS[:2], 0.5, ["", "hiss"])
-    wanted = backends[name].generate(PROMPTS[:2], SEEDS[:2], 0.5, ["", "hiss"])
+    negatives = ["", "" if name == "ace-step" else "hiss"]
+    ours = auto.generate(PROMPTS[:2], SEEDS[:2], 0.5, negatives)
+    wanted = backends[name].generate(PROMPTS[:2], SEEDS[:2], 0.5, negatives)
     np.testing.assert_array_equal(np.stack(ours), np.stack(wanted))
 
 
@@ -207,7 +213,7 @@ def test_variants_alone_open_with_every_backend_of_diffusers(backends, checkpoin
     np.testing.assert_array_equal(ours, wanted)
 
 
-@pytest.mark.parametrize("name", ["audioldm2", "stable-audio", "audiogen", "audioldm"])
+@pytest.mark.parametrize("name", [name for name in generation.BACKENDS if name != "auto"])
 def test_a_checkpoint_of_another_backend_is_refused_by_name(checkpoints, name):
     other = checkpoints["audioldm2"] if name == "audioldm" else "builtin"
     with pytest.raises(store.DataError, match=f"({other}|builtin).*(is needed here|has no use)"):
@@ -282,6 +288,119 @@ def test_auto_refuses_what_makes_no_sound(tmp_path):
 def test_clips_that_are_too_long_are_refused_by_name(backends):
     with pytest.raises(GenerationError, match=r"stable-audio: its pipeline refuses 2.0 s"):
         backends["stable-audio"].generate(["rain"], [1], 2.0)
+    # 125 frames are 41 spans of three, and two frames that are not made
+    assert backends["magnet"].generate(["rain"], [1], 4.92)[0].shape == (78_720,)
+    with pytest.raises(GenerationError, match=r"magnet: makes 4.92 s at most, not 4.93"):
+        backends["magnet"].generate(["rain"], [1], 4.93)
+
+
+def test_stable_audio_3_is_what_diffusers_makes_of_the_same_noise(backends, checkpoints):
+    import torch
+    from diffusers import StableAudio3Pipeline
+
+    pipe = StableAudio3Pipeline.from_pretrained(checkpoints["stable-audio-3"])
+    noise = torch.Generator().manual_seed(11)
+    options = {"duration": 0.5, "num_inference_steps": 3, "guidance_scale": 2.5, "generator": noise}
+    stereo = pipe("a dog", negative_prompt="hiss", **options).audios[0].numpy()
+    assert stereo.shape == (2, 22_050) and not np.array_equal(*stereo)
+    ours = backends["stable-audio-3"].generate(["a dog"], [11], 0.5, ["hiss"])[0]
+    np.testing.assert_allclose(ours, stereo.mean(0), atol=1e-6)
+
+
+def test_ace_step_is_what_diffusers_makes_of_the_same_noise(backends, checkpoints):
+    import torch
+    from diffusers import AceStepPipeline
+
+    pipe = AceStepPipeline.from_pretrained(checkpoints["ace-step"])
+    noise = torch.Generator().manual_seed(11)
+    options = {"audio_duration": 1.0, "num_inference_steps": 3, "guidance_scale": 1.0}
+    stereo = pipe("a dog", generator=noise, **options).audios[0].numpy()
+    assert stereo.shape[0] == 2 and not np.array_equal(*stereo)
+    # of 7 latents, at 25 a second, diffusers makes 8 in one place: whole seconds are made and cut
+    ours = backends["ace-step"].generate(["a dog"], [11], 0.28)[0]
+    np.testing.assert_allclose(ours, stereo.mean(0)[:13_440], atol=1e-5)
+
+
+def test_magnet_without_chance_is_what_audiocraft_makes_with_plain_attention(backends, monkeypatch):
+    import torch
+    from audiocraft.modules import transformer
+
+    def attention(q, k, v, mask=None, p=0.0):
+        weights = torch.einsum("bthd,bkhd->bhtk", q, k) / q.shape[-1] ** 0.5
+        weights = weights if mask is None else weights + mask
+        return torch.einsum("bhtk,bkhd->bthd", weights.softmax(-1), v)
+
+    backend = backends["magnet"]
+    monkeypatch.setitem(backend.settings, "top_p", 1e-6)  # the most probable token alone
+    ours = backend.generate(["a dog"], [1], 4.92)[0]
+    backend.pipe.set_generation_params(use_sampling=False, temperature=3.5, max_cfg_coef=20.0)
+    own = {"unbind": torch.unbind, "memory_efficient_attention": attention}
+    monkeypatch.setattr(transformer, "ops", types.SimpleNamespace(**own))
+    monkeypatch.setattr(transformer, "_efficient_attention_backend", "xformers")
+    reference = backend.pipe.generate(["a dog"]).numpy()[0, 0]
+    np.testing.assert_allclose(ours, reference, atol=1e-5)
+
+
+def test_audiogen_and_magnet_leave_each_other_alone(backends):
+    first = backends["audiogen"].generate(["a dog"], [1], 0.5)[0]
+    backends["magnet"].generate(["a dog"], [1], 0.5)
+    np.testing.assert_array_equal(backends["audiogen"].generate(["a dog"], [1], 0.5)[0], first)
+
+
+def test_what_is_published_of_a_checkpoint_is_what_its_backend_uses(checkpoints):
+    # the tiny checkpoint of each kind stands for those of the hub; AudioLDM's has no note either
+    for row in generation.CHECKPOINTS.itertuples():
+        assert row.memory_gb == pytest.approx(row.parameters_m * 0.004, abs=0.05)
+        assert row.trained_on and row.audioset and row.esc50_urbansound8k and row.source
+        if row.backend in AUDIOCRAFT:
+            assert generation.BACKENDS[row.backend]["guidance_scale"] == float(row.guidance_scale)
+            continue
+        folder = checkpoints[row.backend]
+        if row.Index.endswith("-base"):
+            folder = tiny_checkpoints.stable_audio_3(folder.parent / "base", distilled=False)
+        settings = generation.get_backend(row.backend, checkpoint=folder, device="cpu").settings
+        assert settings["steps"] == int(row.steps)
+        assert settings["guidance_scale"] == float(row.guidance_scale)
+
+
+def test_the_document_of_generators_shows_the_table_of_checkpoints():
+    text = (Path(__file__).parents[1] / "docs/generators.md").read_text(encoding="utf-8")
+    for row in generation.CHECKPOINTS.reset_index().itertuples():
+        cells = [f"`{row.checkpoint}`", f"`{row.backend}`", row.licence, row.download_gb, row.memory_gb]
+        cells += [row.seconds, row.steps, row.guidance_scale, row.trained_on, row.audioset]
+        cells += [row.esc50_urbansound8k, row.source]
+        assert f"| {' | '.join(map(str, cells))} |" in text.splitlines(), row.checkpoint
+
+
+def test_the_generator_of_the_document_makes_clips(monkeypatch, tmp_path):
+    import torch
+
+    text = (Path(__file__).parents[1] / "docs/generators.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert 20 <= len(block.splitlines()) <= 40
+    (tmp_path / "my_generators.py").write_text(block)
+    asked = []
+
+    class Model:
+        def __init__(self, name):
+            asked.append(name)
+
+        def generate(self, prompt, steps, duration):
+            # a package of its own draws from torch's global stream, and makes whole seconds in stereo
+            asked.append((prompt, steps, duration))
+            return torch.randn(2, 44_100 * duration) / 9
+
+    stub = types.ModuleType("tangoflux")
+    stub.TangoFluxInference = Model
+    monkeypatch.setitem(sys.modules, "tangoflux", stub)
+    monkeypatch.syspath_prepend(tmp_path)
+    backend = generation.get_backend("my_generators:TangoFlux", steps=4)
+    table = tiny_checkpoints.check_invariance(backend, THREE, 0.25)
+    assert table.same_bytes.all()
+    made = generation.generate_clips(small_plan(1), backend, tmp_path / "clips")
+    assert set(made.backend) == {"tangoflux"} and (made.steps == 4).all()
+    assert asked[0] == "declare-lab/TangoFlux" and asked[1] == ("a dog", 4, 1)
+    assert len(audio.load_audio(made.path[0])[0]) == 11_025
 
 
 @pytest.mark.parametrize("name", generation.BACKENDS)
@@ -651,7 +770,7 @@ def test_batch_size_order_and_shards_leave_the_files_alone(backends, tmp_path):
     assert whole.clip_id.tolist() == plan.clip_id.tolist()
 
 
-@pytest.mark.parametrize("name", ["audioldm", "audioldm2", "audiogen"])
+@pytest.mark.parametrize("name", ["audioldm", "audioldm2", *AUDIOCRAFT])
 def test_no_pass_is_filled_up_but_the_last_of_each_length(backends, tmp_path, monkeypatch, name):
     import torch
 
@@ -670,7 +789,7 @@ def test_no_pass_is_filled_up_but_the_last_of_each_length(backends, tmp_path, mo
         return tone.expand(len(prompts), 1, -1)
 
     monkeypatch.setitem(backend.settings, "clips_per_pass", 8)
-    if name == "audiogen":
+    if name in AUDIOCRAFT:
         monkeypatch.setattr(backend.pipe, "generate", generate)
     else:
         monkeypatch.setattr(type(backend.pipe), "__call__", Counted.__call__)
@@ -681,7 +800,7 @@ def test_no_pass_is_filled_up_but_the_last_of_each_length(backends, tmp_path, mo
     generation.generate_clips(plan, backend, tmp_path)
     # CLAP's text tower pads all prompts to one length, T5 does not
     assert len(passes) == (5 if name == "audioldm" else 3 + 2 + 2)
-    assert name == "audiogen" or sum(passes) == 40
+    assert name in AUDIOCRAFT or sum(passes) == 40
 
 
 @pytest.mark.parametrize(("per_pass", "calls"), [(1, [16, 16, 8]), (4, [32, 8]), (32, [40])])

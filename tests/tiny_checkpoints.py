@@ -1,9 +1,10 @@
 """Tiny text-to-audio checkpoints of random weights, in the real layouts, made in a second.
 
 They make noise, but they are loaded and run by the very code that loads and runs the public
-checkpoints, without network: AudioLDM, AudioLDM 2, Stable Audio Open and LongCat in diffusers'
-folder layout, AudioGen in audiocraft's (``state_dict.bin`` and ``compression_state_dict.bin``, plus
-a T5 folder). `Tones` is the smallest back-end of all, for what has nothing to do with models.
+checkpoints, without network: AudioLDM, AudioLDM 2, Stable Audio Open and 3, LongCat and ACE-Step in
+diffusers' folder layout, AudioGen and MAGNeT in audiocraft's (``state_dict.bin`` and
+``compression_state_dict.bin``, plus a T5 folder). `Tones` is the smallest back-end of all, for
+what has nothing to do with models.
 """
 
 import contextlib
@@ -405,8 +406,138 @@ def stable_audio(folder, seed=0):
     return Path(folder)
 
 
+def _gemma_tokenizer():
+    import string
+
+    from transformers import GemmaTokenizer
+
+    letters = ["▁", *string.ascii_letters, *string.punctuation]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    return GemmaTokenizer(vocab=vocab, merges=[], model_max_length=77)
+
+
+def _without_noughts(*parts):
+    """Give random weights to what starts at nought, and would keep the text from the sound."""
+    import torch
+
+    for weights in (weights for part in parts for weights in part.parameters()):
+        if not weights.any():
+            torch.nn.init.normal_(weights, std=0.2)
+
+
+def stable_audio_3(folder, seed=0, distilled=True):
+    """Write a tiny Stable Audio 3 checkpoint, distilled or base; return its folder."""
+    import torch
+    from diffusers import (
+        AutoencoderSAME,
+        FlowMatchEulerDiscreteScheduler,
+        StableAudio3DiTModel,
+        StableAudio3DurationEmbedder,
+        StableAudio3Pipeline,
+    )
+    from transformers import T5GemmaConfig, T5GemmaEncoderModel
+    from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
+
+    torch.manual_seed(seed)
+    tokenizer, width = _gemma_tokenizer(), 16
+    half = T5GemmaModuleConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        layer_types=["full_attention"],
+    ).to_dict()
+    transformer = StableAudio3DiTModel(
+        io_channels=8,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        cond_token_dim=width,
+        global_cond_dim=width,
+        local_add_cond_dim=9,
+        timestep_features_dim=16,
+        ff_mult=2,
+        num_memory_tokens=2,
+    )
+    vae = AutoencoderSAME(
+        patch_size=64,
+        encoder_channels=8,
+        encoder_c_mults=(2,),
+        encoder_strides=(4,),
+        encoder_transformer_depths=(1,),
+        latent_dim=8,
+        dim_heads=8,
+        ff_mult=2,
+    )
+    _without_noughts(transformer, vae)
+    pipe = StableAudio3Pipeline(
+        vae=vae,
+        text_encoder=T5GemmaEncoderModel(
+            T5GemmaConfig(encoder=half, decoder=half, is_encoder_decoder=False)
+        ),
+        tokenizer=tokenizer,
+        duration_embedder=StableAudio3DurationEmbedder(output_dim=width, fourier_dim=16),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(stochastic_sampling=distilled),
+    )
+    pipe.save_pretrained(folder)
+    return Path(folder)
+
+
+def ace_step(folder, seed=0):
+    """Write a tiny ACE-Step 1.5 checkpoint, of the distilled kind; return its folder."""
+    import torch
+    from diffusers import AceStepPipeline, AutoencoderOobleck, FlowMatchEulerDiscreteScheduler
+    from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
+    from diffusers.pipelines.ace_step import AceStepConditionEncoder
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+    torch.manual_seed(seed)
+    tokens = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 8}
+    shape |= {"num_key_value_heads": 1}
+    text = Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=1, **shape)
+    transformer = AceStepTransformer1DModel(
+        num_hidden_layers=1, in_channels=24, audio_acoustic_hidden_dim=8, is_turbo=True, **shape
+    )
+    encoder = AceStepConditionEncoder(
+        text_hidden_dim=16,
+        timbre_hidden_dim=8,
+        num_lyric_encoder_hidden_layers=1,
+        num_timbre_encoder_hidden_layers=1,
+        **shape,
+    )
+    _without_noughts(transformer)
+    vae = AutoencoderOobleck(
+        encoder_hidden_size=8,
+        downsampling_ratios=[2, 4, 5, 6, 8],
+        channel_multiples=[1, 1, 1, 1, 1],
+        decoder_channels=8,
+        decoder_input_channels=8,
+        audio_channels=2,
+        sampling_rate=48_000,
+    )
+    pipe = AceStepPipeline(
+        vae=vae,
+        text_encoder=Qwen3Model(text),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        condition_encoder=encoder,
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
+    )
+    pipe.save_pretrained(folder)
+    return Path(folder)
+
+
 def longcat(folder, seed=0):
-    """Write a tiny LongCat-AudioDiT checkpoint, which no back-end of ours is named after."""
+    """Write a tiny LongCat-AudioDiT checkpoint; return its folder."""
     import torch
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
@@ -422,10 +553,7 @@ def longcat(folder, seed=0):
     transformer = LongCatAudioDiTTransformer(
         dit_dim=16, dit_depth=1, dit_heads=2, dit_text_dim=16, latent_dim=8
     )
-    for weights in transformer.parameters():
-        # what starts at nought would keep the text from the sound
-        if not weights.any():
-            torch.nn.init.normal_(weights, std=0.2)
+    _without_noughts(transformer)
     pipe = LongCatAudioDiTPipeline(
         vae=LongCatAudioDiTVae(
             channels=8,
@@ -469,7 +597,23 @@ fuser: {sum: [], prepend: [], cross: [description], input_interpolate: [],
 """
 
 
-def audiogen(folder, seed=0):
+# what MAGNeT's configuration has otherwise than AudioGen's, as audiocraft publishes it
+_MAGNET = """
+lm_model: transformer_lm_magnet
+dataset: {segment_duration: 5}
+transformer_lm: {causal: false, memory_efficient: true, subcodes_context: 5,
+                 compression_model_framerate: 25, segment_duration: 5, span_len: 3}
+codebooks_pattern: {modeling: parallel, parallel: {empty_initial: -1}}
+masking: {span_len: 3}
+"""
+
+
+def magnet(folder, seed=0):
+    """Write a tiny MAGNeT checkpoint of five seconds, as `audiogen` does."""
+    return audiogen(folder, seed, _MAGNET)
+
+
+def audiogen(folder, seed=0, other="{}"):
     """Write a tiny AudioGen checkpoint and, beside it, the ``t5-small`` folder that it names.
 
     audiocraft finds the text encoder by its name: run the test in this folder's parent.
@@ -493,6 +637,8 @@ def audiogen(folder, seed=0):
     }
     for name, (text, build) in parts.items():
         config = OmegaConf.create(text)
+        if build is builders.get_lm_model:
+            config = OmegaConf.merge(config, OmegaConf.create(other))
         config.device, config.dtype = "cpu", "float32"
         with contextlib.chdir(folder.parent):
             weights = build(config).state_dict()
