@@ -145,9 +145,9 @@ def _profiles(options):
 def _publish(options):
     from . import report, store
 
-    for path in report.publish(options.run_dir):
-        print(f"outputs taken over: {path.name}")
-    print(report.copy_for_readme(options.run_dir, store.project_path("figures")))
+    readme = store.project_path("README.md")
+    for path in [*report.publish(options.run_dir), *report.copy_for_readme(options.run_dir, readme)]:
+        print(f"copied: {path.name}")
 
 
 # --- one step alone ------------------------------------------------------------------------------

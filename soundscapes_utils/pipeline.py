@@ -731,10 +731,6 @@ def _check_demands(values):
 
     given = {name: value for own in values.values() for name, value in own.items()}
     sets = given.get("dataset"), given.get("mix_dataset")
-    if "esc10" in sets and "esc50_root" in given:
-        data = store.project_path(given["data_dir"])
-        if not given["esc50_root"] and not (data / "ESC-50").exists():
-            datasets.download_dataset("esc10", data)
     if "own" in sets and "sounds_root" in given:
         datasets.check_own(given)
     for stem, own in values.items():
@@ -748,6 +744,10 @@ def _check_demands(values):
                 _check_study(own, values.values())
         except ValueError as error:
             raise UsageError(f"{stem}: {error}") from error
+    if "esc10" in sets and "esc50_root" in given:
+        data = store.project_path(given["data_dir"])
+        if not given["esc50_root"] and not (data / "ESC-50").exists():
+            datasets.download_dataset("esc10", data)
 
 
 _STUDY = ("models", "test_folds", "runs", "seed", "real_per_class", "validation")

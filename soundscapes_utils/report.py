@@ -8,6 +8,7 @@ sides of cards, a card is one sound. :func:`publish` takes the outputs of a run 
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -387,11 +388,8 @@ def _take_outputs(source, executed, stem):
                 output.execution_count = number
 
 
-def copy_for_readme(run_dir, out_dir):
-    """Copy the first figure of each stage to `out_dir`; return the main numbers as Markdown."""
-    folder = store.project_path(run_dir)
-    for number in sorted(pipeline.read_record(folder)["stages"]):
-        for figure in _figures(folder, number[:2])[:1]:
-            store.write_atomic(Path(out_dir) / figure.name, figure.read_bytes())
-    rows = [f"| {row.quantity} | {row.value} | {row.note} |" for row in headlines(folder).itertuples()]
-    return "\n".join(["| quantity | value | note |", "|---|---|---|", *rows])
+def copy_for_readme(run_dir, readme):
+    """Copy the figures of a run that a README shows to where it shows them; return their paths."""
+    names = re.findall(r"\(figures/(\d\d_\w+\.png)\)", Path(readme).read_text(encoding="utf-8"))
+    source, place = store.project_path(run_dir) / "figures", Path(readme).with_name("figures")
+    return [store.write_atomic(place / name, (source / name).read_bytes()) for name in names]

@@ -716,7 +716,7 @@ def test_links_between_files_lead_somewhere(name):
 
 def test_everything_that_is_loaded_has_its_line_in_the_table_of_licences():
     text = (
-        (ROOT / "README.md")
+        (ROOT / "data/README.md")
         .read_text(encoding="utf-8")
         .partition("## Licences")[2]
         .partition("\n## ")[0]
@@ -735,7 +735,7 @@ def test_everything_that_is_loaded_has_its_line_in_the_table_of_licences():
 
 
 def test_every_module_has_its_place_on_the_map():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for module in MODULES:
         assert f"{module}.py" in text, module
 
