@@ -372,7 +372,7 @@ class RunFolder:
         if "path" in table:
             root = f"{project_root()}{os.sep}"
             table = table.assign(path=[str(path).removeprefix(root) for path in table["path"]])
-        return write_table(table, self.tables / f"{name}.csv")
+        write_table(table, self.tables / f"{name}.csv")
 
     def load_table(self, name, made_by):
         """Read ``tables/<name>.csv``, left by `made_by`; its paths come back absolute."""
