@@ -162,8 +162,8 @@ def _own_sounds(root):
     tables = {}
     for path in [root] if root.is_file() else sorted(root.glob("[!.]*.csv")):
         table = store.read_table(path, as_text=True)
-        # a column without any entry says nothing: generated clips have no fold
-        table = table.drop(columns=[c for c in table if len(table) and table[c].fillna("").eq("").all()])
+        # without any entry they say nothing: generated clips have no fold
+        table = table.drop(columns=[c for c in {"fold", "split"} & {*table} if table[c].eq("").all()])
         names = {"filename": "path", "category": "label"}.items()
         table = table.rename(columns={old: new for old, new in names if new not in table})
         if {"path", "label"} <= {*table}:

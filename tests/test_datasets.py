@@ -779,10 +779,10 @@ def test_archive_without_the_table_is_refused(web, fetch_esc, esc_root):
         fetch_esc()
 
 
-def test_a_column_without_entries_says_nothing(tmp_path):
+def test_folds_and_splits_without_entries_say_nothing(tmp_path):
     for number in (1, 2):
         write_tone(tmp_path / f"{number}.wav")
-    (tmp_path / "t.csv").write_text("path,label,fold,split,source_id\n1.wav,dog,,,\n2.wav,dog,,,\n")
+    (tmp_path / "t.csv").write_text("path,label,fold,split\n1.wav,dog,,\n2.wav,dog,,\n")
     clips = datasets.load_folder(tmp_path)
     assert clips["source_id"].tolist() == ["1", "2"] and clips["fold"].notna().all()
 
