@@ -820,7 +820,7 @@ def open_run(run_dir):
         print(
             f"{missing.args[0]}\nUntil then a small set serves, made in 90 s: runs/starter", flush=True
         )
-        return store.RunFolder(run("starter"))
+        return store.RunFolder(run("starter", root=store.project_root()))
 
     return store.RunFolder(run_dir, None if "SOUNDSCAPES_HERE" in os.environ else starter)
 

@@ -638,8 +638,6 @@ def test_a_notebook_that_is_opened_first_finds_a_small_set(project, monkeypatch,
     nbformat.write(notebook, path)
     profile = 'tags: ["parameters", "makes"]\n00_make: {seed: 7}\n'
     (project / "notebooks/profiles/starter.yaml").write_text(profile)
-    real = pipeline.run
-    monkeypatch.setattr(pipeline, "run", lambda *a, **k: real(*a, root=project, **k))
     run = pipeline.open_run("runs/quick")
     assert run.load_table("mixes0", made_by="00_make")["seed"].tolist() == [7]
     said = capsys.readouterr().out
