@@ -105,7 +105,7 @@ def run(
         try:
             record = _begin_record(folder, profile, parameters, values)
             # the environment ends first, and with it the kernels that the threads wait for
-            with ThreadPoolExecutor(jobs) as pool, _environment(how["offline"], jobs):
+            with ThreadPoolExecutor(jobs) as pool, _environment(how["offline"], how["jobs"]):
                 _run_side_by_side(pool, jobs, _builds_on(values, root), run_one)
             _note(folder, record, finished=_now())
             return folder
@@ -318,7 +318,7 @@ def _environment(offline, jobs):
         ours["PYTHONPATH"] = str(PACKAGE.parent)
     wishes = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": str(int(offline))}
     wishes["SOUNDSCAPES_HERE"] = str(Path.cwd())  # where a class of one's own may lie
-    if jobs > 1:  # side by side, each with its share of the cores
+    if jobs > 1:  # one's share of the cores, alone too: sounds depend on it in their last bit
         share = str(max(1, (os.cpu_count() or 1) // jobs))
         wishes |= dict.fromkeys(("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT"), share)
     words = [sys.executable, "-I", "-c", _WARDEN, private]
