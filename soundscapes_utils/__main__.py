@@ -43,9 +43,7 @@ def main(argv=None):
     except (Exception, KeyboardInterrupt) as error:
         # a library may have turned the interruption into an error of its own
         if _STOPS or isinstance(error, KeyboardInterrupt):
-            if os.environ.get("RANK", "0") == "0":
-                print("\ninterrupted: the same command again goes on from here", file=sys.stderr)
-            return 130
+            return _interrupted()
         if isinstance(error, BrokenPipeError):  # who read the output has seen enough
             return 141
         if not isinstance(error, (ValueError, OSError)):
@@ -321,14 +319,23 @@ def _train_mini(options):
     print(f"Checkpoint: {minimodel.train_builtin(options.out, *pool, config)}")
 
 
-# --- stopped from outside ------------------------------------------------------------------------
-
 _STOPS = []
 
 
-def _stop(*_):
+def _stop(_, frame):
     _STOPS.append(True)
+    while frame:
+        # an error raised while a library loads may abort it: compiled code need not expect one
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(_interrupted())
+        frame = frame.f_back
     raise KeyboardInterrupt
+
+
+def _interrupted():
+    if os.environ.get("RANK", "0") == "0":
+        print("\ninterrupted: the same command again goes on from here", file=sys.stderr, flush=True)
+    return 130
 
 
 def command():
