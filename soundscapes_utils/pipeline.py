@@ -319,8 +319,7 @@ def _environment(offline, jobs):
     wishes = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": str(int(offline))}
     wishes["SOUNDSCAPES_HERE"] = str(Path.cwd())  # where a class of one's own may lie
     if jobs > 1:  # one's share of the cores, alone too: sounds depend on it in their last bit
-        share = str(max(1, (os.cpu_count() or 1) // jobs))
-        wishes |= dict.fromkeys(("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT"), share)
+        wishes["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     words = [sys.executable, "-I", "-c", _WARDEN, private]
     with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True):
         os.environ.clear()
@@ -342,14 +341,15 @@ def _sockets():
 
 @contextmanager
 def _peak_memory():
-    """Sample the resident memory of this process and all its children while a block runs."""
+    """Sample the memory of this process and all its children: what they share counts once."""
     peak, stop, process = [0], threading.Event(), psutil.Process()
 
     def watch():
         while not stop.wait(0.5):
-            with suppress(psutil.NoSuchProcess):  # one has just ended: the next sample counts
+            with suppress(psutil.Error):  # one has just ended: the next sample counts
                 family = [process, *process.children(recursive=True)]
-                peak.append(sum(one.memory_info().rss for one in family))
+                infos = [one.memory_full_info() for one in family]
+                peak.append(sum(getattr(info, "pss", info.uss) for info in infos))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
