@@ -567,7 +567,7 @@ def main():
         "--iterations", type=int, nargs="+", default=[1, 2, 6, 16, 32], help="of the vocoder, stages"
     )
     parser.add_argument("--n", type=int, help="clips: 16 on a CPU, 200 resumed, 128 on a GPU")
-    parser.add_argument("--steps", type=int, help="25 for the built-in model, 200 on a GPU")
+    parser.add_argument("--steps", type=int, help="10 for the built-in model, 200 on a GPU")
     parser.add_argument("--sizes", type=int, nargs="+", help="clips in a pass")
     parser.add_argument("--tiny", action="store_true", help="tiny models in part gpu")
     parser.add_argument("--models", nargs="+", default=[*MODELS], choices=MODELS, help="in part gpu")
@@ -579,9 +579,9 @@ def main():
         if part == "invariance":
             invariance()
         elif part == "cpu":
-            cpu(options.n or 16, options.steps or 25, options.sizes or [1, 2, 4, 8, 10, 16])
+            cpu(options.n or 16, options.steps or 10, options.sizes or [1, 2, 4, 8, 10, 16])
         elif part == "resume":
-            resume(options.n or 200, options.steps or 25)
+            resume(options.n or 200, options.steps or 10)
         elif part == "gpu":
             sizes_of_public_models()
             gpu(

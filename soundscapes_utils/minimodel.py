@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from . import audio, captions, datasets, finetuning, ldm, mixing, procedural, store
 
 SEGMENT_S = 2.56
-SAMPLING = {"clip_s": SEGMENT_S, "steps": 25, "guidance_scale": 2.5, "eta": 1.0}
+SAMPLING = {"clip_s": SEGMENT_S, "steps": 10, "guidance_scale": 2.5, "eta": 1.0}
 
 _SEGMENT_FRAMES = 256
 # what the built-in model is trained on
