@@ -92,18 +92,16 @@ def _run(options):
     from . import pipeline, report
 
     given = {name: getattr(options, name) for name in ("name", "only", "fresh", "appendix")}
+    begin = time.monotonic()
     try:
         folder = pipeline.run(options.profile, dict(options.p), **given)
     except pipeline.RunFailed as error:
         print(error, file=sys.stderr)
         return error.exit_code
     page = report.write_report(folder)
-    table = report.headlines(folder)
-    width = max(table["quantity"].str.len(), default=0)
-    print()
-    for row in table.itertuples():
-        print(f"{row.stage}  {row.quantity:<{width}}  {row.value:>12}  {row.note}".rstrip())
-    print(f"\nReport: {page}")
+    for row in report.findings(folder)[:3].itertuples():
+        print("", textwrap.fill(f"{row.question} {row.answer}", 100), sep="\n")
+    print(f"\nIt took {pipeline.duration(time.monotonic() - begin)}.\nReport: {page}")
 
 
 def _report(options):

@@ -1,7 +1,7 @@
 """Pages that open from the disk, on a phone and without a network; and what a run gives to the project.
 
-:func:`write_report` makes the page that closes a run (numbers, figures, players, notebooks) from what
-lies in its folder, so that it can be made again at any time, of half a run too.
+:func:`write_report` makes the page that closes a run (what was found, then notebook by notebook) from
+what lies in its folder, so that it can be made again at any time, of half a run too.
 :func:`listening_page` makes a page of a generated set: class by class, real beside synthetic. Both
 fill one template, ``page.html.j2``: a page is a list of sections, a section holds tables, figures and
 sides of cards, a card is one sound. :func:`publish` takes the outputs of a run into the notebooks.
@@ -19,6 +19,7 @@ from . import audio, captions, datasets, fad, generation, pipeline, stats, store
 # The sounds on a run's page: one of each of the first labels in a notebook's table.
 SOUNDS = {"01": ("mixes", 6), "02": ("generated", 10), "03": ("scene_samples", 4)}
 LISTENING = "listen/index.html"  # what notebook 02 leaves beside them
+OPENING = ("04_scores", "05_arms")  # the figures that stand beside what was found
 
 
 # --- the page of a run ---------------------------------------------------------------------------
@@ -33,54 +34,58 @@ def write_report(run_dir):
     record = pipeline.read_record(folder)
     if not record:
         raise FileNotFoundError(f"{folder} holds no run (no run.json): run a profile first")
-    started = record["started"].replace("T", " ")
-    unfinished = "" if record.get("finished") else " It is not finished."
-    stages = record["stages"]
+    stages = sorted(record["stages"].items())
     return _write_page(
         folder / "index.html",
         title=f"Soundscapes: run “{record['name']}”",
-        lead=f"Profile {record['profile']}, started {started}.{unfinished}",
+        record=record,
         sections=[
-            {"title": "Main numbers", "tables": [_grid("Main numbers", headlines(folder))]},
-            *(_stage_section(folder, stem, stages[stem]) for stem in sorted(stages)),
-            _how_section(record),
+            _opening_section(folder),
+            *(_stage_section(folder, stem, stage) for stem, stage in stages),
+            _how_section(stages, record["versions"]),
         ],
     )
 
 
-def headlines(run_dir):
-    """Collect the main numbers that the notebooks of a run left in ``NN_summary.csv``.
+def findings(run_dir):
+    """Collect what the notebooks of a run found, ``NN_findings.csv``, the main questions first.
 
-    Columns ``stage`` (two digits), ``quantity``, ``value`` (text), ``note``.
+    Columns ``rank``, ``question``, ``answer`` (in short, a colon, its numbers), ``stage`` (two digits).
     """
-    columns = ["stage", "quantity", "value", "note"]
-    tables = [pd.DataFrame(columns=columns)]
-    for path in sorted((store.project_path(run_dir) / "tables").glob("[0-9][0-9]_summary.csv")):
-        tables.append(store.read_table(path).assign(stage=path.stem[:2]).astype(str))
-    table = pd.concat(tables, ignore_index=True)[columns]
-    return table.assign(value=[_as_text(value) for value in table["value"]])
+    files = sorted((store.project_path(run_dir) / "tables").glob("[0-9][0-9]_findings.csv"))
+    tables = [store.read_table(file).assign(stage=file.stem[:2]) for file in files]
+    empty = pd.DataFrame(columns=["rank", "question", "answer", "stage"])
+    return pd.concat(tables or [empty]).sort_values("rank", ignore_index=True)
+
+
+def _opening_section(folder):
+    figures = [folder / "figures" / f"{name}.png" for name in OPENING]
+    return {
+        "title": "What was found",
+        "findings": findings(folder).to_dict("records"),
+        "sides": _listen(folder, _four_sounds(folder)),
+        "figures": [_figure(folder, path) for path in figures if path.is_file()],
+    }
 
 
 def _stage_section(folder, stem, stage):
     executed = folder / "notebooks" / f"{stem}.ipynb"
-    title, lead, links = stem, "", []
+    title, lead, links, number = stem, "", [], stem[:2]
     if executed.is_file():
         title, lead = _heading(executed)
         links.append((_notebook_page(folder, executed), "the executed notebook"))
-    if stem.startswith("02") and (folder / LISTENING).is_file():
+    if number == "02" and (folder / LISTENING).is_file():
         links.append((LISTENING, "listen to all of it, class by class"))
-    parameters = pd.DataFrame(stage["parameters"].items(), columns=["parameter", "value"])
-    tables = _result_tables(folder, stem[:2])
-    cards = _sounds(folder, stem[:2])
     return {
+        "id": f"notebook-{number}",
         "title": title,
         "lead": lead,
         "status": stage["status"],
         "note": f", {_cost(stage)}",
         "links": links,
-        "tables": [*tables, _grid("Parameters of this notebook", parameters, True)],
-        "figures": [_figure(folder, path) for path in _figures(folder, stem[:2])],
-        "sides": [{"name": "listen", "title": "Listen", "cards": cards}] if cards else [],
+        "sides": _listen(folder, _sounds(folder, number)),
+        "figures": [_figure(folder, path) for path in sorted(folder.glob(f"figures/{number}_*.png"))],
+        "tables": _tables(folder, number),
     }
 
 
@@ -91,20 +96,15 @@ def _cost(stage):
     return f"{pipeline.duration(stage['seconds'])}, at most {memory} GB of memory"
 
 
-def _how_section(record):
-    rows = [(stem, stage["status"], _cost(stage)) for stem, stage in record["stages"].items()]
-    took = pd.DataFrame(sorted(rows), columns=["notebook", "state", "took"])
-    versions = pd.DataFrame(record["versions"].items(), columns=["library", "version"])
-    changed = ", with uncommitted changes" if record["git"]["dirty"] else ""
-    lead = (
-        f"Python {record['python']} on {record['platform']}, {record['cores']} cores. Code at commit "
-        f"{record['git']['commit'][:12]}{changed}."
-    )
-    if record["given"]:
-        given = ", ".join(f"{name} = {value}" for name, value in record["given"].items())
-        lead += f" Given on the command line: {given}."
-    tables = [_grid("Time and memory", took), _grid("Versions of the libraries", versions, True)]
-    return {"title": "How it was run", "lead": lead, "tables": tables}
+def _how_section(stages, versions):
+    took = [(stem, stage["status"], _cost(stage)) for stem, stage in stages]
+    parameters = [(stem, *one) for stem, stage in stages for one in stage["parameters"].items()]
+    tables = [
+        _grid("Time and memory", pd.DataFrame(took, columns=["notebook", "state", "took"])),
+        _grid("Parameters", pd.DataFrame(parameters, columns=["notebook", "parameter", "value"])),
+        _grid("Versions", pd.DataFrame(versions.items(), columns=["library", "version"])),
+    ]
+    return {"title": "How it was run", "how": True, "tables": tables}
 
 
 def _heading(notebook):
@@ -128,10 +128,6 @@ def _notebook_page(folder, executed):
     return page.relative_to(folder).as_posix()
 
 
-def _figures(folder, number):
-    return sorted((folder / "figures").glob(f"{number}_*.png"))
-
-
 def _figure(folder, path):
     from PIL import Image
 
@@ -141,8 +137,22 @@ def _figure(folder, path):
     return {"source": source, "caption": caption, "width": width, "height": height}
 
 
+def _four_sounds(folder):
+    """Name a real mix, the clips of its caption before and after fine-tuning, and one of its class."""
+    files = [folder / "tables" / f"{name}.csv" for name in ("mixes", "scene_samples", "generated")]
+    if not all(map(Path.is_file, files)):
+        return []
+    mixes, samples, generated = map(store.read_table, files)
+    clip_id, label = samples.iloc[0][["clip_id", "label"]]
+    before, after = (samples[samples["checkpoint"] == samples["checkpoint"].iloc[i]] for i in (0, -1))
+    named = {"a real mix": mixes, "its caption before fine-tuning": before, "and after": after}
+    named = {name: table[table["clip_id"] == clip_id] for name, table in named.items()}
+    named[f"generated: {captions.tidy(label)}"] = generated[generated["label"] == label]
+    return [(name, row) for name, table in named.items() for row in table[:1].to_dict("records")]
+
+
 def _sounds(folder, number):
-    """Cards of one clip of each of the first labels, for every checkpoint that made some."""
+    """Name one clip of each of the first labels, for every checkpoint that made some."""
     name, count = SOUNDS.get(number, ("", 0))
     path = folder / "tables" / f"{name}.csv"
     if not path.is_file():
@@ -150,26 +160,37 @@ def _sounds(folder, number):
     table = store.read_table(path)
     several = "checkpoint" in table and len(table["checkpoint"].unique()) > 1
     table = table[table["label"].isin(table["label"].drop_duplicates()[:count])]
-    shown = table.drop_duplicates(["label", *["checkpoint"] * several])
-    cards = []
-    for row in shown.to_dict("records"):
+    named = []
+    for row in table.drop_duplicates(["label", *["checkpoint"] * several]).to_dict("records"):
         title = captions.tidy(row["label"])
         title += f" in {captions.tidy(row['scene'])}" if "scene" in row else ""
-        title += f", {Path(row['checkpoint']).name}" if several else ""
+        named.append((title + (f", {Path(row['checkpoint']).name}" if several else ""), row))
+    return named
+
+
+def _listen(folder, named):
+    """The side of a section that holds a card for each named row of a table of sounds."""
+    cards = []
+    for name, row in named:
         text = row.get("caption", row.get("prompt", ""))
         player = _player(row["path"], folder, folder / "html")
-        cards.append({"name": title, "text": text, "numbers": {}, "words": {}, **player})
-    return cards
+        cards.append({"name": name, "text": text, "numbers": {}, "words": {}, **player})
+    return [{"name": "listen", "title": "Listen", "cards": cards}] if cards else []
 
 
-def _result_tables(folder, number):
-    """Scores of notebook 04 and accuracies of notebook 05, as people read them."""
-    name, title, as_read = {
-        "04": ("scores", "Scores", fad.score_lines),
-        "05": ("results", "Accuracy on recordings of the held-out folds", _accuracies),
-    }.get(number, ("", "", None))
-    path = folder / "tables" / f"{name}.csv"
-    return [_grid(title, as_read(store.read_table(path)))] if path.is_file() else []
+def _tables(folder, number):
+    """Scores of notebook 04, accuracies of 05, and main numbers of each, as people read them."""
+    known = {
+        "scores": ("04", "Scores", fad.score_lines),
+        "results": ("05", "Accuracy on recordings of the held-out folds", _accuracies),
+        f"{number}_summary": (number, "Main numbers", pd.DataFrame),
+    }
+    files = {folder / "tables" / f"{name}.csv": about for name, about in known.items()}
+    return [
+        _grid(title, as_read(store.read_table(file)))
+        for file, (owner, title, as_read) in files.items()
+        if owner == number and file.is_file()
+    ]
 
 
 def _accuracies(results):
@@ -181,11 +202,10 @@ def _accuracies(results):
     return table.rename(columns={"half_width": "± (1.96·SD/√runs)", "n": "classifiers trained"})
 
 
-def _grid(title, table, folded=False):
+def _grid(title, table):
     rows = [[_as_text(value) for value in row] for row in table.itertuples(index=False)]
     numeric = [table[column].dtype.kind in "if" for column in table]
-    columns = list(table.columns)
-    return {"title": title, "columns": columns, "numeric": numeric, "rows": rows, "folded": folded}
+    return {"title": title, "columns": list(table.columns), "numeric": numeric, "rows": rows}
 
 
 def _as_text(value):
@@ -237,6 +257,7 @@ def listening_page(out_dir, generated, real=None, *, title="Listen", per_class=2
         lead=f"Class by class, {' next to '.join(tables)}.",
         sections=sections,
         sides=list(tables),
+        back="../index.html" if (out_dir.parent / "run.json").is_file() else "",
         families=sorted({card.get("family", "") for card in cards} - {""}),
         numbers=list(dict.fromkeys(name for card in cards for name in card["numbers"])),
     )

@@ -3,6 +3,7 @@
 import html.parser
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -107,8 +108,14 @@ def test_notebook_that_is_still_running_has_no_cost(tmp_path):
     file = finished_run(tmp_path) / "run.json"
     record = json.loads(file.read_text())
     record["stages"]["02_x"] = {"status": "running", "parameters": {}}
+    record["parameters"] = {key: {} for key in ["01_dataset_mixing", "02_x", "03_y"]}
     file.write_text(json.dumps(record))
-    assert ["02_x", "running", "not finished"] in Page(report.write_report(tmp_path)).rows
+    page = Page(report.write_report(tmp_path))
+    assert ["02_x", "running", "not finished"] in page.rows
+    state = " ".join(re.sub("<[^>]*>", "", page.text.split('role="status"')[1].split("</p>")[0]).split())
+    assert state.endswith("Done: 01_dataset_mixing. Running: 02_x. To come: 03_y.")
+    file.write_text(json.dumps(record | {"finished": "2024-01-01T00:01:00"}))
+    assert 'role="status"' not in report.write_report(tmp_path).read_text()
     file.write_text(file.read_text()[:-9])
     with pytest.raises(store.DataError, match=r"run\.json: damaged .* remove it"):
         report.write_report(tmp_path)
@@ -122,10 +129,41 @@ def test_report_of_nothing(tmp_path):
 def test_numbers_are_rounded_and_texts_kept(tmp_path):
     values = ["0.123456", "12345.6", "3.0", "62.9 ± 4.1", ""]
     table = pd.DataFrame({"quantity": list("abcde"), "value": values, "note": ""})
-    store.RunFolder(tmp_path).save_table(table, "04_summary")
-    shown = report.headlines(tmp_path)
-    assert shown["value"].tolist() == ["0.1235", "12346", "3", "62.9 ± 4.1", ""]
-    assert set(shown["stage"]) == {"04"}
+    store.RunFolder(finished_run(tmp_path)).save_table(table, "01_summary")
+    rows = [row for row in Page(report.write_report(tmp_path)).rows if row and row[0] in list("abcde")]
+    assert [row[1] for row in rows] == ["0.1235", "12346", "3", "62.9 ± 4.1", ""]
+
+
+def test_the_page_opens_with_what_was_found_the_main_questions_first(tmp_path):
+    run = store.RunFolder(finished_run(tmp_path))
+    asked = {
+        "03": [(4, "Costs?", "1 < 2: p 0.5"), (5, "Copies?", "No")],
+        "05": [(3, "Helps?", "Yes: so")],
+    }
+    for number, rows in asked.items():
+        columns = ["rank", "question", "answer"]
+        run.save_table(pd.DataFrame(rows, columns=columns), f"{number}_findings")
+    found = report.findings(run.path)
+    assert found["question"].tolist() == ["Helps?", "Costs?", "Copies?"]
+    assert found["stage"].tolist() == ["05", "03", "03"]
+    text = report.write_report(run.path).read_text()
+    first = text[text.index("What was found</h2>") : text.index('id="notebook-01"')]
+    assert first.index("Helps?") < first.index("Costs?") < first.index("Copies?")
+    assert "<strong>1 &lt; 2</strong>: p 0.5" in first and "<strong>No</strong>" in first
+
+
+def test_four_sounds_stand_beside_what_was_found(tmp_path):
+    run = store.RunFolder(finished_run(tmp_path))
+    mixes = store.read_table(run.tables / "mixes.csv").assign(clip_id=["test-1", "test-2"])
+    run.save_table(mixes, "mixes")
+    samples = mixes.assign(prompt="p", checkpoint="builtin")
+    run.save_table(pd.concat([samples, samples.assign(checkpoint="models/tuned")]), "scene_samples")
+    run.save_table(samples.assign(clip_id=["rain-1", "dog-1"], label=["rain", "dog"]), "generated")
+    text = report.write_report(run.path).read_text()
+    first = text[: text.index('id="notebook-01"')]
+    names = [part.split("<")[0] for part in first.split('<div class="name">')[1:]]
+    expected = ["a real mix", "its caption before fine-tuning", "and after", "generated: dog"]
+    assert names == expected and first.count("<p>1.0 s · ") == 4
 
 
 def results_of_notebooks(run):
