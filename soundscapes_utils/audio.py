@@ -401,11 +401,10 @@ def listen(y, sample_rate, title=None):
     sf.write(buffer, y / max(1.0, np.abs(y).max()), sample_rate, format="OGG", subtype="VORBIS")
     # IPython's own player labels every stream as WAV, which some browsers then refuse
     source = f"data:audio/ogg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-    caption = f"<figcaption>{html.escape(title)}</figcaption>" if title else ""
-    return HTML(
-        f'<figure style="margin:0.3em 0">{caption}'
-        f'<audio controls preload="metadata" src="{source}"></audio></figure>'
-    )
+    name = html.escape(title or "")
+    caption = f"<figcaption>{name}</figcaption>" if title else ""
+    player = f'<audio controls preload="metadata" aria-label="{name or "sound"}" src="{source}"></audio>'
+    return HTML(f'<figure style="margin:0.3em 0">{caption}{player}</figure>')
 
 
 def listen_table(signals, sample_rate):
@@ -418,7 +417,9 @@ def listen_table(signals, sample_rate):
 
     def cell(column, row):
         player = listen(signals[column][row], sample_rate).data if row in signals[column] else ""
-        return "<td>" + player.replace("<audio ", f'<audio style="width:{width}" ', 1) + "</td>"
+        name = html.escape(f"{row}, {column}".strip(", ")) or "sound"
+        about = f'aria-label="{name}" style="width:{width}"'
+        return "<td>" + player.replace('aria-label="sound"', about, 1) + "</td>"
 
     head = "".join(f"<th>{html.escape(column)}</th>" for column in signals)
     lines = [

@@ -59,32 +59,27 @@ def findings(run_dir):
 
 
 def _opening_section(folder):
-    figures = [folder / "figures" / f"{name}.png" for name in OPENING]
     return {
         "title": "What was found",
         "findings": findings(folder).to_dict("records"),
         "sides": _listen(folder, _four_sounds(folder)),
-        "figures": [_figure(folder, path) for path in figures if path.is_file()],
+        "figures": _figures(folder, *OPENING),
     }
 
 
 def _stage_section(folder, stem, stage):
-    executed = folder / "notebooks" / f"{stem}.ipynb"
-    title, lead, links, number = stem, "", [], stem[:2]
-    if executed.is_file():
-        title, lead = _heading(executed)
-        links.append((_notebook_page(folder, executed), "the executed notebook"))
-    if number == "02" and (folder / LISTENING).is_file():
-        links.append((LISTENING, "listen to all of it, class by class"))
+    executed, number = folder / "notebooks" / f"{stem}.ipynb", stem[:2]
+    title, lead = _heading(executed) if executed.is_file() else (stem, "")
     return {
         "id": f"notebook-{number}",
         "title": title,
         "lead": lead,
         "status": stage["status"],
-        "note": f", {_cost(stage)}",
-        "links": links,
+        "cost": _cost(stage),
+        "notebook": _notebook_page(folder, executed) if executed.is_file() else "",
+        "listening": LISTENING if number == "02" and (folder / LISTENING).is_file() else "",
         "sides": _listen(folder, _sounds(folder, number)),
-        "figures": [_figure(folder, path) for path in sorted(folder.glob(f"figures/{number}_*.png"))],
+        "figures": _figures(folder, f"{number}_*"),
         "tables": _tables(folder, number),
     }
 
@@ -92,8 +87,7 @@ def _stage_section(folder, stem, stage):
 def _cost(stage):
     if "seconds" not in stage:
         return "not finished"
-    memory = stage.get("peak_memory_gb", "?")
-    return f"{pipeline.duration(stage['seconds'])}, at most {memory} GB of memory"
+    return f"{pipeline.duration(stage['seconds'])}, at most {stage['peak_memory_gb']} GB of memory"
 
 
 def _how_section(stages, versions):
@@ -128,13 +122,15 @@ def _notebook_page(folder, executed):
     return page.relative_to(folder).as_posix()
 
 
-def _figure(folder, path):
+def _figures(folder, *names):
     from PIL import Image
 
-    with Image.open(path) as image:
-        caption, (width, height) = image.info.get("Description", path.stem), image.size
-    source = path.relative_to(folder).as_posix()
-    return {"source": source, "caption": caption, "width": width, "height": height}
+    figures = []
+    for path in [path for name in names for path in sorted(folder.glob(f"figures/{name}.png"))]:
+        with Image.open(path) as image:
+            about = {"caption": image.info.get("Description", path.stem), "width": image.width}
+        figures.append(about | {"height": image.height, "source": f"figures/{path.name}"})
+    return figures
 
 
 def _four_sounds(folder):
@@ -275,22 +271,19 @@ def page_of(place, per_class=24):
     known = (place / name for name in ("tables/generated.csv", "generated.csv", "mixes.csv"))
     file = place if place.suffix == ".csv" else next(filter(Path.is_file, known), None)
     if file is None:
-        table, real, name, folder = datasets.load_folder(place), None, "", place
-    else:
-        table, real, name = store.read_table(file), None, file.stem
-        folder = file.parent.parent if file.parent.name == "tables" else file.parent
-        table["path"] = [str(_beside(file, path)) for path in table.get("path", [])]
-        beside = {key: file.with_name(f"{key}.csv") for key in (f"{name}_scores", "clips")}
-        if beside[f"{name}_scores"].is_file():
-            scores = store.read_table(beside[f"{name}_scores"]).drop(columns="label")
-            table = table.merge(scores, on="clip_id", how="left")
-        if beside["clips"].is_file():
-            real = store.read_table(beside["clips"])
-            real = real[real["label"].isin(table.get("label", []))]
-            real = real if len(real) else None
+        out_dir, table = place.with_name(f"{place.name}-listen"), datasets.load_folder(place)
+        return listening_page(out_dir, table, title=place.name, per_class=per_class)
+    table, real, name = store.read_table(file), None, file.stem
+    folder = file.parent.parent if file.parent.name == "tables" else file.parent
+    table["path"] = [str(_beside(file, path)) for path in table.get("path", [])]
+    if (scores := file.with_name(f"{name}_scores.csv")).is_file():
+        table = table.merge(store.read_table(scores).drop(columns="label"), on="clip_id", how="left")
+    if (clips := file.with_name("clips.csv")).is_file():
+        real = store.read_table(clips)
+        real = real[real["label"].isin(table.get("label", []))]
+        real = real if len(real) else None
     out_dir = folder / ("listen" if place != file or name == "generated" else f"listen-{name}")
-    out_dir = out_dir if file else folder.with_name(f"{folder.name}-listen")
-    title = ": ".join(filter(None, [folder.name, name.replace("_", " ")]))
+    title = f"{folder.name}: {name.replace('_', ' ')}"
     return listening_page(out_dir, table, real, title=title, per_class=per_class)
 
 
@@ -350,9 +343,8 @@ def _player(path, page_folder, folder):
     try:
         name = store.file_digest(path)[:12]
     except OSError as error:
-        raise audio.AudioError(
-            f"{path}: cannot be read ({error}); was the run moved, or its audio deleted?"
-        ) from error
+        remedy = "was the run moved, or its audio deleted?"
+        raise audio.AudioError(f"{path}: cannot be read ({error}); {remedy}") from error
     sound, picture = folder / "sounds" / f"{name}.flac", folder / "pictures" / f"{name}.png"
     if not (sound.is_file() and picture.is_file()):
         y, rate = audio.load_audio(path, audio.LOG_MEL_RATE)
@@ -384,9 +376,8 @@ def publish(run_dir="runs/quick"):
     written = []
     for stem, path in pipeline.notebooks().items():
         if record["stages"].get(stem, {}).get("status") != "finished":
-            raise pipeline.UsageError(
-                f"{stem} is not finished in {folder}: run ./run_all.sh quick first"
-            )
+            unfinished = f"{stem} is not finished in {folder}"
+            raise pipeline.UsageError(f"{unfinished}: run ./run_all.sh quick first")
         source = nbformat.read(path, as_version=4)
         _take_outputs(source, nbformat.read(folder / "notebooks" / path.name, as_version=4), stem)
         written.append(store.write_atomic(path, nbformat.writes(source) + "\n"))
@@ -394,12 +385,10 @@ def publish(run_dir="runs/quick"):
 
 
 def _take_outputs(source, executed, stem):
-    runs = [
-        cell
-        for cell in executed.cells
-        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
-    ]
-    cells = [cell for cell in source.cells if cell.cell_type == "code"]
+    cells, runs = (
+        [c for c in notebook.cells if c.cell_type == "code"] for notebook in (source, executed)
+    )
+    runs = [run for run in runs if "injected-parameters" not in run.metadata.get("tags", [])]
     if [cell.source for cell in cells] != [cell.source for cell in runs]:
         raise pipeline.UsageError(f"{stem} was edited after it ran: run ./run_all.sh quick again")
     for number, (cell, run) in enumerate(zip(cells, runs, strict=True), 1):

@@ -1,6 +1,7 @@
 import io
 import math
 import os
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -371,10 +372,10 @@ def test_resample_refuses_a_rate_of_zero():
 def test_the_player_is_small_compressed_and_safe():
     import base64
     import io
-    import re
 
     page = audio.listen(tone(440, 16_000, 9, 1.7), 16_000, "<dog> & rain").data
-    assert "&lt;dog&gt; &amp; rain" in page and len(page) < 150_000
+    assert "&lt;dog&gt; &amp; rain</figcaption>" in page and len(page) < 150_000
+    assert 'aria-label="&lt;dog&gt; &amp; rain"' in page
     ogg = base64.b64decode(re.search(r"data:audio/ogg;base64,([^\"]+)", page)[1])
     y, rate = sf.read(io.BytesIO(ogg))
     assert (y.size, rate) == (80_000, 16_000)
@@ -389,5 +390,9 @@ def test_listen_table_keeps_the_order_and_leaves_gaps():
     assert page.data.count("<td></td>") == 1
     assert page.data.index("park") < page.data.index("bus")
     assert "0 &lt;dB&gt;" in page.data
+    names = re.findall('<audio [^>]*aria-label="([^"]*)"', page.data)
+    assert names == ["park, 0 &lt;dB&gt;", "bus, 0 &lt;dB&gt;", "bus, 6 dB"]
+    alone = audio.listen_table({'a "dog"': {"": tone}, "": {"": tone}}, 8000).data
+    assert re.findall('aria-label="([^"]*)"', alone) == ["a &quot;dog&quot;", "sound"]
     with pytest.raises(audio.AudioError):
         audio.listen_table({"0 dB": {"park": [np.nan]}}, 8000)
