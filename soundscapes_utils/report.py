@@ -141,7 +141,7 @@ def _four_sounds(folder):
     mixes, samples, generated = map(store.read_table, files)
     clip_id, label = samples.iloc[0][["clip_id", "label"]]
     before, after = (samples[samples["checkpoint"] == samples["checkpoint"].iloc[i]] for i in (0, -1))
-    named = {"a real mix": mixes, "its caption before fine-tuning": before, "and after": after}
+    named = {"a real mix": mixes, "before fine-tuning": before, "after fine-tuning": after}
     named = {name: table[table["clip_id"] == clip_id] for name, table in named.items()}
     named[f"generated: {captions.tidy(label)}"] = generated[generated["label"] == label]
     return [(name, row) for name, table in named.items() for row in table[:1].to_dict("records")]
