@@ -424,7 +424,7 @@ class Browser:
 
         address = next(t["webSocketDebuggerUrl"] for t in targets if t["type"] == "page")
         self.socket = websocket.create_connection(address, timeout=60)
-        self.numbers = itertools.count(1)
+        self.numbers, self.events = itertools.count(1), []
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         self.call("Emulation.setDeviceMetricsOverride", **size)
 
@@ -440,6 +440,7 @@ class Browser:
         self.socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
             answer = json.loads(self.socket.recv())
+            self.events += [answer] * ("method" in answer)
             if answer.get("id") == number:
                 assert "error" not in answer, answer
                 return answer["result"]
@@ -452,6 +453,37 @@ class Browser:
     def open(self, path):
         self.call("Page.navigate", url=path.as_uri())
         self.until(lambda: self.value("document.readyState === 'complete' && typeof form === 'object'"))
+
+    def look(self, path, width, scheme):
+        """Open a page of that width, light or dark; return what it reports as errors."""
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self.call("Emulation.setEmulatedMedia", features=[feature])
+        self.events.clear()
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+        address = path.as_uri()
+        self.call("Page.navigate", url=address)
+        ready = f"document.readyState === 'complete' && location.href === {json.dumps(address)}"
+        self.until(lambda: self.value(ready))
+        # also those pictures that are not yet in sight
+        self.value("for (const image of document.images) image.loading = 'eager'")
+        self.until(lambda: self.value("[...document.images].every(image => image.complete)"))
+        bad = self.value("[...document.images].filter(i => !i.naturalWidth || !i.alt).map(i => i.src)")
+        about = [(event["method"], event["params"]) for event in self.events]
+        bad += [params for method, params in about if method == "Runtime.exceptionThrown"]
+        return bad + [
+            params
+            for method, params in about
+            if "error" in (params.get("type"), params.get("entry", {}).get("level"))
+        ]
+
+    def press(self, key, code):
+        for kind in ("keyDown", "keyUp"):
+            text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
+            names = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+            self.call("Input.dispatchKeyEvent", type=kind, **names, **text)
 
     def click(self, selector, across=0.5):
         """Press the mouse where a finger or pointer would."""
@@ -538,6 +570,72 @@ def test_clicks_on_a_player_and_on_filters(tmp_path, browse):
         browser.enter("sort", "clap score")
         browser.enter("order", order)
         assert browser.shown()[3:] == [names[i] for i in expected]
+
+
+def told_run(folder):
+    """A finished run of one notebook, with all that its page can show."""
+    from matplotlib.figure import Figure
+
+    run = store.RunFolder(finished_run(folder))
+    results_of_notebooks(run)
+    figure = Figure(figsize=(10, 3))
+    figure.subplots().set_title("Nothing was gained")
+    run.save_figure(figure, "05_arms")
+    found = {"rank": [3], "question": "Does it help?", "answer": ["Not shown: +0 points [-7, +7]"]}
+    run.save_table(pd.DataFrame(found), "05_findings")
+    made, real = tables(folder)
+    (folder / "notebooks").mkdir()
+    cells = [v4.new_markdown_cell("# 01 Mixing\n\nA lead."), v4.new_code_cell("x = 1  # " + "y" * 300)]
+    nbformat.write(v4.new_notebook(cells=cells), folder / "notebooks/01_dataset_mixing.ipynb")
+    return report.write_report(folder), report.listening_page(folder / "listen", made, real)
+
+
+@pytest.mark.timeout(240)
+def test_pages_of_a_run_in_a_browser_wide_and_narrow_light_and_dark(tmp_path, browse):
+    page, listen = told_run(tmp_path / "run")
+    browser = browse(1200)
+    light = "getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0] > 128"
+    looks = [(page, *look) for look in itertools.product((400, 1200), ("light", "dark"))]
+    looks += [(path, 400, "light") for path in (listen, page.parent / "html/01_dataset_mixing.html")]
+    for path, width, scheme in looks:
+        assert browser.look(path, width, scheme) == [], (path.name, width, scheme)
+        assert browser.value("document.documentElement.scrollWidth") <= width, (path.name, width)
+        assert browser.value(light) == (scheme == "light"), (path.name, scheme)
+    # a wide figure spans the page, any figure leads to its file
+    browser.look(page, 1200, "light")
+    across = "[...document.querySelectorAll('figure.wide')].map(f => f.getBoundingClientRect().width)"
+    assert len(browser.value(across)) == 2 and min(browser.value(across)) > 1100
+    shown = "[...document.querySelectorAll('figure a')].map(a => [a.href, a.querySelector('img').src])"
+    assert browser.value(shown) and all(link == source for link, source in browser.value(shown))
+
+
+@pytest.mark.timeout(240)
+def test_page_of_a_run_by_keyboard_alone(tmp_path, browse):
+    page, _ = told_run(tmp_path / "run")
+    browser = browse(1200)
+    browser.look(page, 1200, "light")
+    browser.value(
+        "for (const e of document.querySelectorAll('a, button, audio, summary')) e.dataset.left = 1"
+    )
+    here = "(e => { delete e.dataset.left; return e.className || e.tagName; })(document.activeElement)"
+    seen = set()
+    for _ in range(150):
+        browser.press("Tab", 9)
+        place = browser.value(here)
+        if place == "seek" and place not in seen:
+            browser.press("Enter", 13)
+            playing = "document.activeElement.parentElement.querySelector('audio').currentTime > 0"
+            Browser.until(lambda now=playing: browser.value(now))
+        if place == "SUMMARY" and place not in seen:
+            browser.press("Enter", 13)
+            assert browser.value("document.activeElement.parentElement.open")
+        seen.add(place)
+        if not browser.value("document.querySelectorAll('[data-left]').length"):
+            break
+    assert {"seek", "SUMMARY", "AUDIO", "A"} <= seen
+    assert browser.value("[...document.querySelectorAll('[data-left]')].map(e => e.outerHTML)") == []
+    names = browser.value("[...document.querySelectorAll('audio')].map(e => e.ariaLabel)")
+    assert names and all(re.fullmatch(r"\w.*: .+, 1\.0 s", name) for name in names)
 
 
 @pytest.mark.timeout(240)
