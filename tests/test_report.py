@@ -154,6 +154,28 @@ def test_the_page_opens_with_what_was_found_the_main_questions_first(tmp_path):
     assert "<strong>1 &lt; 2</strong>: p 0.5" in first and "<strong>No</strong>" in first
 
 
+def test_a_run_ends_with_three_findings_in_words_the_time_and_the_page(tmp_path, monkeypatch, capsys):
+    run = store.RunFolder(finished_run(tmp_path))
+    rows = [(rank, f"Question {rank}?", f"Yes: {'so ' * 50}{rank}.") for rank in (4, 2, 1, 3)]
+    run.save_table(pd.DataFrame(rows, columns=["rank", "question", "answer"]), "02_findings")
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: run.path)
+    assert main(["run"]) == 0
+    said = capsys.readouterr().out
+    assert re.findall(r"Question (\d)\? Yes: so", said) == ["1", "2", "3"]
+    assert max(map(len, said.splitlines())) <= max(100, len(str(tmp_path)) + 20)
+    assert re.search(r"\nIt took \d+ s\.\nReport: .*index\.html\n\Z", said)
+    # of one that has found nothing yet too
+    (run.tables / "02_findings.csv").unlink()
+    assert main(["run"]) == 0 and "Question" not in capsys.readouterr().out
+
+
+def test_report_opens_the_page(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    assert main(["report", str(finished_run(tmp_path)), "--open"]) == 0
+    assert opened == [(tmp_path / "index.html").as_uri()]
+
+
 def test_four_sounds_stand_beside_what_was_found(tmp_path):
     run = store.RunFolder(finished_run(tmp_path))
     mixes = store.read_table(run.tables / "mixes.csv").assign(clip_id=["test-1", "test-2"])
