@@ -107,13 +107,13 @@ def _run(options):
 def _report(options):
     from . import report
 
-    _show(report.write_report(options.run_dir), options)
+    _show(report.write_report(_found(options.run_dir)), options)
 
 
 def _listen(options):
     from . import report
 
-    _show(report.page_of(options.place, options.per_class), options)
+    _show(report.page_of(_found(options.place), options.per_class), options)
 
 
 def _show(page, options):
@@ -152,8 +152,7 @@ def _publish(options):
 def _plan_mixes(options):
     from . import datasets, mixing, store
 
-    places = map(store.project_path, (options.events, options.scenes))
-    events, scenes = map(datasets.load_folder, places)
+    events, scenes = map(datasets.load_folder, [_found(options.events), _found(options.scenes)])
     given = {"snr_db": tuple(options.snr)} | {name: _value(value) for name, value in options.o}
     plan = mixing.plan_mixes(events, scenes, options.n, options.seed, **given)
     print(f"{len(plan)} mixes of {len(events)} events and {len(scenes)} scenes are planned")
@@ -216,7 +215,7 @@ def _requests(options, seconds):
         plan = _table(options.plan)
         return plan if "duration_s" in plan else plan.assign(duration_s=seconds)
     texts = [options.prompt]
-    if file := options.prompts and store.project_path(options.prompts):
+    if file := options.prompts and _found(options.prompts):
         texts = _table(file)["prompt"] if file.suffix == ".csv" else file.read_text("utf-8").splitlines()
     texts = [text.strip() for text in texts if text.strip()]
     store.check_rows(pd.DataFrame({"prompt": texts[:1] or [""]}), "the prompts", prompt="text")
@@ -233,7 +232,7 @@ def _score(options):
 
     from . import audio, datasets, embeddings, fad, pipeline, store
 
-    made = datasets.load_folder(store.project_path(options.generated))
+    made = datasets.load_folder(_found(options.generated))
     if options.official:
         folder = datasets.SOURCES.loc["dcase2024_task7", "folder"]
         _, published = datasets.load_dcase2024_task7(store.project_path(Path(options.data_dir) / folder))
@@ -242,7 +241,7 @@ def _score(options):
     elif not options.real:
         raise pipeline.UsageError("give two folders, or one and --official")
     else:
-        place = store.project_path(options.real)
+        place = _found(options.real)
         real = datasets.load_folder(place)
         # the same of every file, so that the scores compare sounds and not lengths or levels
         seconds = options.seconds or min(real["duration_s"].min(), made["duration_s"].min())
@@ -263,7 +262,16 @@ def _score(options):
 def _table(path):
     from . import store
 
-    return store.read_table(store.project_path(path))
+    return store.read_table(_found(path))
+
+
+def _found(place):
+    """Path of what a command is given: from where one stands, or else in the project."""
+    from . import store
+
+    if not (path := store.project_path(place)).exists():
+        raise store.DataError(f"{place}: no such file or folder; check its spelling")
+    return path
 
 
 def _value(text):

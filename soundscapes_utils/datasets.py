@@ -158,7 +158,7 @@ def load_folder(root, folds=N_FOLDS):
 def _own_sounds(root):
     """What lists sounds of one's own, the folder where paths and names begin, and paths and labels."""
     if not root.exists():
-        raise DatasetError(f"{root}: no such folder; name that of your sounds (-p sounds_root FOLDER)")
+        raise DatasetError(f"{root}: no such folder of sounds, nor table; check its spelling")
     tables = {}
     for path in [root] if root.is_file() else sorted(root.glob("[!.]*.csv")):
         table = store.read_table(path, as_text=True)
@@ -281,7 +281,10 @@ def load_clips(
     if dataset == "urbansound8k":
         return load_urbansound8k(urbansound8k_root or data_dir / "UrbanSound8K")
     if dataset == "own":
-        return _classes(load_folder(sounds_root or data_dir / "own"), sounds_root or data_dir / "own")
+        root = Path(sounds_root or data_dir / "own")
+        if not (sounds_root or root.exists()):
+            raise DatasetError(f"{root}: no such folder; name that of your sounds by -p sounds_root")
+        return _classes(load_folder(root), root)
     if dataset in ("esc10", "esc50"):
         root = data_dir / "ESC-50"
         root = data_dir / "ESC-10" if dataset == "esc10" and not root.exists() else root
@@ -333,8 +336,9 @@ def check_own(given):
 
     Each test fold must leave every class something to train and to test; scenes need three folds.
     """
-    where = given["sounds_root"] or store.project_path(given["data_dir"]) / "own"
-    clips, serve = load_clips("own", sounds_root=where), []
+    data, root = store.project_path(given["data_dir"]), given["sounds_root"]
+    clips, serve = load_clips("own", sounds_root=root, data_dir=data), []
+    where = root or data / "own"
     named = {name: given[name] for name in ("scenes_root", "ambient_classes") if given[name]}
     scenes = load_scenes("own", clips, **named)[1] if named else clips
     for place, table in ((where, clips), (given["scenes_root"] or given["ambient_classes"], scenes)):

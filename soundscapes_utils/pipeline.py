@@ -161,9 +161,9 @@ def in_words(error):
     cause = error if isinstance(error, OSError) else error.__cause__
     if not isinstance(cause, OSError) or cause.errno is None:
         return str(error)
-    place = cause.filename or "the disk"
-    said = f"{place}: {cause.strerror}; check its path, permissions and free space"
-    return str(error).replace(str(cause), said)
+    place = f"{cause.filename or 'the disk'}: "
+    said = f"{cause.strerror}; check its path, permissions and free space"
+    return str(error).replace(str(cause), said if str(error).startswith(place) else place + said)
 
 
 @contextmanager

@@ -59,10 +59,12 @@ def project_root(start=None):
 
 
 def project_path(path):
-    """Find a path: a relative one in the working folder if it is there, else in the project."""
+    """Find a path: a relative one in the working folder if it is there, else in the project, if any."""
     path = Path(path).expanduser()
-    here = Path.cwd() / path  # which is the path itself if it is absolute
-    return here if path.is_absolute() or path.exists() else project_root() / path
+    if not (path.is_absolute() or path.exists()):
+        with contextlib.suppress(FileNotFoundError):  # the package is installed without the project
+            return project_root() / path
+    return Path.cwd() / path  # which is the path itself if it is absolute
 
 
 def walk_files(root, suffixes=None):
