@@ -112,14 +112,29 @@ def _notebook_page(folder, executed):
     """Executed notebook as an HTML page; made again only if the notebook is newer."""
     page = folder / "html" / f"{executed.stem}.html"
     if not page.is_file() or page.stat().st_mtime < executed.stat().st_mtime:
+        import nbformat
         from nbconvert import HTMLExporter
 
         # Scripts that nbconvert would fetch from elsewhere serve widgets and TeX.
         scripts = ("require_js", "jquery", "mathjax", "mermaid_js", "mermaid_layout_elk_js")
         template = Path(__file__).with_name("notebook.html.j2")
         exporter = HTMLExporter(template_file=str(template), **{f"{name}_url": "" for name in scripts})
-        store.write_atomic(page, exporter.from_filename(str(executed))[0])
+        notebook = nbformat.read(executed, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = re.sub(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", _mathml, cell.source, flags=re.S)
+        about = {"metadata": {"name": executed.stem}}
+        store.write_atomic(page, exporter.from_notebook_node(notebook, about)[0])
     return page.relative_to(folder).as_posix()
+
+
+def _mathml(formula):
+    from latex2mathml.converter import convert
+
+    block, inline = formula.groups()
+    # the converter does not know the two by name behind \bigl and its like
+    tex = re.sub(r"\\[lr]Vert(?![a-zA-Z])", "‖", block or inline)
+    return convert(tex, display="block" if block else "inline")
 
 
 def _figures(folder, *names):

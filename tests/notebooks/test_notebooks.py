@@ -202,3 +202,40 @@ def test_links_lead_somewhere():
                 if not place.startswith("http"):
                     assert not place or (path.parent / place).exists(), f"{path.name}: {target}"
                     assert not place.endswith("glossary.md") or not anchor or anchor in anchors, target
+
+
+def test_formulas_become_mathml(tmp_path):
+    """Every formula of the notebooks: no LaTeX command is left on their pages, in or outside it."""
+    from soundscapes_utils import store
+
+    (tmp_path / "notebooks").mkdir()
+    stages = {
+        stem: {"status": "finished", "parameters": {}, "peak_memory_gb": 0, "seconds": 1}
+        for stem in NOTEBOOKS
+    }
+    for stem, path in NOTEBOOKS.items():
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.source, cell.outputs = "", []
+        nbformat.write(notebook, tmp_path / "notebooks" / f"{stem}.ipynb")
+    record = {
+        "name": "x",
+        "profile": "quick",
+        "started": "",
+        "stages": stages,
+        "versions": {},
+        "given": {},
+    }
+    record |= {"python": "", "platform": "", "cores": 2, "git": {"commit": "", "dirty": False}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    report.write_report(tmp_path)
+    n = 0
+    for stem in NOTEBOOKS:
+        html = (tmp_path / "html" / f"{stem}.html").read_text(encoding="utf-8")
+        formulas = re.findall(r"<math.*?</math>", html, re.S)
+        n += len(formulas)
+        body = re.sub(r"<style.*?</style>|<script.*?</script>", "", html, flags=re.S)
+        assert not re.search(r"\\(frac|sum|sqrt|alpha|sigma|mu|hat|bar|text|left|lVert)", body), stem
+        assert "$" not in re.sub(r"<(code|pre).*?</\1>", "", body, flags=re.S), stem
+    assert n >= 20
