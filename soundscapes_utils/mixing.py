@@ -51,7 +51,8 @@ _LOUD_DB = 40.0  # 16 bit lies 96 dB above its rounding noise, and recordings se
 # Recipes pass through CSV, whose readers are exact to about 15 digits only.
 _DECIMALS = 4
 _MIXES_PER_WORKER = 500  # a new process takes about as long as these
-_MIN_CHUNK, _ROWS_HELD = 32, 10_000  # of a plan as dictionaries, which take five times its table
+_MIN_CHUNK, _MAX_CHUNK = 32, 500
+_ROWS_HELD = 2_000  # of a plan as dictionaries, which take five times its table
 
 
 class Event(NamedTuple):
@@ -456,9 +457,8 @@ def plan_scenes(foregrounds, backgrounds, n, seed=0, **options):
         raise store.DataError(f"n of {n} mixes leaves a split empty; plan at least {n_folds}")
     held_out = max(1, round(n / n_folds))
     shares = {"train": n - 2 * held_out, "val": held_out, "test": held_out}
-    tables, mixes, events, loud, left_out = [], [], [], {}, {}
-    texts = ["caption", *(f"caption_{k}" for k in range(2, int(options.n_captions) + 1))]
-    table = partial(pd.DataFrame, columns=[*MIX_COLUMNS, *texts])
+    parts, mixes, events, loud, left_out = [], [], [], {}, {}
+    columns = [*MIX_COLUMNS, "caption", *(f"caption_{k}" for k in range(2, int(options.n_captions) + 1))]
     measure = lru_cache(maxsize=None)(partial(_clip_level, options=options, left_out=left_out))
 
     def level(clip):
@@ -470,12 +470,15 @@ def plan_scenes(foregrounds, backgrounds, n, seed=0, **options):
             name = {"clip_id": f"{split}-{index:05d}", "split": split}
             placed = [name | event for event in _place(*chosen, options, level)]
             if len(mixes) == _ROWS_HELD:
-                tables, mixes = [*tables, table(mixes)], []
+                parts, mixes = [*parts, _columns(mixes, columns)], []
             mixes.append(_mix(*chosen, placed, options))
             events += placed if len(placed) > 1 else []
             gains = [event[gain] for event in placed for gain in ("gain_db", "background_gain_db")]
             loud |= {name["clip_id"]: max(gains)} if max(gains) > _LOUD_DB else {}
-    mixes = pd.concat([*tables, table(mixes)], ignore_index=True)
+    parts.append(_columns(mixes, columns))
+    # each column is let go of as it is joined: no moment holds the table twice
+    joined = {name: np.concatenate([part.pop(name) for part in parts]) for name in columns}
+    mixes = pd.DataFrame(joined, copy=False)
     _warn("clips that no mix can use are left out", left_out.values())
     _warn(f"mixes amplify by more than {_LOUD_DB:.0f} dB, rounding noise with it", loud)
     return mixes, pd.DataFrame(events, columns=EVENT_COLUMNS)
@@ -492,6 +495,11 @@ def _checked(clips, where):
 def _warn(what, found):
     if len(found):
         warnings.warn(f"{len(found)} {what}: {', '.join(map(str, [*found][:3]))}", stacklevel=3)
+
+
+def _columns(rows, names):
+    table = pd.DataFrame(rows, columns=names)
+    return {name: table[name].to_numpy(copy=True) for name in names}
 
 
 def _choose_clips(fg, bg, count, key, options, level):
@@ -611,19 +619,45 @@ def _mix(seed, background, clips, placed, options):
 def events_of(mixes, events=None):
     """List the events of each mix, as dictionaries with the columns of the table of events.
 
-    The first event of each mix is taken from `mixes`; events that are not listed are missed.
+    They are made as they are asked for. The first event of each mix is taken from `mixes`; events that
+    are not listed are missed.
     """
-    further = {}
-    for row in [] if events is None else events[events["event"] > 0].to_dict("records"):
-        further.setdefault(row["clip_id"], []).append(row)
-    first = mixes.rename(columns={"foreground_gain_db": "gain_db"}).assign(event=0)
-    known = first[[name for name in (*EVENT_COLUMNS, "n_events") if name in first]]
-    found = [[row, *further.get(row.get("clip_id"), [])] for row in known.to_dict("records")]
-    for row, *more in found:
-        if row.get("n_events", 1 + len(more)) != 1 + len(more):
-            which = f"mix {row['clip_id']}: {1 + len(more)} of {row['n_events']} events are listed"
+    further = pd.DataFrame(columns=EVENT_COLUMNS) if events is None else events[events["event"] > 0]
+    sounding = _Sounding(mixes, further)
+    for place, n in enumerate(mixes.get("n_events", [])):
+        if n != (listed := 1 + len(sounding.further(place))):
+            which = f"mix {mixes['clip_id'].iloc[place]}: {listed} of {n} events are listed"
             raise store.DataError(f"{which}; give events=, the second table of plan_scenes")
-    return found
+    return sounding
+
+
+class _Sounding:
+    def __init__(self, mixes, further):
+        self._clips = mixes.get("clip_id", mixes.index).to_numpy()
+        self._first = _Rows(mixes, gain_db="foreground_gain_db")
+        self._further, self._places = _Rows(further), further.groupby("clip_id").indices
+
+    def __len__(self):
+        return len(self._clips)
+
+    def __getitem__(self, place):
+        first = self._first[place] | {"event": 0}
+        return [first, *(self._further[i] for i in self.further(place))]
+
+    def further(self, place):
+        """Rows of the mix's further events in their table."""
+        return self._places.get(self._clips[place], ())
+
+
+class _Rows:
+    """Rows of a table of events as dictionaries, which are made as they are asked for."""
+
+    def __init__(self, table, **others):
+        columns = {name: others.get(name, name) for name in EVENT_COLUMNS}
+        self._columns = {n: table[c].to_numpy() for n, c in columns.items() if c in table}
+
+    def __getitem__(self, place):
+        return {name: column.item(place) for name, column in self._columns.items()}
 
 
 def occurrences(mixes, events=None):
@@ -679,14 +713,19 @@ def render_mixes(
     if not 1 <= sample_rate < math.inf or (workers is not None and workers < 1):
         raise store.DataError(f"sample_rate {sample_rate} and workers {workers} must be at least 1")
     _check_table(mixes, events)
-    share = store.shard(sorted(mixes["foreground"].unique()), shard)
-    mixes = mixes[mixes["foreground"].isin(share)]
+    if shard:
+        share = store.shard(sorted(mixes["foreground"].unique()), shard)
+        mixes = mixes[mixes["foreground"].isin(share)]
     records, known = (store.Records(out_dir, name) for name in ("mixes", "sources"))
-    jobs = _jobs(mixes, events, out_dir, sample_rate, engine, stems, known)
-    pending = [job for job in jobs if not _is_made(job, records.entries)]
-    made = records.entries | _render_all(pending, workers, records)
-    scales = [made[job.clip_id]["peak_scale"] for job in jobs]
-    return mixes.assign(path=[job.path for job in jobs], sample_rate=int(sample_rate), peak_scale=scales)
+    jobs = _Jobs(mixes, events, out_dir, sample_rate, engine, stems, known)
+    scales = np.full(len(mixes), np.nan)
+    for place in range(len(mixes) if records.entries else 0):
+        scales[place] = _made_scale(jobs[place], records.entries)
+    for place, scale in _render_all(jobs, np.flatnonzero(np.isnan(scales)), workers, records):
+        scales[place] = scale
+    places = zip(*(jobs.columns[name] for name in ("split", "clip_id", "path")), strict=True)
+    paths = [f"{out_dir}/{split}/{name}.{path.rpartition('.')[2]}" for split, name, path in places]
+    return mixes.assign(path=paths, sample_rate=int(sample_rate), peak_scale=scales)
 
 
 _EACH = {"clip_id": "a name", "foreground": "text", "onset_s": "not negative"}
@@ -721,27 +760,42 @@ class _Job(NamedTuple):
         return [f"{stem}{part}{dot}{suffix}" for part in parts]
 
 
-def _jobs(mixes, events, out_dir, sample_rate, engine, stems, known=None):
-    """Turn a table of recipes into what workers need."""
-    _check_engine(engine, stems)
-    source = lru_cache(maxsize=None)(partial(_source, known=known))
-    exact = mixes.round(_DECIMALS)
-    sounding = events_of(exact, None if events is None else events.round(_DECIMALS))
-    jobs = []
-    for mix, placed in zip(exact[list(_MIX_VALUES)].to_dict("records"), sounding, strict=True):
-        recipe = {"background": source(mix["background"]), "gain_db": mix["background_gain_db"]}
-        recipe |= {"rate": int(sample_rate), "samples": round(mix["duration_s"] * sample_rate)}
-        recipe |= {"engine": engine, "stems": stems, "events": []}
-        for event in placed:
+class _Jobs:
+    """What workers need of each mix, made as it is asked for: held, it would take 4 kB a mix."""
+
+    def __init__(self, mixes, events, out_dir, sample_rate, engine, stems, known=None):
+        _check_engine(engine, stems)
+        exact = mixes.filter([*_MIX_VALUES, "fade_s", "repeats", "n_events"]).round(_DECIMALS)
+        self.columns = {name: exact[name].to_numpy() for name in _MIX_VALUES}
+        sources = [*map(self.columns.get, ("foreground", "background"))]
+        if events is not None:
+            events = events[events["clip_id"].isin(exact["clip_id"])].round(_DECIMALS)
+            sources.append(events["foreground"])
+        self._sounding = events_of(exact, events)
+        self._sources = {path: _source(path, known) for path in pd.unique(np.concatenate(sources))}
+        self._out_dir, self._keyed = out_dir, known is not None
+        self._how = {"rate": int(sample_rate), "engine": engine, "stems": stems}
+
+    def __len__(self):
+        return len(self._sounding)
+
+    def samples(self, seconds):
+        return round(seconds * self._how["rate"])
+
+    def __getitem__(self, place):
+        mix = {name: column.item(place) for name, column in self.columns.items()}
+        recipe = {"background": self._sources[mix["background"]], "gain_db": mix["background_gain_db"]}
+        recipe |= self._how | {"samples": self.samples(mix["duration_s"]), "events": []}
+        for event in self._sounding[place]:
             how = event["onset_s"], event["gain_db"], event.get("fade_s", 0.0)
-            recipe["events"].append((source(event["foreground"]), *how, int(event.get("repeats", 1))))
+            source = self._sources[event["foreground"]]
+            recipe["events"].append((source, *how, int(event.get("repeats", 1))))
         name = f"{mix['clip_id']}.{mix['path'].rpartition('.')[2]}"
         # what the sources hold counts, not where they lie
         held = [(digest, *how) for (_, digest), *how in recipe["events"]]
         held = recipe | {"background": recipe["background"][1], "events": held}
-        key = store.content_key(name[-4:], held) if known else ""
-        jobs.append(_Job(mix["clip_id"], f"{out_dir}/{mix['split']}/{name}", recipe, key))
-    return jobs
+        key = store.content_key(name[-4:], held) if self._keyed else ""
+        return _Job(mix["clip_id"], f"{self._out_dir}/{mix['split']}/{name}", recipe, key)
 
 
 def _source(path, known):
@@ -755,58 +809,60 @@ def _source(path, known):
         raise audio.AudioError(f"{path}: this source is not there ({error}); plan again") from error
 
 
-def _is_made(job, made):
+def _made_scale(job, made):
+    """The peak scale of a mix that is there, noted as made by this recipe; else NaN."""
     entry = made.get(job.clip_id, {})
-    return entry.get("recipe") == job.key and all(map(store.is_unchanged, job.files, entry["stamps"]))
+    known = entry.get("recipe") == job.key and all(map(store.is_unchanged, job.files, entry["stamps"]))
+    return entry["peak_scale"] if known else math.nan
 
 
-def _render_all(jobs, workers, records):
+def _render_all(jobs, pending, workers, records):
+    """Render some of the jobs; yield the place of each and its peak scale."""
     import joblib
     from tqdm.auto import tqdm
 
-    jobs, room = _by_source(jobs)
-    size = max(_MIN_CHUNK, math.ceil(len(jobs) / 100))
-    chunks = [jobs[i : i + size] for i in range(0, len(jobs), size)]
-    few = 1 + len(jobs) // _MIXES_PER_WORKER
+    order, room = _by_source(jobs, pending)
+    size = min(max(_MIN_CHUNK, math.ceil(len(order) / 100)), _MAX_CHUNK)
+    chunks = [order[i : i + size].tolist() for i in range(0, len(order), size)]
+    few = 1 + len(order) // _MIXES_PER_WORKER
     workers = min(workers or min(os.cpu_count() or 1, few), max(1, len(chunks)))
-    tasks = (joblib.delayed(_render_chunk)(chunk, room, records) for chunk in chunks)
-    run, made = joblib.Parallel(workers, return_as="generator_unordered", batch_size=1), {}
-    with tqdm(total=len(jobs), desc="mixes", unit="mix", disable=None, leave=False) as bar:
-        for entries in run(tasks):
-            made |= entries
-            bar.update(len(entries))
-    return made
+    work = joblib.delayed(_render_chunk)
+    tasks = (work([(place, jobs[place]) for place in chunk], room, records) for chunk in chunks)
+    run = joblib.Parallel(workers, return_as="generator_unordered", batch_size=1)
+    with tqdm(total=len(order), desc="mixes", unit="mix", disable=None, leave=False) as bar:
+        for scales in run(tasks):
+            yield from scales
+            bar.update(len(scales))
 
 
-def _by_source(jobs):
+def _by_source(jobs, places):
     """Order mixes such that few sources are decoded twice; say how many of them fit into memory."""
     # one kind is taken in blocks that fit; against each block, the other kind comes one by one
     room = _room(jobs, CACHE_BYTES // 2)
-    names = [(job.recipe["events"][0][0], job.recipe["background"]) for job in jobs]
-    kinds = [sorted(set(kind)) for kind in zip(*names, strict=True)] or [[], []]
-
-    decoded = [math.ceil(len(a) / room) * len(b) + len(a) for a, b in (kinds, kinds[::-1])]
-    kept = int(decoded[1] < decoded[0])
-    rank = [{name: i for i, name in enumerate(kind)} for kind in kinds]
-
-    def place(i):
-        inner, passing = rank[kept][names[i][kept]], rank[1 - kept][names[i][1 - kept]]
-        return inner // room, passing, inner, jobs[i].clip_id
-
-    return [jobs[i] for i in sorted(range(len(jobs)), key=place)], room
+    kinds = [
+        pd.factorize(jobs.columns[name][places], sort=True) for name in ("foreground", "background")
+    ]
+    n, m = (len(names) for _, names in kinds)
+    kept = int(math.ceil(m / room) * n + m < math.ceil(n / room) * m + n)
+    inner, passing = kinds[kept][0], kinds[1 - kept][0]
+    return places[np.lexsort((inner, passing, inner // room))], room
 
 
 def _room(jobs, limit):
     """How many decoded sources of full length fit into a number of bytes."""
-    return max(1, limit // (4 * max((job.recipe["samples"] for job in jobs), default=1)))
+    longest = jobs.samples(jobs.columns["duration_s"].max()) if len(jobs) else 1
+    return max(1, limit // (4 * longest))
 
 
 def _render_chunk(jobs, room, records):
     # two caches, so that the kind that passes by does not push out the one that is kept
     decoders = [_decoder(kind, room) for kind in ("foreground", "background")]
-    for job in jobs:
-        records.add(job.clip_id, _render_files(job, *decoders))
-    return {job.clip_id: records.entries[job.clip_id] for job in jobs}
+    scales = []
+    for place, job in jobs:
+        entry = _render_files(job, *decoders)
+        records.add(job.clip_id, entry)
+        scales.append((place, entry["peak_scale"]))
+    return scales
 
 
 def _render_files(job, *decoders):
@@ -874,8 +930,8 @@ class MixDataset:
 
     def __init__(self, mixes, sample_rate, engine="numpy", stems=False, cache_mb=512, events=None):
         _check_table(mixes, events)
-        self._jobs = _jobs(mixes, events, "", sample_rate, engine, stems)
-        self._texts = mixes[captions.caption_columns(mixes)].to_dict("records")
+        self._jobs = _Jobs(mixes, events, "", sample_rate, engine, stems)
+        self._texts = {name: mixes[name].to_numpy() for name in captions.caption_columns(mixes)}
         self._room = _room(self._jobs, cache_mb * 2**20)
 
     def __len__(self):
@@ -886,4 +942,5 @@ class MixDataset:
         decode = _decoder("items", self._room)  # a data loader's process decodes for itself
         mix = _as_mix(*_render(job, decode, decode))._asdict()
         item = {name: value for name, value in mix.items() if value is not None}
-        return item | {"clip_id": job.clip_id} | self._texts[index]
+        texts = {name: column.item(index) for name, column in self._texts.items()}
+        return item | {"clip_id": job.clip_id} | texts
