@@ -15,10 +15,12 @@ import math
 import os
 import re
 import sys
+import threading
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,8 @@ _TEXT = """clip_id path label source_id dataset split foreground background scen
     prompt prompt_family negative_prompt backend checkpoint heard reason made_from arm model against
     predicted candidate reference metric embedding change name note licence quantity"""
 TEXT_COLUMNS = frozenset(_TEXT.split())
+
+_LOCK, _LONGEST = threading.Lock(), 2**40
 
 
 class DataError(ValueError):
@@ -273,16 +277,33 @@ def is_unchanged(path, stamp):
 def cached_array(path, compute):
     """Read an array kept as ``.npy``, or compute and keep it; a damaged file is made again."""
     path = Path(path)
-    if path.is_file():
-        try:
-            return np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            warnings.warn(f"{path}: damaged ({error}); made again", stacklevel=2)
+    try:
+        return _array(path.read_bytes())
+    except FileNotFoundError:
+        pass
+    except (ValueError, OSError) as error:
+        warnings.warn(f"{path}: damaged ({error}); made again", stacklevel=2)
     array = compute()
     buffer = io.BytesIO()
     np.save(buffer, array)
     write_atomic(path, buffer.getvalue())
     return array
+
+
+def _array(content):
+    begin = 10 + int.from_bytes(content[8:10], "little")
+    shape, order, dtype = _npy_header(content[:begin])
+    return np.frombuffer(content, dtype, offset=begin).reshape(shape, order=order).copy()
+
+
+@lru_cache(maxsize=1024)
+def _npy_header(head):
+    # remembered, as parsing it takes longer than the rest of the reading
+    file = io.BytesIO(head)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not of this version of the format")
+    shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
+    return shape, "F" if by_column else "C", dtype
 
 
 class Records:
@@ -294,39 +315,72 @@ class Records:
 
     def __init__(self, folder, name):
         self.folder, self.name = Path(folder) / ".records", name
-        self._file = None
-        self.entries = self._read()
-
-    def _read(self):
-        files = [(path.stat().st_mtime_ns, path) for path in self.folder.glob(f"{self.name}-*.jsonl")]
-        entries = {}
+        self._file, self.entries = None, _Entries()
+        files = [(path.stat().st_mtime_ns, path) for path in self.folder.glob(f"{name}-*.jsonl")]
         for _, path in sorted(files):
-            # a line without an end was cut off by a kill
-            text = path.read_text(encoding="utf-8", errors="replace")
-            for line in text.splitlines(keepends=True):
-                with contextlib.suppress(ValueError, TypeError):
-                    key, entry = json.loads(line)
-                    if line.endswith("\n") and isinstance(entry, dict):
-                        entries[key] = entry
-        return entries
+            self.entries.read(path)
 
     def add(self, key, entry):
-        """Note a thing as made: on the disk when this returns."""
+        """Note a thing as made: the system has it when this returns, even if the process is killed."""
+        line = json.dumps([key, entry], allow_nan=False).encode() + b"\n"
         try:
-            if self._file is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                own = f"{self.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
-                self._file = (self.folder / own).open("a", encoding="utf-8", buffering=1)
-            self._file.write(json.dumps([key, entry], allow_nan=False) + "\n")
+            with _LOCK:
+                if self._file is None:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    own = f"{self.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+                    self._file = (self.folder / own).open("ab", buffering=0)
+                self.entries.note(key, self._file.name, self._file.tell())
+                self._file.write(line)
         except OSError as error:
             raise DataError(
                 f"{self.folder}: cannot be written ({error}); free some space and call again to go on"
             ) from error
-        self.entries[key] = entry
 
     def __getstate__(self):
         # another process writes a file of its own, and has no use for what is made already
-        return {**self.__dict__, "_file": None, "entries": {}}
+        return {**self.__dict__, "_file": None, "entries": _Entries()}
+
+
+class _Entries(Mapping):
+    # held is where each stands in the files, by the hash of its key: 100 bytes instead of 1,000
+    def __init__(self):
+        self._paths, self._places, self._reader = [], {}, (None, None)
+
+    def read(self, path):
+        at = 0
+        with path.open("rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, TypeError):
+                    key, entry = json.loads(line)
+                    # a line without an end was cut off by a kill
+                    if line.endswith(b"\n") and isinstance(entry, dict):
+                        self.note(key, path, at)
+                at += len(line)
+
+    def note(self, key, path, at):
+        if self._paths[-1:] != [path]:
+            self._paths.append(path)
+        self._places[hash(key)] = (len(self._paths) - 1) * _LONGEST + at
+
+    def _line(self, place):
+        number, at = divmod(place, _LONGEST)
+        with _LOCK:
+            if self._reader[0] != number:  # most are asked for in the order of the files
+                self._reader = number, open(self._paths[number], "rb")  # noqa: SIM115
+            self._reader[1].seek(at)
+            return json.loads(self._reader[1].readline())
+
+    def __getitem__(self, key):
+        return self._line(self._places[hash(key)])[1]
+
+    def __contains__(self, key):
+        return hash(key) in self._places
+
+    def __iter__(self):
+        return (self._line(place)[0] for place in self._places.values())
+
+    def __len__(self):
+        return len(self._places)
 
 
 # --- mine ----------------------------------------------------------------------------------------
