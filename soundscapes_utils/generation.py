@@ -36,6 +36,7 @@ REJECTED_COLUMNS = ["clip_id", "label", "prompt", "backend", "checkpoint", "seed
 
 PEAK = 10 ** (-1 / 20)  # clips are written with their peak at −1 dB of full scale, or below
 SILENT_PEAK = 10 ** (-60 / 20)  # a clip below this is silent
+_ROWS_HELD = 2**14  # as dictionaries at once; clips share passes with those of the same part only
 CLIPPED_RUN, CLIPPED_SHARE = 3, 0.001  # flat tops: their shortest run, their share of a clip
 AUDIOCRAFT_LUFS, AUDIOCRAFT_FLOOR = -14.0, 2e-3  # audiocraft's level, and the RMS below which none
 
@@ -547,28 +548,39 @@ def generate_clips(plan, backend, out_dir, batch_size=None, max_attempts=3, loud
         empty, ``heard`` what the model was trained on. Clips for which every attempt failed are
         missing, and a warning names them.
     """
-    from tqdm import tqdm
-
     plan = _checked(plan, loudness, max_attempts)
     plan, records = store.shard(plan, shard), store.Records(out_dir, "clips")
+    tables, failed = [], []
+    for start in range(0, len(plan), _ROWS_HELD):
+        rows = plan.iloc[start : start + _ROWS_HELD].to_dict("records")
+        made = _made(rows, backend, records, batch_size, max_attempts, loudness)
+        failed += [row["clip_id"] for row in rows if row["clip_id"] not in made]
+        if made:
+            rows = [made[row["clip_id"]] for row in rows if row["clip_id"] in made]
+            table = pd.DataFrame(rows, columns=[*GENERATED_COLUMNS, "key"])
+            tables.append(_described(table, backend, out_dir))
+    _report_failures(failed, plan, out_dir, max_attempts)
+    return pd.concat(tables, ignore_index=True)
+
+
+def _made(rows, backend, records, batch_size, max_attempts, loudness):
+    """Make what is missing of some rows of a plan; each clip that is fit, by name."""
+    from tqdm import tqdm
+
     # a bar on a terminal; in notebooks and logs a line a minute
     rare = {} if sys.stderr.isatty() else dict.fromkeys(["delay", "mininterval", "maxinterval"], 60)
-    pending, made = plan.to_dict("records"), {}
+    made = {}
     for attempt in range(max_attempts):
-        if not pending:
-            break
-        requests = [_request(row, attempt, backend, loudness) for row in pending]
-        missing = [row for row in requests if not _is_known(row, records)]
-        batches = _batches(missing, backend, batch_size)
+        requests = [_request(r, attempt, backend, loudness) for r in rows if r["clip_id"] not in made]
+        entries = {row["key"]: _known(row, records) for row in requests}
+        batches = _batches([r for r in requests if not entries[r["key"]]], backend, batch_size)
         for batch in tqdm(batches, desc=f"calls of {backend.checkpoint}", **rare):
-            _make_batch(batch, backend, records, loudness)
-        entries = [records.entries[row["key"]] for row in requests]
-        fit = [(row, e) for row, e in zip(requests, entries, strict=True) if not e.get("reason")]
+            entries |= _make_batch(batch, backend, records, loudness)
+        fit = [(row, entries[row["key"]]) for row in requests if not entries[row["key"]].get("reason")]
         made |= {row["clip_id"]: row | {"lufs": entry.get("lufs")} for row, entry in fit}
-        pending = [row for row in pending if row["clip_id"] not in made]
-    _report_failures(pending, plan, out_dir, max_attempts)
-    rows = [made[clip_id] for clip_id in plan["clip_id"] if clip_id in made]
-    return _described(pd.DataFrame(rows, columns=[*GENERATED_COLUMNS, "key"]), backend, out_dir)
+        if len(made) == len(rows):
+            break
+    return made
 
 
 def _described(table, backend, out_dir):
@@ -610,11 +622,11 @@ def _request(row, attempt, backend, loudness):
     return row | {"key": f"{row['clip_id']}-{recipe}"}
 
 
-def _is_known(row, records):
-    """Whether a request was made before and its file is as it was written, or was rejected."""
+def _known(row, records):
+    """The entry of a request that was rejected, or made and its file is as it was written; or none."""
     entry = records.entries.get(row["key"], {})
     path = records.folder.parent / f"{row['key']}.wav"
-    return bool(entry.get("reason")) or store.is_unchanged(path, entry.get("stamp"))
+    return entry if entry.get("reason") or store.is_unchanged(path, entry.get("stamp")) else {}
 
 
 def _batches(rows, backend, batch_size):
@@ -635,6 +647,7 @@ def _make_batch(batch, backend, records, loudness):
     columns = ([row[key] for row in batch] for key in ("prompt", "seed", "negative_prompt"))
     prompts, seeds, negative_prompts = columns
     sounds = backend.generate(prompts, seeds, batch[0]["duration_s"], negative_prompts)
+    entries = {}
     for row, y in zip(batch, sounds, strict=True):
         y, gain, reason = _levelled(y, backend.sample_rate, loudness)
         entry = {key: row[key] for key in PLAN_COLUMNS}
@@ -646,6 +659,8 @@ def _make_batch(batch, backend, records, loudness):
             entry |= {"stamp": store.file_stamp(path), "loudness": loudness, "gain": gain}
             entry |= {"lufs": round(lufs, 2) if math.isfinite(lufs) else None}
         records.add(row["key"], entry)
+        entries[row["key"]] = entry
+    return entries
 
 
 def _levelled(y, rate, loudness):
@@ -692,7 +707,7 @@ def _flat_share(y):
 
 
 def _report_failures(pending, plan, out_dir, max_attempts):
-    names = ", ".join(row["clip_id"] for row in pending[:5])
+    names = ", ".join(pending[:5])
     message = (
         f"{len(pending)} of {len(plan)} clips were silent, clipped or not finite with each of "
         f"{max_attempts} seeds, such as {names}; rejected_clips({str(out_dir)!r}) lists them"
