@@ -1,7 +1,7 @@
-"""The trainer: AudioLDM's U-Net on the latents of captioned sounds, under the CLAP condition.
+"""The trainer: the U-Net of AudioLDM or AudioLDM 2 on the latents of captioned sounds.
 
 `_train` is the loop, and reads as diffusers' training examples do; what a step sees (latents and
-embeddings) is made once, by `load_data`. What is drawn at a step (clips, noise, timesteps, dropped
+conditions) is made once, by `load_data`. What is drawn at a step (clips, noise, timesteps, dropped
 conditions) follows from the seed and the number of the step: a run that was killed continues the
 sequence it would have had, and several processes share the batch that one would have drawn.
 
@@ -22,7 +22,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -30,10 +30,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch.nn.utils.rnn import pad_sequence
 
-from . import audio, captions, datasets, embeddings, fad, ldm, metadata, store
+from . import audio, captions, conditioning, datasets, embeddings, fad, ldm, metadata, store
 
 _CARD = Path(__file__).with_name("finetuned_card.md")
 # clips whose latents share a file of the cache; a killed run loses at most these
@@ -42,7 +44,7 @@ CLIPS_PER_FILE = 64
 _REFERENCE_CLIPS = 512
 # a validation loss of this many times that of the start is not training any more
 _DIVERGED = 10.0
-_CHOICES = {"mixed_precision": ("no", "fp16", "bf16"), "train": ("full", "attention", "lora")}
+_CHOICES = {"mixed_precision": ("no", "fp16", "bf16"), "train": ("full", "attention", "lora", "auto")}
 _RANGES = {
     (1, math.inf): "steps batch_size gradient_accumulation_steps lora_rank segments_per_clip "
     "validation_steps validation_segments",
@@ -64,7 +66,8 @@ class TrainingError(store.DataError):
 class FinetuneConfig:
     """What `finetune` is to do; names as in diffusers' examples.
 
-    - ``checkpoint``: where to start: "builtin", a diffusers AudioLDM folder or a hub name.
+    - ``checkpoint``: where to start: "builtin", a diffusers folder or a hub name, of AudioLDM or
+      AudioLDM 2.
     - ``dataset_root``: a set of captioned sounds, as `metadata.read_clips` takes it.
     - ``out_dir`` becomes a diffusers folder; next to it lie curves and samples (``<name>.logs``),
       resumable states (``<name>.states``) and latents and embeddings (``<name>.cache``, or
@@ -75,14 +78,15 @@ class FinetuneConfig:
       ``max_grad_norm``: the norm to which gradients are clipped. ``ema_decay`` of the averaged weights,
       which are what is saved.
     - ``train``: "full", all weights of the U-Net; "attention", those of its attention layers; "lora",
-      adapters of ``lora_rank`` there, merged into what is saved.
+      adapters of ``lora_rank`` there, merged into what is saved and kept beside it; "auto": "full" for
+      AudioLDM, "lora" for AudioLDM 2.
     - ``mixed_precision``: "no", "bf16" or (on a GPU) "fp16", for autocast; weights stay float32.
       ``gradient_checkpointing``: less memory, about a third slower.
     - ``snr_gamma`` above 0: min-SNR weights of the loss (5 in its paper).
     - ``text_condition_probability``: how often the condition is the caption's embedding, not the
       sound's. 0 is the way of AudioLDM; the small CLAP of the built-in checkpoint leaves a wide gap
-      between texts and sounds, and wants 0.5. ``conditioning_dropout``: how often it is that of the
-      empty text.
+      between texts and sounds, and wants 0.5; AudioLDM 2 takes captions only. ``conditioning_dropout``:
+      how often it is that of the empty text.
     - ``segment_s``: seconds of a segment, rounded to what the U-Net can halve; ``segments_per_clip``,
       each the loudest of four random positions (one of a clip that is no longer).
     - ``validation_steps`` between validations and saved states, over at most ``validation_segments``,
@@ -108,7 +112,7 @@ class FinetuneConfig:
     decay_start: float = 1.0
     max_grad_norm: float = 1.0
     ema_decay: float = 0.99
-    train: str = "full"
+    train: str = "auto"
     lora_rank: int = 8
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
@@ -135,12 +139,12 @@ class FinetuneConfig:
 class FinetuneResult:
     """What `finetune` made.
 
-    - ``checkpoint``: a diffusers folder that ``AudioLDMPipeline.from_pretrained`` opens.
+    - ``checkpoint``: a diffusers folder that the ``from_pretrained`` of its pipeline opens.
     - ``log``, one row per validation: ``step``; ``train_loss``, ``train_simple`` (without the weights of
       the timesteps), ``train_vlb``, ``grad_norm`` (before clipping), means since the row before;
       ``val_loss`` of the raw and ``val_loss_ema`` of the averaged weights, likewise ``test_…``;
       ``val_simple_ema``, ``val_vlb_ema``; ``val_audio_ema``, under the sounds' embeddings instead of the
-      captions'; ``val_loss_t1`` to ``val_loss_t4``, from clean timesteps to noisy ones.
+      captions' (AudioLDM); ``val_loss_t1`` to ``val_loss_t4``, from clean timesteps to noisy ones.
     - ``best_step``: of the lowest validation loss of the averaged weights.
     - ``scores``: FAD and KAD of the samples (see `fad.score_table`), and their ``step``.
     """
@@ -175,7 +179,7 @@ def finetune(config):
 
     >>> finetune(FinetuneConfig("builtin", "set.csv", "out", steps=100)).log  # doctest: +SKIP
     """
-    _check(config)
+    config = _check(config)
     clips = _read_clips(config)
     key = _run_key(config, clips)
     if result := _finished(config, key):
@@ -332,7 +336,7 @@ def denoising(unet, scheduler, batch, snr_gamma=0.0):
     latents, noise = batch["latents"], batch["noise"]
     t = (batch["t"] * scheduler.config.num_train_timesteps).long()
     noisy = scheduler.add_noise(latents, noise, t)
-    out = unet(noisy, t, encoder_hidden_states=None, class_labels=batch["condition"]).sample.float()
+    out = unet(noisy, t, **conditioning.unet_inputs(unet, batch["condition"])).sample.float()
     kind = scheduler.config.prediction_type
     velocity = scheduler.get_velocity(latents, noise, t)
     target = {"epsilon": noise, "sample": latents, "v_prediction": velocity}[kind]
@@ -363,8 +367,8 @@ def _vlb_weights(alphas_cumprod, kind):
 def training_batch(data, config, step):
     """Draw the batch of a step: its content follows from the seed and the step (from 0) alone.
 
-    ``latents``, ``noise`` of their shape, ``t`` in [0, 1) and ``condition`` [batch, dim], from one
-    split of what `load_data` returns.
+    ``latents``, ``noise`` of their shape, ``t`` in [0, 1) and ``condition`` [batch, …] (see
+    `conditioning`), from one split of what `load_data` returns.
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     n = config.batch_size
@@ -372,11 +376,12 @@ def training_batch(data, config, step):
     uniform = functools.partial(torch.rand, n, generator=generator)
     index = torch.randint(len(data["latents"]), (n,), generator=generator)
     clip = data["clip"][index]
-    which = (uniform() * data["n_text"][clip]).long()
-    as_text = (uniform() < config.text_condition_probability)[:, None]
-    condition = torch.where(as_text, data["text"][clip, which], data["audio"][index])
-    dropped = (uniform() < config.conditioning_dropout)[:, None]
-    condition = torch.where(dropped, data["empty"], condition)
+    text = data["caption"][clip, (uniform() * data["n_text"][clip]).long()]
+    condition, as_sound = data["text"][text], uniform() >= config.text_condition_probability
+    if "audio" in data:
+        condition[as_sound] = data["audio"][index[as_sound]]
+    dropped = uniform() < config.conditioning_dropout
+    condition[dropped] = data["empty"][data["empty_of"][text[dropped]]]
     latents = data["latents"][index]
     # one timestep in each of n equal bins: the loss of a batch varies less
     t = (torch.arange(n) + uniform()) / n
@@ -391,20 +396,22 @@ def fixed_losses(
     """Measure how well a U-Net denoises fixed segments under fixed noise: comparable numbers.
 
     At most `n` segments, evenly spread over one split of `load_data`. `condition` is
-    ``"matched"``, the embedding of the clip's first caption; ``"mismatched"``, of the caption least
-    like it; ``"unconditional"``, of the empty text; ``"audio"``, of the sound. Returns one row per
+    ``"matched"``, that of the clip's first caption; ``"mismatched"``, of the caption least like it;
+    ``"unconditional"``, of the empty text; ``"audio"``, of the sound (AudioLDM). Returns one row per
     segment: ``t`` in [0, 1), ``error`` (mean squared), ``loss`` (weighted), ``vlb``, and its ``clip``.
     """
     n = min(n, len(data["latents"]))
     index = torch.linspace(0, len(data["latents"]) - 1, n).long()
-    texts = data["text"][:, 0]
-    matched = texts[data["clip"][index]]
+    first = data["caption"][:, 0]
+    text, others = first[data["clip"][index]], first.unique()
+    ours, theirs = (F.normalize(data["text"][i].flatten(1), dim=1) for i in (text, others))
     conditions = {
-        "matched": matched,
-        "mismatched": texts[(matched @ texts.T).argmin(dim=1)],
-        "unconditional": data["empty"].expand(n, -1),
-        "audio": data["audio"][index],
+        "matched": data["text"][text],
+        "mismatched": data["text"][others[(ours @ theirs.T).argmin(dim=1)]],
+        "unconditional": data["empty"][data["empty_of"][text]],
     }
+    if "audio" in data:
+        conditions["audio"] = data["audio"][index]
     if condition not in conditions:
         raise TrainingError(f"condition must be one of {', '.join(conditions)}; got {condition!r}")
     shape, generator = (n, *data["latents"].shape[1:]), torch.Generator().manual_seed(seed)
@@ -428,14 +435,14 @@ def fixed_losses(
 
 
 def load_data(pipe, config, clips=None, accelerator=None):
-    """Compute, or read from the cache, all that the loop needs: latents and embeddings.
+    """Compute, or read from the cache, all that the loop needs: latents and conditions.
 
     By default of the set of a `FinetuneConfig`, else of `clips` with ``split, path, caption, …``; `pipe`
     is the pipeline of its checkpoint. An accelerate.Accelerator shares the work among its processes.
 
-    For each split: ``latents`` [segments, channels, time, mel], ``audio`` [segments, dim], ``clip``
-    [segments], ``text`` [clips, captions, dim] (the empty text where a clip has fewer captions),
-    ``n_text`` [clips]; and ``empty`` [1, dim].
+    For each split: ``latents`` [segments, channels, time, mel], ``clip`` [segments], ``caption`` [clips,
+    captions], rows of ``text``, of which ``n_text`` [clips] are there; for all of them ``text``,
+    ``empty`` and ``empty_of`` of `conditioning.text_tensors`; for AudioLDM ``audio`` [segments, dim].
     """
     from tqdm.auto import tqdm
 
@@ -445,24 +452,37 @@ def load_data(pipe, config, clips=None, accelerator=None):
     made_from = [ldm.checkpoint_digest(ldm.resolve(config.checkpoint)), ldm.checkpoint_digest(tower)]
     made_from += [ldm.load_clap(str(config.checkpoint)).front_end, config.seed, ldm.TRIES]
     made_from, jobs = [*made_from, config.segment_s, config.segments_per_clip], {}
+    texts = _captions(clips)
+    distinct = sorted(set().union(*texts))
+    file = folder / f"captions-{store.content_key(made_from, distinct)}.safetensors"
+    jobs[file] = "", conditioning.text_tensors, (pipe, distinct)
     for split, rows in clips.groupby("split", sort=False):
-        texts = rows[captions.caption_columns(rows)].fillna("")
-        content = store.content_key(made_from, texts.to_numpy().tolist())
-        jobs[folder / f"{split}-text-{content}.safetensors"] = split, ldm.text_tensors, (pipe, texts)
         for start in range(0, len(rows), CLIPS_PER_FILE):
             part = rows.iloc[start : start + CLIPS_PER_FILE]
             content = store.content_key(made_from, start, part["digest"].tolist())
             file = folder / f"{split}-{start:06d}-{content}.safetensors"
-            jobs[file] = split, ldm.sound_tensors, (pipe, config, part["path"], start)
+            jobs[file] = split, conditioning.sound_tensors, (pipe, config, part["path"], start)
     if accelerator is not None and accelerator.num_processes > 1:
         for file in list(jobs)[accelerator.process_index :: accelerator.num_processes]:
-            ldm.cached_tensors(file, *jobs[file][1:])
+            conditioning.cached_tensors(file, *jobs[file][1:])
         accelerator.wait_for_everyone()
-    parts = {split: {} for split in clips["split"]}
+    parts, numbers = {}, {text: i for i, text in enumerate(distinct)}
     for file, (split, *make) in tqdm(jobs.items(), desc="latents", disable=None, leave=False):
-        for name, value in ldm.cached_tensors(file, *make).items():
-            parts[split].setdefault(name, []).append(value)
+        for name, value in conditioning.cached_tensors(file, *make).items():
+            parts.setdefault(split, {}).setdefault(name, []).append(value)
+    rows = [torch.tensor([numbers[text] for text in row]) for row in texts]
+    for split, found in clips.groupby("split", sort=False).indices.items():
+        ours = [rows[i] for i in found]
+        parts[split]["caption"] = [pad_sequence(ours, batch_first=True)]
+        parts[split] |= {"n_text": [torch.tensor([*map(len, ours)])]} | parts[""]
+    del parts[""]
     return {split: {k: torch.cat(v) for k, v in part.items()} for split, part in parts.items()}
+
+
+def _captions(clips):
+    """Collect the captions of each clip: a list of lists."""
+    rows = clips[captions.caption_columns(clips)].fillna("").map(str.strip).to_numpy().tolist()
+    return [[text for text in row if text] for row in rows]
 
 
 def _read_clips(config):
@@ -614,7 +634,9 @@ class _Run:
         raw = {split: self._losses(split)["loss"].mean() for split in self.data if split != "train"}
         with self.averaged(self.ema):
             tables = {split: self._losses(split) for split in raw}
-            sounds = self._losses("val", condition="audio")["loss"].mean()
+            sounds = math.nan
+            if "audio" in self.data["val"]:
+                sounds = self._losses("val", condition="audio")["loss"].mean()
         val, done = tables["val"], len(numbers) * self.config.batch_size
         means = np.mean(numbers or [[math.nan] * 4], axis=0)
         names = "train_loss", "train_simple", "train_vlb", "grad_norm"
@@ -725,7 +747,11 @@ def _sample(pipe, config, prompts):
     seeds = [torch.Generator().manual_seed(config.seed + i) for i in range(len(prompts))]
     options = {name: info[name] for name in ("guidance_scale", "eta")}
     options |= {"audio_length_in_s": config.segment_s, "num_inference_steps": info["steps"]}
-    return list(pipe(prompts, generator=seeds, **options).audios), rate
+    # a longer prompt beside it changes what the GPT-2 of AudioLDM 2 says of a prompt
+    size, sounds = 1 if hasattr(pipe, "language_model") else len(prompts), []
+    for i in range(0, len(prompts), size):
+        sounds += list(pipe(prompts[i : i + size], generator=seeds[i : i + size], **options).audios)
+    return sounds, rate
 
 
 # --- the result ----------------------------------------------------------------------------------
@@ -746,12 +772,11 @@ def _finished(config, key):
 def _save_result(run):
     config, (weights, _) = run.config, run.kept
     run.load(weights)
-    if config.train == "lora":
-        run.unet.fuse_lora()
-        run.unet.unload_lora()
     run.unet.eval()
     note = {"key": run.key, "best_step": run.best_step, "log": run.log, "scores": run.scores}
     texts = {"training.json": json.dumps(note), ldm.CARD_FILE: _card(run, run.info)}
+    if config.train == "lora":
+        texts[ldm.ADAPTER_FILE] = ldm.merge_adapters(run.unet)
     # a published tower that came from the hub is found there again
     comes_along = (Path(ldm.resolve(config.checkpoint)) / "audio_encoder").is_dir()
     clap = ldm.load_clap(str(config.checkpoint)) if comes_along else None
@@ -775,6 +800,7 @@ def _info(config, clips):
 def _card(run, info):
     """Write the model card: data, licence, steps, scores with floors."""
     config, start = run.config, Path(run.config.checkpoint)
+    texts = config.text_condition_probability if "audio" in run.data["train"] else 1.0
     licence = ldm.licence(config.checkpoint)
     kept = [row for row in run.log if row["step"] == run.kept[1]]
     losses = pd.DataFrame([run.log[0], *kept]).filter(regex="step|(val|test)_loss_ema$").round(4)
@@ -783,6 +809,8 @@ def _card(run, info):
         # without a place of this machine; a hub name as a whole
         base=start.name if start.exists() else config.checkpoint,
         name=Path(config.out_dir).name,
+        backend=type(run.pipe).__name__.removesuffix("Pipeline").lower(),
+        condition=f"text embeddings in {texts:.0%}, audio embeddings otherwise",
         licence_id=licence.split(" (")[0].lower().replace(" ", "-"),
         data_licence=config.data_licence or "not stated",
         heard=datasets.format_heard(info["heard"]) or "not stated",
@@ -818,6 +846,7 @@ def _score_lines(scores):
 
 
 def _check(config):
+    """Check a configuration, and settle what it leaves to the checkpoint."""
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             raise TrainingError(f"{name} must be one of {choices}; got {getattr(config, name)!r}")
@@ -826,7 +855,7 @@ def _check(config):
             if not low <= getattr(config, name) <= high:
                 bounds = f"at least {low:g}" if high == math.inf else f"from {low} to {high}"
                 raise TrainingError(f"{name} must be {bounds}; got {getattr(config, name)}")
-    ldm.pipeline_index(config.checkpoint, ldm.PIPELINE)
+    kind = ldm.pipeline_index(config.checkpoint, *ldm.PIPELINES)["_class_name"]
     try:
         if config.wandb_project:
             import wandb
@@ -836,6 +865,7 @@ def _check(config):
     except Exception as error:  # no package, no key, a wrong one, no network
         remedy = "run `wandb login`, set WANDB_MODE=offline, or leave wandb_project empty"
         raise TrainingError(f"wandb_project: W&B cannot be used ({error}); {remedy}") from None
+    return replace(config, train=ldm.PIPELINES[kind]) if config.train == "auto" else config
 
 
 def read_config(file, changes=()):

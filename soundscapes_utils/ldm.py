@@ -1,10 +1,11 @@
-"""AudioLDM and CLAP: open them, build a small pair, encode, decode, embed, save.
+"""AudioLDM, AudioLDM 2 and CLAP: open them, build a small pair, encode, decode, embed, save.
 
 A checkpoint is a folder (or hub name) in diffusers' AudioLDM layout: a VAE that makes a log-mel small,
 a U-Net that denoises it there, a vocoder that makes sound of a log-mel, and the text tower of a CLAP
-whose audio tower lies next to it. The small model that comes with the project keeps that layout; two
-of its parts are defined here, because at its size nothing published fits: a *linear* latent instead of
-a convolutional autoencoder, and a vocoder that needs no training.
+whose audio tower lies next to it; of AudioLDM 2, a whole CLAP, a T5 and a GPT-2. The small model that
+comes with the project keeps AudioLDM's layout; two of its parts are defined here, because at its size
+nothing published fits: a *linear* latent instead of a convolutional autoencoder, and a vocoder that
+needs no training.
 """
 
 import copy
@@ -15,7 +16,6 @@ import json
 import re
 import shutil
 import uuid
-import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,8 +25,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,12 +38,17 @@ BUILTIN_CHECKPOINT = Path(__file__).resolve().parents[1] / "data" / "checkpoints
 INFO_FILE = "soundscapes.json"
 CARD_FILE = "README.md"
 HUB_CLAP = "laion/clap-htsat-unfused"
-PIPELINE = "AudioLDMPipeline"
+# the pipelines that can be trained, with what is trained where nothing else is asked
+PIPELINES = {"AudioLDMPipeline": "full", "AudioLDM2Pipeline": "lora"}
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 HUB_INFO = {"training_dataset": "AudioCaps, AudioSet, BBC Sound Effects, Freesound", "heard": {}}
 HUB_INFO |= {"sample_rate": SAMPLE_RATE, "clip_s": 10.24, "steps": 200, "guidance_scale": 3.5}
 HUB_INFO |= {"eta": 0.0, "audio_encoder": HUB_CLAP}
-# the libraries whose classes a checkpoint's model_index.json may name
-_LIBRARIES = ("diffusers", "transformers", "soundscapes_utils.ldm")
+# the libraries whose classes a checkpoint's model_index.json may name, and where these are
+_LIBRARIES = {name: name for name in ("diffusers", "transformers", "soundscapes_utils.ldm")}
+_LIBRARIES["audioldm2"] = "diffusers"
+_NETWORKS = ("unet", "vae", "text_encoder", "vocoder")
+_NETWORKS += ("text_encoder_2", "projection_model", "language_model")
 # tensors without knowledge in them, which some releases of transformers save and others do not
 _COUNTERS = ("position_ids", "token_type_ids", "num_batches_tracked", "relative_position_index")
 # the keys of each half of a published CLAP, without which the other half is opened
@@ -103,8 +107,9 @@ def checkpoint_info(checkpoint):
         datasets.format_heard(info.get("heard", {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{note}: damaged ({error!r}); copy or make it again") from error
-    tower = _KNOWN["audio_encoder"].get(str(checkpoint)) or HUB_CLAP
-    return {**HUB_INFO, "audio_encoder": tower, **info}
+    public = {"audio_encoder": HUB_CLAP, "trained_on": HUB_INFO["training_dataset"]}
+    tower, data = (_KNOWN[key].get(str(checkpoint)) or usual for key, usual in public.items())
+    return {**HUB_INFO, "audio_encoder": tower, "training_dataset": data, **info}
 
 
 def licence(checkpoint):
@@ -130,8 +135,8 @@ def checkpoint_digest(source):
 
 
 def load_pipeline(checkpoint, device=None):
-    """Load an AudioLDM pipeline in float32, whatever it was saved in, on `device` or a GPU if there is
-    one.
+    """Load an AudioLDM or AudioLDM 2 pipeline in float32, whatever it was saved in, on `device` or a GPU
+    if there is one.
 
     `checkpoint` is "builtin", a folder in diffusers' layout, or a hub name.
 
@@ -147,30 +152,33 @@ def load_pipeline(checkpoint, device=None):
     >>> pipe("a dog barking", audio_length_in_s=2.56, num_inference_steps=2).audios.shape
     (1, 40960)
     """
-    from diffusers import AudioLDMPipeline
+    import diffusers
 
-    source, index, parts = resolve(checkpoint), pipeline_index(checkpoint, PIPELINE), {}
+    source, index, parts = resolve(checkpoint), pipeline_index(checkpoint, *PIPELINES), {}
     with opening(checkpoint, "an AudioLDM checkpoint"):
         # the networks one by one: the pipeline would only warn of keys that do not fit
-        for part in ("unet", "vae", "text_encoder", "vocoder"):
-            library, name = index[part]
+        for part in _NETWORKS:
+            library, name = index.get(part, ("", ""))
             if library in _LIBRARIES:
-                network = getattr(importlib.import_module(library), name)
+                # the pipeline calls what GPT-2 has only with its head, and is published without
+                name = "GPT2LMHeadModel" if name == "GPT2Model" else name
+                network = getattr(importlib.import_module(_LIBRARIES[library]), name)
                 parts[part] = _load_network(network, source, part)
-        pipe = AudioLDMPipeline.from_pretrained(source, dtype=torch.float32, **parts)
+        kind = getattr(diffusers, index["_class_name"])
+        pipe = kind.from_pretrained(source, dtype=torch.float32, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def pipeline_index(checkpoint, kind=None):
-    """Read a pipeline's ``model_index.json``; one of another class than `kind` is refused by name."""
+def pipeline_index(checkpoint, *kinds):
+    """Read a pipeline's ``model_index.json``; one of another class than `kinds` is refused by name."""
     from diffusers import DiffusionPipeline
 
     with opening(checkpoint, "a pipeline of diffusers"):
         index = DiffusionPipeline.load_config(resolve(checkpoint))
         found = index.get("_class_name")
-    if kind not in (None, found):
-        raise CheckpointError(f"{checkpoint}: is an {found}; {kind} is needed here")
+    if any(kinds) and found not in kinds:
+        raise CheckpointError(f"{checkpoint}: is an {found}; {' or '.join(kinds)} is needed here")
     return index
 
 
@@ -373,10 +381,13 @@ def load_clap(name="builtin"):
     if whole:
         return Clap((str(folder), ""), (str(folder), ""))
     source = resolve(name)
-    if (folder / "audio_encoder").is_dir():
-        return Clap((source, "text_encoder"), (source, "audio_encoder"))
-    tower = local_folder(checkpoint_info(name)["audio_encoder"])
-    return Clap((source, "text_encoder"), (str(tower), ""))
+    if pipeline_index(name).get("_class_name") == "AudioLDM2Pipeline":
+        tower = source, "text_encoder"  # which is both of them
+    elif (folder / "audio_encoder").is_dir():
+        tower = source, "audio_encoder"
+    else:
+        tower = str(local_folder(checkpoint_info(name)["audio_encoder"])), ""
+    return Clap((source, "text_encoder"), tower)
 
 
 # --- encode, decode, embed -----------------------------------------------------------------------
@@ -406,7 +417,8 @@ def encode_mel(pipe, mel):
 @torch.no_grad()
 def decode_latents(pipe, latents):
     """Decode scaled latents, as `encode_mel` gives them, to log-mels on the CPU."""
-    return pipe.decode_latents(latents.to(pipe.device))[:, 0].cpu()
+    latents = 1 / pipe.vae.config.scaling_factor * latents.to(pipe.device)
+    return pipe.vae.decode(latents).sample[:, 0].cpu()
 
 
 @torch.no_grad()
@@ -456,50 +468,6 @@ def embed_audio(clap, waveforms, sample_rate):
     return torch.stack(rows)
 
 
-def cached_tensors(file, make, arguments):
-    """Read tensors that are kept as safetensors, or make and keep them; damaged ones are made again."""
-    if file.is_file():
-        try:
-            return load_file(file)
-        except (SafetensorError, OSError) as error:
-            warnings.warn(f"{file}: damaged ({error}); made again", stacklevel=2)
-    store.write_atomic(file, save(make(*arguments)))
-    return load_file(file)
-
-
-def sound_tensors(pipe, config, paths, start):
-    """Encode and embed the segments of sounds as a `FinetuneConfig` asks: latents, audio, clip."""
-    clap = load_clap(str(config.checkpoint))
-    clap.audio_encoder.to(pipe.device)
-    # each of the U-Net's levels but the last halves the latent once more
-    unit = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    frames = max(1, round(config.segment_s * SAMPLE_RATE / HOP / unit)) * unit
-    latents, sounds, owner = [], [], []
-    for i, path in enumerate(paths, start=start):
-        y, _ = audio.load_audio(path, SAMPLE_RATE)
-        rng = np.random.default_rng([config.seed, i])
-        # of a clip that is no longer than a segment there is only one
-        for _ in range(config.segments_per_clip if len(y) > frames * HOP else 1):
-            segment = audio.loudest_segment(y, frames * HOP, TRIES, rng)
-            latents.append(encode_mel(pipe, waveform_to_mel(segment, frames)[None]))
-            sounds.append(embed_audio(clap, [segment], SAMPLE_RATE))
-            owner.append(i)
-    clap.audio_encoder.to("cpu")  # others share this tower
-    return {"latents": torch.cat(latents), "audio": torch.cat(sounds), "clip": torch.tensor(owner)}
-
-
-def text_tensors(pipe, rows):
-    """Embed the captions of clips, one row a clip, and the empty text: text, n_text, empty."""
-    texts = [[text for text in row if text] for row in rows.to_numpy().tolist()]
-    widest = max(map(len, texts))
-    padded = [row + [""] * (widest - len(row)) for row in texts]
-    distinct = sorted({text for row in padded for text in row} | {""})
-    vectors = dict(zip(distinct, embed_text(pipe, distinct), strict=True))
-    text = torch.stack([torch.stack([vectors[text] for text in row]) for row in padded])
-    n_text = torch.tensor([len(row) for row in texts])
-    return {"text": text, "n_text": n_text, "empty": vectors[""][None].clone()}
-
-
 def set_trainable(unet, config):
     """Freeze what a `FinetuneConfig` does not train; add its adapters."""
     if config.train == "full":
@@ -510,14 +478,31 @@ def set_trainable(unet, config):
     if not any(value.requires_grad for value in unet.parameters()):
         raise CheckpointError(f"train={config.train!r}: this U-Net has no attention layers")
     if config.train == "lora":
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
 
         parts = ["to_q", "to_k", "to_v", "to_out.0"]
         sizes = {"r": config.lora_rank, "lora_alpha": config.lora_rank}
         unet.requires_grad_(False)
+        adapters = LoraConfig(**sizes, init_lora_weights="gaussian", target_modules=parts)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            unet.add_adapter(LoraConfig(**sizes, init_lora_weights="gaussian", target_modules=parts))
+            inject_adapter_in_model(adapters, unet)
+
+
+def merge_adapters(unet):
+    """Add a U-Net's adapters to its weights; return them as the content of diffusers' file for them."""
+    from diffusers.utils import recurse_remove_peft_layers
+    from peft import get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapters = {f"unet.{name}": value for name, value in get_peft_model_state_dict(unet).items()}
+    content = save({name: value.cpu().contiguous() for name, value in adapters.items()})
+    for module in unet.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    recurse_remove_peft_layers(unet)
+    del unet.peft_config
+    return content
 
 
 # --- the parts of the small model ----------------------------------------------------------------
@@ -716,7 +701,7 @@ def save_checkpoint(pipe, out_dir, info, tower=None, half=False, extra=None):
     """Save a pipeline in diffusers' layout, its note and its audio tower next to it.
 
     The folder appears whole or not at all, and replaces one that is there. `info` is what
-    `checkpoint_info` returns, `tower` a CLAP's audio tower (``audio_encoder/``), `extra` the texts of
+    `checkpoint_info` returns, `tower` a CLAP's audio tower (``audio_encoder/``), `extra` the content of
     further files by name; `half` stores float16 weights. Returns the folder.
     """
     out_dir = Path(out_dir)
@@ -736,8 +721,8 @@ def save_checkpoint(pipe, out_dir, info, tower=None, half=False, extra=None):
             content = json.loads(path.read_text(encoding="utf-8"))
             if content.pop("_name_or_path", None):
                 path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for name, text in {INFO_FILE: json.dumps(info, indent=2) + "\n", **(extra or {})}.items():
-            (part / name).write_text(text, encoding="utf-8")
+        for name, content in {INFO_FILE: json.dumps(info, indent=2) + "\n", **(extra or {})}.items():
+            store.write_atomic(part / name, content)
         with suppress(FileNotFoundError):
             out_dir.rename(old)
         part.rename(out_dir)

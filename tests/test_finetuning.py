@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from soundscapes_utils import audio, finetuning, ldm, metadata, store
+from soundscapes_utils import audio, conditioning, finetuning, ldm, metadata, store
 
 TEXTS = ["a dog is barking", "rain", "a dog is barking in the rain"] * 3
 
@@ -192,9 +192,11 @@ def test_draw_follows_from_the_step_and_keeps_clip_and_condition_together(step, 
         "latents": torch.arange(n).view(n, 1, 1, 1).expand(n, 2, 4, 4).float(),
         "audio": torch.arange(n).view(n, 1).expand(n, 3).float(),
         "clip": torch.arange(n),
-        "text": torch.arange(n).view(n, 1, 1).expand(n, 2, 3).float() + 100,
+        "text": torch.arange(n).view(n, 1).expand(n, 3).float() + 100,
+        "caption": torch.arange(n).view(n, 1).expand(n, 2),
         "n_text": torch.full((n,), 2),
         "empty": torch.full((1, 3), -1.0),
+        "empty_of": torch.zeros(n, dtype=torch.long),
     }
     config = finetuning.FinetuneConfig(
         "", "", "", text_condition_probability=text, conditioning_dropout=drop
@@ -213,9 +215,11 @@ def test_conditions_come_in_the_asked_proportions():
         "latents": torch.zeros(1, 1, 1, 1),
         "audio": torch.zeros(1, 1),
         "clip": torch.zeros(1, dtype=torch.long),
-        "text": torch.ones(1, 1, 1),
+        "text": torch.ones(1, 1),
+        "caption": torch.zeros(1, 1, dtype=torch.long),
         "n_text": torch.ones(1, dtype=torch.long),
         "empty": torch.full((1, 1), -1.0),
+        "empty_of": torch.zeros(1, dtype=torch.long),
     }
     config = finetuning.FinetuneConfig(
         "", "", "", batch_size=20_000, text_condition_probability=0.3, conditioning_dropout=0.1
@@ -593,9 +597,11 @@ def test_conditions_are_those_of_clip_other_clip_nothing_and_sound():
     data = {
         "latents": torch.zeros(3, 1, 2, 2),
         "clip": torch.arange(3),
-        "text": texts[:, None],
+        "text": texts,
+        "caption": torch.arange(3)[:, None],
         "audio": texts + 5,
         "empty": torch.full((1, 2), 3.0),
+        "empty_of": torch.zeros(3, dtype=torch.long),
     }
     scheduler = DDIMScheduler(prediction_type="sample")
     expected = {
@@ -813,9 +819,10 @@ def test_checkpoints_that_are_no_audioldm_are_refused_at_once(config, tmp_path, 
     monkeypatch.setattr(metadata, "read_clips", lambda *_: pytest.fail("the set was read"))
     folder = tmp_path / "two"
     folder.mkdir()
-    for kind in ("AudioLDM2Pipeline", "StableAudioPipeline"):
+    for kind in ("MusicLDMPipeline", "StableAudioPipeline"):
         (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
-        with pytest.raises(store.DataError, match=f"two: is an {kind}; AudioLDMPipeline is needed"):
+        told = f"two: is an {kind}; AudioLDMPipeline or AudioLDM2Pipeline is needed"
+        with pytest.raises(store.DataError, match=told):
             finetuning.finetune(replace(config, checkpoint=str(folder)))
 
 
@@ -876,7 +883,7 @@ def test_damaged_files_of_the_cache_are_made_again(config, checkpoint, damage):
     pipe = ldm.load_pipeline(checkpoint, device="cpu")
     whole = finetuning.load_data(pipe, config)
     files = sorted(Path(config.out_dir + ".cache").glob("*.safetensors"))
-    assert len(files) == 4
+    assert len(files) == 3, "the captions, and the sounds of two splits"
     before = [file.read_bytes() for file in files]
     files[0].write_bytes(damage(before[0]))
     files[1].write_bytes(damage(before[1]))
@@ -934,3 +941,180 @@ def test_clips_without_a_fold_do_not_end_a_training(config, sounds):
     table["split"] = ["train"] * 6 + ["val"] * 6
     result = finetuning.finetune(table_config(config, folder, table))
     assert ldm.checkpoint_info(result.checkpoint)["heard"] == {"esc10": [1, 2, 3]}
+
+
+# --- AudioLDM 2 ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    """A tiny AudioLDM 2, its index as published: a GPT-2 without the head that the pipeline calls."""
+    folder = tmp_path_factory.mktemp("second") / "tiny"
+    tiny_checkpoints.audioldm2(folder, as_published=True, bands=64)
+    store.write_atomic(folder / ldm.INFO_FILE, json.dumps({"steps": 2}))
+    return folder
+
+
+def make_config2(checkpoint, dataset, folder):
+    options = {"steps": 4, "conditioning_dropout": 0.5, "lora_rank": 2}
+    options |= {"segments_per_clip": 1, "segment_s": 0.32, "n_samples": 2}
+    return replace(make_config(checkpoint, dataset, folder), **options)
+
+
+@pytest.fixture
+def config2(second, dataset, tmp_path):
+    return make_config2(second, dataset, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def plain2(second, dataset, tmp_path_factory):
+    """The unbroken run of `config2`, to compare with."""
+    return finetuning.finetune(make_config2(second, dataset, tmp_path_factory.mktemp("plain2")))
+
+
+def test_losses_of_audioldm2_are_those_of_a_loop_around_the_pipelines_own_encoding(
+    config2, tmp_path
+):
+    from diffusers import AudioLDM2Pipeline
+
+    config = replace(config2, train="full", validation_steps=1, validation_segments=1)
+    log = finetuning.finetune(config).log
+    pipe = AudioLDM2Pipeline.from_pretrained(tiny_checkpoints.audioldm2(tmp_path / "two", bands=64))
+    data = finetuning.load_data(pipe, config)["train"]
+    clips = metadata.read_clips(config.dataset_root).query("split == 'train'").reset_index(drop=True)
+    optimizer, losses, dropped = torch.optim.AdamW(pipe.unet.parameters()), [], []
+    for step in range(config.steps):
+        draw = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        index = torch.randint(len(data["latents"]), (4,), generator=draw)
+        which, _, drop = (torch.rand(4, generator=draw) for _ in range(3))
+        t = ((torch.arange(4) + torch.rand(4, generator=draw)) / 4 * 1000).long()
+        latents = data["latents"][index]
+        noise = torch.randn(latents.shape, generator=draw)
+        noisy, errors = pipe.scheduler.add_noise(latents, noise, t), []
+        for i in range(4):
+            caption = clips["caption caption_2 caption_3".split()].iloc[int(data["clip"][index[i]])]
+            with torch.no_grad():
+                text, mask, generated = pipe.encode_prompt(caption.iloc[int(which[i] * 3)], "cpu", 1, True)
+            # of the pair for guidance the first is the empty prompt
+            row = slice(0, 1) if drop[i] < 0.5 else slice(1, 2)
+            streams = {"encoder_hidden_states": generated[row], "encoder_hidden_states_1": text[row]}
+            guess = pipe.unet(
+                noisy[i : i + 1], t[i], **streams, encoder_attention_mask_1=mask[row]
+            ).sample
+            errors.append(((guess - noise[i]) ** 2).mean())
+        loss = torch.stack(errors).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(pipe.unet.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 2)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        dropped += (drop < 0.5).tolist()
+    assert 0 < sum(dropped) < len(dropped)
+    np.testing.assert_allclose(log["train_loss"].dropna(), losses, rtol=1e-4)
+    assert log["val_audio_ema"].isna().all(), "there is no embedding of a sound"
+
+
+def test_audioldm2_resumes_with_the_same_bytes(config2, plain2, tmp_path, monkeypatch):
+    parted = replace(config2, out_dir=str(tmp_path / "parted"))
+    die_at(3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        finetuning.finetune(parted)
+    monkeypatch.undo()
+    resumed = finetuning.finetune(parted)
+    pd.testing.assert_frame_equal(resumed.log[NUMBERS], plain2.log[NUMBERS], check_exact=True)
+    for name in ("unet/diffusion_pytorch_model.safetensors", ldm.ADAPTER_FILE):
+        assert (resumed.checkpoint / name).read_bytes() == (plain2.checkpoint / name).read_bytes()
+
+
+def test_captions_are_encoded_once_whatever_the_language_model_is_called(
+    config2, tmp_path, monkeypatch
+):
+    from diffusers import AudioLDM2Pipeline
+
+    encode, seen = AudioLDM2Pipeline.encode_prompt, []
+
+    def encode_and_tell(pipe, texts, *rest):
+        seen.extend(texts)
+        return encode(pipe, texts, *rest)
+
+    monkeypatch.setattr(AudioLDM2Pipeline, "encode_prompt", encode_and_tell)
+    data = finetuning.load_data(ldm.load_pipeline(config2.checkpoint, "cpu"), config2)
+    # one of each length a second time, with the empty text beside it
+    assert set(seen) == set(TEXTS) and len(seen) == len(set(TEXTS)) + len({map(len, TEXTS)}) + 2
+    shared = replace(config2, out_dir=str(tmp_path / "other"), cache_dir=config2.out_dir + ".cache")
+    seen.clear()
+    again = finetuning.load_data(ldm.load_pipeline(config2.checkpoint, "cpu"), shared)
+    assert not seen
+    headed = tiny_checkpoints.audioldm2(tmp_path / "headed", bands=64)
+    other = replace(config2, checkpoint=str(headed), out_dir=str(tmp_path / "third"))
+    third = finetuning.load_data(ldm.load_pipeline(headed, "cpu"), other)
+    for found in (again, third):
+        assert all(torch.equal(data[s][k], found[s][k]) for s in data for k in data[s])
+
+
+def test_audioldm2_is_trained_by_adapters_that_fit_its_start_and_are_merged(second, plain2, tmp_path):
+    from diffusers import AudioLDM2Pipeline
+    from diffusers.loaders.peft import PeftAdapterMixin
+
+    start = AudioLDM2Pipeline.from_pretrained(tiny_checkpoints.audioldm2(tmp_path / "two", bands=64))
+    tuned = AudioLDM2Pipeline.from_pretrained(plain2.checkpoint)
+    card = (plain2.checkpoint / "README.md").read_text()
+    assert "trained: lora" in card and '"audioldm2", checkpoint=' in card
+    before = {name: value.clone() for name, value in start.unet.state_dict().items()}
+    after = tuned.unet.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and changed and all(".attn" in name for name in changed)
+    # as the card says
+    unet = start.unet
+    unet.__class__ = type("UNet", (PeftAdapterMixin, type(unet)), {})
+    unet.load_lora_adapter(plain2.checkpoint, prefix="unet")
+    options = {"audio_length_in_s": 0.32, "num_inference_steps": 2}
+    one, other, plain = (
+        p("rain", generator=torch.Generator().manual_seed(0), **options).audios
+        for p in (start, tuned, ldm.load_pipeline(second, "cpu"))
+    )
+    np.testing.assert_allclose(one, other, atol=1e-4)
+    assert np.abs(other - plain).max() > 1e-3
+
+
+def test_adapters_of_audioldm_open_in_diffusers(config, checkpoint):
+    result = finetuning.finetune(replace(config, train="lora", lora_rank=2, steps=2, keep_best=False))
+    start, tuned = (ldm.load_pipeline(f, "cpu").unet for f in (checkpoint, result.checkpoint))
+    start.load_lora_adapter(result.checkpoint, prefix="unet")
+    start.fuse_lora()
+    start.unload_lora()
+    for one, other in zip(start.parameters(), tuned.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_samples_of_audioldm2_do_not_depend_on_the_prompts_beside_them(config2):
+    options = {"learning_rate": 0.0, "steps": 1, "sample_epochs": 1, "n_samples": 3}
+    finetuning.finetune(replace(config2, **options))
+    pipe = ldm.load_pipeline(config2.checkpoint, "cpu")
+    files = sorted(Path(config2.out_dir + ".logs", "samples", "step-00000000").glob("*.wav"))
+    clips = metadata.read_clips(config2.dataset_root).query("split == 'val'")
+    rows = np.linspace(0, len(clips) - 1, 3).astype(int)
+    for i, (file, row) in enumerate(zip(files, rows, strict=True)):
+        noise = torch.Generator().manual_seed(i)
+        options = {"audio_length_in_s": 0.32, "num_inference_steps": 2, "guidance_scale": 3.5}
+        y = pipe(clips["caption"].iloc[row], generator=noise, **options).audios[0]
+        np.testing.assert_allclose(audio.load_audio(file)[0], y / max(1, np.abs(y).max()), atol=1e-3)
+
+
+def test_options_that_save_memory_change_no_number_of_audioldm2(config2, plain2):
+    saving = replace(config2, gradient_accumulation_steps=2, gradient_checkpointing=True)
+    log = finetuning.finetune(saving).log
+    pd.testing.assert_frame_equal(log[NUMBERS], plain2.log[NUMBERS], rtol=1e-4)
+
+
+def test_streams_reach_a_wrapped_unet_as_the_pipeline_gives_them(second):
+    pipe = ldm.load_pipeline(second, "cpu")
+    found = conditioning.text_tensors(pipe, ["rain", "a dog is barking in the rain"])
+    inputs = conditioning.unet_inputs(torch.nn.DataParallel(pipe.unet), found["text"])
+    for i, prompt in enumerate(["rain", "a dog is barking in the rain"]):
+        text, mask, generated = pipe.encode_prompt(prompt, "cpu", 1, False)
+        n = mask.shape[1]
+        torch.testing.assert_close(inputs["encoder_hidden_states"][i], generated[0])
+        torch.testing.assert_close(inputs["encoder_hidden_states_1"][i, :n], text[0])
+        assert inputs["encoder_attention_mask_1"][i].sum() == n

@@ -194,11 +194,11 @@ def _scheduler():
     )
 
 
-def _vocoder():
+def _vocoder(bands=MEL):
     from torch import nn
     from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
-    vocoder = SpeechT5HifiGan(SpeechT5HifiGanConfig(**VOCODER))
+    vocoder = SpeechT5HifiGan(SpeechT5HifiGanConfig(**VOCODER | {"model_in_dim": bands}))
     for weights in vocoder.parameters():
         # transformers' own start is so small that the output would count as silence
         if weights.ndim > 1:
@@ -296,10 +296,11 @@ def audioldm(folder, seed=0):
     return Path(folder)
 
 
-def audioldm2(folder, seed=0, as_published=False):
+def audioldm2(folder, seed=0, as_published=False, bands=MEL):
     """Write a tiny AudioLDM 2 checkpoint; return its folder.
 
-    The published one names its language model without the head that the pipeline calls.
+    The published one names its language model without the head that the pipeline calls, and its log-mels
+    have 64 bands.
     """
     import torch
     from diffusers import AudioLDM2Pipeline, AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
@@ -335,7 +336,7 @@ def audioldm2(folder, seed=0, as_published=False):
         feature_extractor=ClapFeatureExtractor(),
         unet=unet,
         scheduler=_scheduler(),
-        vocoder=_vocoder(),
+        vocoder=_vocoder(bands),
     )
     pipe.save_pretrained(folder)
     if as_published:
