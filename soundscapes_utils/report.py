@@ -19,7 +19,6 @@ from . import audio, captions, datasets, fad, generation, pipeline, stats, store
 # The sounds on a run's page: one of each of the first labels in a notebook's table.
 SOUNDS = {"01": ("mixes", 6), "02": ("generated", 10), "03": ("scene_samples", 4)}
 LISTENING = "listen/index.html"  # what notebook 02 leaves beside them
-OPENING = ("04_scores", "05_arms")  # the figures that stand beside what was found
 
 
 # --- the page of a run ---------------------------------------------------------------------------
@@ -35,15 +34,18 @@ def write_report(run_dir):
     if not record:
         raise FileNotFoundError(f"{folder} holds no run (no run.json): run a profile first")
     stages = sorted(record["stages"].items())
+    opening = {
+        "title": "What was found",
+        "findings": findings(folder).to_dict("records"),
+        "sides": _listen(folder, _four_sounds(folder)),
+        "figures": _figures(folder, "04_scores", "05_arms"),
+    }
+    by_notebook = [_stage_section(folder, stem, stage) for stem, stage in stages]
     return _write_page(
         folder / "index.html",
         title=f"Soundscapes: run “{record['name']}”",
         record=record,
-        sections=[
-            _opening_section(folder),
-            *(_stage_section(folder, stem, stage) for stem, stage in stages),
-            _how_section(stages, record["versions"]),
-        ],
+        sections=[opening, *by_notebook, _how_section(stages, record["versions"])],
     )
 
 
@@ -56,15 +58,6 @@ def findings(run_dir):
     tables = [store.read_table(file).assign(stage=file.stem[:2]) for file in files]
     empty = pd.DataFrame(columns=["rank", "question", "answer", "stage"])
     return pd.concat(tables or [empty]).sort_values("rank", ignore_index=True)
-
-
-def _opening_section(folder):
-    return {
-        "title": "What was found",
-        "findings": findings(folder).to_dict("records"),
-        "sides": _listen(folder, _four_sounds(folder)),
-        "figures": _figures(folder, *OPENING),
-    }
 
 
 def _stage_section(folder, stem, stage):
@@ -309,10 +302,8 @@ def _beside(file, path):
 
 
 def _side(name, table, out_dir, per_class, seed):
-    shown = table
-    if len(table) > per_class:
-        shown = table.sample(per_class, random_state=seed).sort_index()
-    n = len(table) if shown is table else f"{len(shown)} of {len(table)}"
+    shown = table if len(table) <= per_class else table.sample(per_class, random_state=seed).sort_index()
+    n = len(table) if len(shown) == len(table) else f"{len(shown)} of {len(table)}"
     cards = [_card(row, name, out_dir) for row in shown.to_dict("records")]
     return {"name": name, "title": f"{name}: {n}", "cards": cards}
 
@@ -384,10 +375,8 @@ def publish(run_dir="runs/quick"):
     folder = store.project_path(run_dir)
     record = pipeline.read_record(folder)
     if record.get("profile") != "quick" or record["given"]:
-        raise pipeline.UsageError(
-            f"{folder} is not a plain run of profile quick: the notebooks would show the outputs of "
-            "other parameters"
-        )
+        wanted = "a plain run of profile quick, whose outputs the notebooks show"
+        raise pipeline.UsageError(f"{folder} is not {wanted}")
     written = []
     for stem, path in pipeline.notebooks().items():
         if record["stages"].get(stem, {}).get("status") != "finished":
