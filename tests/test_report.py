@@ -103,7 +103,7 @@ def test_pages_of_notebooks_keep_the_alt_texts_of_pictures(tmp_path):
     assert "../index.html" in page.links()
     images = page.named("img")
     assert [image["alt"] for image in images] == ['a "dog" & <rain>', "a map"]
-    assert all("max-width:100%" in image["style"] for image in images)
+    assert all("height:auto" in image["style"] for image in images)
 
 
 def test_notebook_that_is_still_running_has_no_cost(tmp_path):
