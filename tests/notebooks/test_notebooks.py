@@ -139,7 +139,7 @@ def test_more_text_than_code_in_short_cells_without_branches_for_profiles(path):
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     lengths = sorted(len(source.splitlines()) for source in code)
     assert len(cells) - len(code) >= len(code)
-    assert statistics.median(lengths) <= (8 if path.stem in SERIES else 10)
+    assert statistics.median(lengths) <= 8
     assert lengths[int(0.9 * (len(lengths) - 1))] <= 20
     for source in code:
         for node in ast.walk(ast.parse(source)):
