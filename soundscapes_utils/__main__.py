@@ -21,11 +21,12 @@ some calls
 import argparse
 import csv
 import os
+import re
 import signal
 import sys
 import textwrap
 import time
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 
 
@@ -46,12 +47,24 @@ def main(argv=None):
             return _interrupted()
         if isinstance(error, BrokenPipeError):  # who read the output has seen enough
             return 141
-        if not isinstance(error, (ValueError, OSError)):
+        if not isinstance(error, (ValueError, OSError, ImportError)):
             raise
         from .pipeline import UsageError, in_words
 
-        print("error:", *in_words(error).split(), file=sys.stderr)
+        said = _how_to_get(error) if isinstance(error, ImportError) else in_words(error)
+        print("error:", *said.split(), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _how_to_get(error):
+    """Say what brings a library that is not installed: an extra of the package, or the lock."""
+    if not (library := (error.name or "").partition(".")[0]):
+        return str(error)  # who raised it has said so
+    lines = "\n".join(requires("soundscapes-utils")).replace("-", "_")
+    found = re.search(rf"^{library}\b.*extra == .(\w+)", lines, re.MULTILINE)
+    extra = found[1] if found else "models,notebooks"  # which depend on it
+    by_pip = "" if extra in ("audiogen", "clap") else f"pip install 'PATH_OF_THE_CLONE[{extra}]', or "
+    return f"{error}: to get it, {by_pip}./run_all.sh setup in the clone"
 
 
 # what the kinds of options in commands.csv are for argparse

@@ -40,6 +40,7 @@ def _lexicon(kind):
 
 # label: its row of the lexicon, with lists of wordings under "clause" and "noun"
 EVENTS, SCENES = _lexicon("event"), _lexicon("scene")
+OWN = {}  # label: noun and clause of one's own, where there are any
 # The forms "simple" and "gpt" are the prompts of Ronchini et al. (arXiv 2403.17864) word for word ("a
 # urban" is theirs). "Mind the prompt" (arXiv 2504.03329) found that "task" serves classifiers best.
 PHRASES = _read("phrases.csv").groupby(["kind", "key"])["text"].agg(list).to_dict()
@@ -101,6 +102,7 @@ def add_words(path):
         said = f"{noun} can be heard" if place else clause
         own = {"noun": [noun], "clause": [said], "phrase": _doing(said), "study_phrase": ""}
         EVENTS[label] = _event(label) | own | {"several": ""}
+        OWN[label] = [noun, clause]
         where = clause if place else f"with {noun} around"
         SCENES[label] = SCENES.get(label, {}) | {"noun": [noun], "clause": [where], "phrase": noun}
 

@@ -422,6 +422,7 @@ class _Data:
         settings = vars(replace(training, device="", workers=None))
         tested = self.clip_ids[rows["test"]].tolist()
         content = [keys[part].tobytes() + self.y[part].tobytes() for part in rows.values()]
+        content += store.class_files(row["model"])
         key = store.content_key(_RECIPE, info, settings, list(self.classes), tested, *content)
         info |= {name: row[name] for name in ("kind", "n_real", "n_synthetic", "note")}
         trial = {"key": key, "info": info, "rows": rows, "training": training}

@@ -284,7 +284,9 @@ def get_backend(name, **options):
     """
     options = {key: value for key, value in options.items() if value is not None}
     if ":" in name:
-        return store.load_class(name)(**options)
+        backend = store.load_class(name)(**options)
+        backend.settings["code"] = store.class_files(name)  # which alters the sound, too
+        return backend
     from . import ldm
 
     whole = preset(name)

@@ -49,7 +49,9 @@ def get_checkpoint(checkpoint, clips, foregrounds, backgrounds, **options):
         return checkpoint
     config, dataset, fold = options["config"], options["dataset"], options["test_fold"]
     tables = [_identity(table) for table in (clips, foregrounds, backgrounds)]
-    key = store.content_key(asdict(config), fold, *tables, length=12)
+    labels = {*clips["label"], *backgrounds["label"]}
+    words = [{label: own for label, own in captions.OWN.items() if label in labels}]
+    key = store.content_key(asdict(config), fold, *tables, *filter(None, words), length=12)
     folder = Path(options["cache_dir"]) / f"{dataset}-without-fold-{fold}-{key}"
     if not (folder / "model_index.json").is_file():
         named = {"dataset": dataset, "test_fold": fold}

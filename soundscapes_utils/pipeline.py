@@ -19,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-import tomllib
 import uuid
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -89,7 +88,9 @@ def run(
     if not re.fullmatch(r"\w[\w.-]{0,99}", name):
         raise UsageError(f"the run's name {name!r} may hold up to 100 letters, digits, '.', '-' and '_'")
     values = resolve_parameters(profile, parameters, root, only, appendix)
-    _check_demands(values)
+    given = {key: value for own in values.values() for key, value in own.items()}
+    _check_demands(values, given)
+    _fetch_sounds(given)
     folder, how = root / "runs" / name, _read_profile(profile, root)
     jobs = min(how["jobs"], len(values), os.cpu_count() or 1)
 
@@ -370,7 +371,8 @@ def _state_key(path, values, stages, tags, root):
     # what an earlier notebook left counts where the code names that notebook
     earlier = {stem: stage.get("key") for stem, stage in stages.items() if stem in text}
     earlier.pop(path.stem, None)
-    return store.content_key(code, _sources(code), values, _inputs(values, root), earlier)
+    own = sum(map(store.class_files, re.findall(r"[\w.]+:\w+", str(values))), [])
+    return store.content_key(code, _sources(code), values, _inputs(values, root), earlier, *own)
 
 
 _OF_THE_RUNNER = ("pipeline", "parameters.csv", "commands.csv")
@@ -460,9 +462,7 @@ def _begin_record(folder, profile, given, values):
 
 
 def _versions():
-    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = sum(project.get("optional-dependencies", {}).values(), project["dependencies"])
-    names = [re.match(r"[\w.-]+", line).group() for line in lines]
+    names = [re.match(r"[\w.-]+", line).group() for line in metadata.requires("soundscapes-utils")]
     there = {one.name.lower().replace("_", "-"): one.version for one in metadata.distributions()}
     return {name: there.get(name.lower().replace("_", "-"), "not installed") for name in names}
 
@@ -725,13 +725,11 @@ def _choices(word):
     return getattr(import_module(f".{module}", __package__), name) if name.isupper() else [word]
 
 
-def _check_demands(values):
+def _check_demands(values, given):
     """Refuse what a stage's own records refuse, and what a notebook asks of another in vain."""
     from . import datasets
 
-    given = {name: value for own in values.values() for name, value in own.items()}
-    sets = given.get("dataset"), given.get("mix_dataset")
-    if "own" in sets and "sounds_root" in given:
+    if "own" in _sets(given) and "sounds_root" in given:
         datasets.check_own(given)
     for stem, own in values.items():
         try:
@@ -744,10 +742,20 @@ def _check_demands(values):
                 _check_study(own, values.values())
         except ValueError as error:
             raise UsageError(f"{stem}: {error}") from error
-    if "esc10" in sets and "esc50_root" in given:
+
+
+def _fetch_sounds(given):
+    """Fetch ESC-10 where a notebook will load it and no copy is there."""
+    from . import datasets
+
+    if "esc10" in _sets(given) and "esc50_root" in given:
         data = store.project_path(given["data_dir"])
         if not given["esc50_root"] and not (data / "ESC-50").exists():
             datasets.download_dataset("esc10", data)
+
+
+def _sets(given):
+    return given.get("dataset"), given.get("mix_dataset")
 
 
 _STUDY = ("models", "test_folds", "runs", "seed", "real_per_class", "validation")

@@ -345,7 +345,8 @@ def _player(path, page_folder, folder):
 
     from . import plots
 
-    path = store.project_root(folder) / path  # of the project that the run belongs to
+    if not Path(path).is_absolute():
+        path = store.project_root(folder) / path  # of the project that the run belongs to
     try:
         name = store.file_digest(path)[:12]
     except OSError as error:

@@ -8,7 +8,7 @@ at all. *Made already?* :func:`content_key`, :func:`cached_array`, :class:`Recor
 
 import contextlib
 import hashlib
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -50,15 +50,16 @@ class MissingStage(FileNotFoundError):
 def project_root(start=None):
     """Find the project: the nearest folder upwards that holds ``notebooks/`` and ``pyproject.toml``.
 
-    The search begins at `start`, by default the working directory, then at this package.
+    The search begins at `start`, by default the working directory; then at this package, which may be
+    installed without the project, then at the working directory.
     """
-    begin = Path(start or Path.cwd()).resolve()
-    for folder in (begin, *begin.parents, Path(__file__).resolve().parents[1]):
-        if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
-            return folder
+    for begin in (start or Path.cwd(), __file__, Path.cwd()):
+        for folder in Path(begin, "here").resolve().parents:
+            if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
+                return folder
     raise FileNotFoundError(
-        f"{begin} is not inside a copy of the project (no folder with notebooks/ and "
-        "pyproject.toml upwards from it): change into the clone first"
+        "there is no copy of the project here (a folder with notebooks/ and pyproject.toml, upwards "
+        f"from {Path.cwd()}): change into the clone first"
     )
 
 
@@ -91,13 +92,40 @@ def load_class(name):
     In a run one stands where the run was begun. A :class:`DataError` says what hinders it.
     """
     module, _, attribute = name.partition(":")
-    here = os.environ.get("SOUNDSCAPES_HERE") or os.getcwd()
-    sys.path += [here] * (here not in sys.path)  # at the end: nothing of ours is overridden
+    here = _here()
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # what an import can raise is no short list
         remedy = f"give module:Class of a file in {here}, or of an installed package"
         raise DataError(f"{name}: cannot be imported ({error}); {remedy}") from error
+
+
+def _here():
+    """Where one stands, on the path of imports: at its end, so that nothing of ours is overridden."""
+    here = os.environ.get("SOUNDSCAPES_HERE") or os.getcwd()
+    sys.path += [here] * (here not in sys.path)
+    return here
+
+
+def class_files(name):
+    """Digests of what one's own class, ``module:Class``, is made of; empty for any other name.
+
+    That is the module's file, or all of its package, and what it imports from where one stands.
+    """
+    here, files = _here(), {}
+    match, spec = re.match(r"([^\W\d]\w*)[.\w]*:[^\W\d]", name), None
+    with contextlib.suppress(ImportError, ValueError):
+        spec = match and importlib.util.find_spec(match[1])
+    places = spec and (spec.submodule_search_locations or [spec.origin])
+    folder, waiting = Path(places[0] if places else here).parent, [match[1]] if places else []
+    while waiting:
+        module = folder / waiting.pop()
+        for file in walk_files(module, [".py"]) or [module.with_suffix(".py")]:
+            if file.is_file() and file not in files:
+                files[file] = file_digest(file)
+                imports = re.findall(r"^\s*(?:from|import) (.*)", file.read_text("utf-8"), re.MULTILINE)
+                waiting += re.findall(r"\w+", " ".join(imports)) * (str(folder) == here)
+    return sorted(files.values())
 
 
 # --- whole ---------------------------------------------------------------------------------------

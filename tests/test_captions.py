@@ -439,6 +439,7 @@ def test_labels_that_differ_in_spelling_only_are_worded_alike():
 def words(tmp_path, monkeypatch):
     monkeypatch.setattr(captions, "EVENTS", captions.EVENTS.copy())
     monkeypatch.setattr(captions, "SCENES", captions.SCENES.copy())
+    monkeypatch.setattr(captions, "OWN", {})
     path = tmp_path / "words.csv"
     rows = ["label,noun,clause,note", "forkliftBeep,the  beep of a forklift,a forklift is beeping,"]
     rows += ["hall_2,a warehouse,in a warehouse,", "siren,a fire alarm,a fire alarm is howling,mine"]

@@ -426,6 +426,16 @@ def test_a_network_of_ones_own_joins_the_study(clips, generated, tmp_path, monke
     pd.testing.assert_frame_equal(stats.published(), before)
 
 
+def test_only_an_edited_network_of_ones_own_is_trained_again(clips, tmp_path, monkeypatch, capsys):
+    own = tmp_path / "edited_net.py"
+    own.write_text("from toy_clips import Linear as Mine")
+    monkeypatch.chdir(tmp_path)
+    for edit, missing in (("", 2), ("", 0), ("\n# edited", 1)):
+        own.write_text(own.read_text() + edit)
+        quick_run(clips, None, tmp_path, ["real"], models=["edited_net:Mine", "sbcnn"])
+        assert f"2 classifiers: {missing} to train" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("model", ["sbcnnn:as_released", "no_such_module:Net", "toy_clips:Nothing"])
 def test_networks_that_cannot_be_imported_are_named_before_anything_runs(model):
     with pytest.raises(store.DataError, match=f"{model}: cannot be imported .*module:Class"):

@@ -401,6 +401,12 @@ def test_the_generator_of_the_document_makes_clips(monkeypatch, tmp_path):
     assert set(made.backend) == {"tangoflux"} and (made.steps == 4).all()
     assert asked[0] == "declare-lab/TangoFlux" and asked[1] == ("a dog", 4, 1)
     assert len(audio.load_audio(made.path[0])[0]) == 11_025
+    # once it is edited, its clips are others
+    (tmp_path / "my_generators.py").write_text(f"{block}# edited\n")
+    edited = generation.get_backend("my_generators:TangoFlux", steps=4)
+    assert not {*generation.generate_clips(small_plan(1), edited, tmp_path / "clips").path} & {
+        *made.path
+    }
 
 
 @pytest.mark.parametrize("name", generation.BACKENDS)

@@ -135,6 +135,16 @@ def test_clips_under_other_labels_folds_or_sources_make_another_model(pool, tmp_
     assert len(set(made)) == 9
     minimodel.get_checkpoint("mini", events.assign(path=list(events["path"])), events, scenes, **options)
     assert len(set(made)) == 9
+    for words in (
+        {"nobody": ["x", "y"]},
+        {events["label"][0]: ["x", "y"]},
+        {scenes["label"][0]: ["x", "y"]},
+    ):
+        monkeypatch.setattr(
+            captions, "OWN", words
+        )  # words of one's own for what is not here change nothing
+        minimodel.get_checkpoint("mini", events, events, scenes, **options)
+    assert len(set(made)) == 11
 
 
 def test_model_of_the_pool_knows_no_fold_of_any_study(tmp_path):

@@ -455,6 +455,24 @@ def test_results_are_stale_after_a_change_of_values_inputs_or_code(project, runs
     assert not runs_again()
 
 
+@pytest.mark.parametrize("place", ["my_net.py", "my_layers.py", "my_package/deep/layers.py"])
+def test_results_are_stale_after_ones_own_class_was_edited(project, runs_again, monkeypatch, place):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    own = {"my_net.py": "from torch import nn\nimport my_layers\nclass Net: pass", "my_layers.py": ""}
+    own |= {"my_package/__init__.py": "class Net: pass", "my_package/deep/layers.py": "size = 1"}
+    for name, text in (own | {"unrelated.py": ""}).items():
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(text)
+    kind = f"{place.partition('/')[0].removesuffix('.py')}:Net".replace("layers", "net")
+    write_notebook(project / "notebooks/01_use.ipynb", 'models = ["sbcnn"]\n', READ)
+    given = {"models": f"[sbcnn, {kind}]"}
+    assert runs_again(given) and not runs_again(given)
+    (project / "unrelated.py").write_text("# edited")
+    assert not runs_again(given)
+    (project / place).write_text(own[place] + "\n# edited")
+    assert runs_again(given) and not runs_again(given)
+
+
 def test_results_are_stale_where_the_notebook_that_they_build_on_has_changed(project, runs_again):
     source = project / "notebooks/00_make.ipynb"  # which 01_use names
     write_notebook(source, FIRST, WRITE, "1 + 1")
