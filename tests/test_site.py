@@ -55,6 +55,20 @@ def test_workflow_runs_the_documented_commands_with_little_power():
         assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step.get("uses", "a/b@" + "0" * 40))
 
 
+def test_citation_package_and_readme_say_the_same():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for name in ("version", "license", "keywords"):
+        assert citation[name] == package[name]
+    assert [one["name"] for one in citation["authors"]] == [one["name"] for one in package["authors"]]
+    assert citation["cff-version"] == "1.2.0" and citation["date-released"].year >= 2026
+    for work in citation["references"]:
+        assert {"type", "title", "authors", "year", "url"} <= work.keys()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"title = {{{citation['title']}}}" in readme
+    assert f"version = {{{citation['version']}}}, license = {{{citation['license']}}}" in readme
+
+
 # --- what the generator is given -------------------------------------------------------------------
 
 
