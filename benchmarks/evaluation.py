@@ -14,10 +14,8 @@ oracles
 floors
     Real against real: the DCASE 2024 Task 7 development set (`--dcase`), and the folds of ESC-10
     against each other and against white noise (`--esc10`, `--yamnet`).
-sensitivity
-    How far the distances move when ESC-10 is changed in known ways (`--esc10`), by embedding.
 
-    python benchmarks/evaluation.py oracles floors sensitivity --esc10 data/ESC-50 \
+    python benchmarks/evaluation.py oracles floors --esc10 data/ESC-50 \
         --dcase data/dcase2024_task7_dev --yamnet yamnet.tflite
 """
 
@@ -235,7 +233,7 @@ def p3(work, quick, options):
 ROWS = {"P2": p2, "P3": p3}
 
 
-# --- floors and sensitivity -----------------------------------------------------------------------
+# --- floors ----------------------------------------------------------------------------------------
 
 
 def dcase_floors(root):
@@ -298,19 +296,7 @@ def floors(options):
         fold_distances(options)
 
 
-def sensitivity(options):
-    """Print how far FAD and KAD move under known changes of ESC-10, by embedding."""
-    clips, sounds, networks = esc10_rows(options)
-    tables = []
-    for name, network in networks.items():
-        embed = partial(network.embed, silence="allow")
-        rows = {change: embed(embeddings.changed(sounds, change)) for change in embeddings.CHANGES}
-        labels, groups = clips["label"], clips["source_id"].astype(str)
-        tables.append(fad.sensitivity(embed(sounds), rows, embedding=name, labels=labels, groups=groups))
-    print(pd.concat(tables).round(3).to_string(index=False))
-
-
-SECTIONS = {"oracles": oracles, "floors": floors, "sensitivity": sensitivity}
+SECTIONS = {"oracles": oracles, "floors": floors}
 
 
 def main():

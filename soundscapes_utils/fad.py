@@ -8,7 +8,6 @@ give `groups` (one label per row): recordings are drawn, not rows.
 
 from functools import cache, partial
 from inspect import signature
-from itertools import product
 
 import numpy as np
 
@@ -626,68 +625,3 @@ def challenge_scores(published, candidates, networks, *, repeats=200, seed=0):
         options = {"groups": groups, "repeats": repeats, "seed": seed}
         tables.append(score_table(reference, rows, embedding=network, **options))
     return pd.concat(tables, ignore_index=True).assign(reference="development set")
-
-
-# --- does the metric notice? ---------------------------------------------------------------------
-
-
-def sensitivity(
-    clean, changed, *, embedding, labels=None, groups=None, metrics=_BOTH, splits=10, seed=0
-):
-    """How far a distance moves when the sounds are changed in a known way.
-
-    Each split deals the recordings (`groups`) into two halves. The clean first half is the reference;
-    the second is scored as it is (the floor) and with every change: `changed` holds the same clips, row
-    by row, by change. With `labels` halves hold all classes alike.
-
-    A table, one row per metric and change: n, ``floor`` and ``value`` (means over the splits, with their
-    standard deviations), ``detection_rate`` (share of splits in which the change scores worse than every
-    floor) and ``z_score`` (floor's deviations above it; the splits deal the same clips again, so these
-    are a lower bound). Kilgour et al., Interspeech 2019; Gui et al., ICASSP 2024.
-    """
-    import pandas as pd
-
-    _check_metrics(metrics)
-    if splits < 2:
-        raise ValueError(f"sensitivity: at least 2 splits, got {splits}")
-    clean = _matrix(clean, "clean clips", least=4)
-    sets = {name: _pair(clean, y, names=("clean clips", name))[1] for name, y in changed.items()}
-    other = next((name for name, y in sets.items() if len(y) != len(clean)), None)
-    if other is not None:
-        raise ValueError(f"{other}: row i must be of the same clip as row i of the clean clips")
-    codes = _codes(len(clean), groups, "clean clips")
-    classes = np.zeros(len(clean), int) if labels is None else _codes(len(clean), labels, "classes")
-    rng = np.random.default_rng(seed)
-    halves = [_balanced_halves(codes, classes, rng) for _ in range(splits)]
-    rows = []
-    for name, (first, second) in product(metrics, halves):
-        metric, size = METRICS[name], min(len(first), len(second))
-        a, b = first[:size], second[:size]
-        scored = {key: _measured(metric, clean[a], y[b], codes[a], codes[b])
-                  for key, y in ({None: clean} | sets).items()}  # fmt: skip
-        rows += [(name, key, len(a), scored[None], scored[key]) for key in sets]
-    rows = pd.DataFrame(rows, columns=["metric", "change", "n", "floor", "value"])
-    return _over_splits(rows).assign(embedding=embedding)
-
-
-def _balanced_halves(codes, classes, rng):
-    """Rows of two halves that share no recording; of every class's recordings, half are in each."""
-    first = np.unique(codes, return_index=True)[1]
-    order = rng.permutation(len(first))
-    order = order[np.argsort(classes[first][order], kind="stable")]
-    side = np.empty(len(order), int)
-    side[order] = np.arange(len(order)) % 2
-    halves = [rng.permutation(np.flatnonzero(side[codes] == half)) for half in (0, 1)]
-    if min(map(len, halves)) < 2:
-        raise ValueError("clean clips: two halves of at least 2 rows need more recordings")
-    return halves
-
-
-def _over_splits(rows):
-    by_change = rows.groupby(["metric", "change"], sort=False)
-    rows["detected"] = rows["value"] > by_change["floor"].transform("max")
-    columns = {"n": "mean", "floor": "mean", "floor_sd": "std", "value": "mean", "value_sd": "std"}
-    parts = {name: (name.removesuffix("_sd"), how) for name, how in columns.items()}
-    table = by_change.agg(**parts, detection_rate=("detected", "mean")).reset_index()
-    spread = table["floor_sd"].where(table["floor_sd"] > 0)
-    return table.assign(z_score=(table["value"] - table["floor"]) / spread)

@@ -371,7 +371,8 @@ def _state_key(path, values, stages, tags, root):
     # what an earlier notebook left counts where the code names that notebook
     earlier = {stem: stage.get("key") for stem, stage in stages.items() if stem in text}
     earlier.pop(path.stem, None)
-    own = sum(map(store.class_files, re.findall(r"[\w.]+:\w+", str(values))), [])
+    named = re.findall(r"[\w.]+:\w+", str(values))
+    own = [digest for name in named for digest in store.class_files(name)]
     return store.content_key(code, _sources(code), values, _inputs(values, root), earlier, *own)
 
 

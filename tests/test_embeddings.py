@@ -660,49 +660,6 @@ def test_laion_clap_reads_the_packages_own_checkpoints(tmp_path, monkeypatch):
         embeddings.get_embedding("laion-clap", file)
 
 
-# --- changes ---------------------------------------------------------------------------------------
-
-
-def test_changes_do_what_their_names_say():
-    t = np.arange(16_000) / 16_000
-    low, high = (0.3 * np.sin(2 * np.pi * f * t).astype(np.float32) for f in (200, 6_000))
-    y = low + high
-
-    def made(change):
-        (found,) = embeddings.changed([y], change)
-        assert found.shape == y.shape and found.dtype == np.float32
-        return found
-
-    for snr_db in (20, 0):
-        noise_power = np.mean((made(f"noise, SNR {snr_db} dB") - y) ** 2)
-        assert 10 * np.log10(np.mean(y**2) / noise_power) == pytest.approx(snr_db, abs=0.2)
-    # half of the band is 4 kHz
-    np.testing.assert_allclose(made("low-pass at 1/2 of the band")[2_000:-2_000], low[2_000:-2_000],
-                               atol=2e-3)  # fmt: skip
-    np.testing.assert_allclose(made("gain of -12 dB"), y * 10 ** (-0.6), rtol=1e-6)
-    half = made("silent after 1/2")
-    np.testing.assert_array_equal(half[:8_000], y[:8_000])
-    assert not half[8_000:].any()
-    assert set(map(type, embeddings.CHANGES)) == {str}
-
-
-def test_changes_are_seeded_by_clip_and_leave_the_clip_alone():
-    y = noise(0.1)
-    before = y.copy()
-    first, second = embeddings.changed([y, y], "noise, SNR 0 dB")
-    again = embeddings.changed([y], "noise, SNR 0 dB")[0]
-    np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first, second)
-    assert not np.array_equal(first, embeddings.changed([y], "noise, SNR 0 dB", seed=1)[0])
-    np.testing.assert_array_equal(y, before)
-    (silent,) = embeddings.changed([np.zeros(100)], "noise, SNR 20 dB")
-    assert not silent.any()
-    with pytest.raises(ValueError, match="known: noise, SNR 20 dB; "):
-        embeddings.changed([y], "echo")
-    with pytest.raises(audio.AudioError, match="clip 1"):
-        embeddings.changed([y, []], "gain of -12 dB")
-
-
 # --- logmel-stats ----------------------------------------------------------------------------------
 
 

@@ -206,7 +206,6 @@ def test_links_lead_somewhere():
 
 def test_formulas_become_mathml(tmp_path):
     """Every formula of the notebooks: no LaTeX command is left on their pages, in or outside it."""
-    from soundscapes_utils import store
 
     (tmp_path / "notebooks").mkdir()
     stages = {
