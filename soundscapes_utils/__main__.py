@@ -42,6 +42,8 @@ def main(argv=None):
         sys.stdout.flush()
         return code
     except (Exception, KeyboardInterrupt) as error:
+        if code := getattr(error, "exit_code", None):  # of a run, which says how to resume
+            return print(error, file=sys.stderr) or code
         # a library may have turned the interruption into an error of its own
         if _STOPS or isinstance(error, KeyboardInterrupt):
             return _interrupted()
@@ -71,6 +73,7 @@ def _how_to_get(error):
 _KINDS = {"": {}, "whole": {"type": int}, "switch": {"action": "store_true"}, "optional": {"nargs": "?"}}
 _KINDS["pairs"] = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
 _KINDS |= {"number": {"type": float}, "many": {"nargs": "+", "default": ["logmel-stats", "mini-clap"]}}
+_KINDS["some"] = {"nargs": "+", "required": True}
 _KINDS["range"] = {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH"), "default": (-5.0, 15.0)}
 
 
@@ -106,11 +109,7 @@ def _run(options):
 
     given = {name: getattr(options, name) for name in ("name", "only", "fresh", "appendix")}
     begin = time.monotonic()
-    try:
-        folder = pipeline.run(options.profile, dict(options.p), **given)
-    except pipeline.RunFailed as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    folder = pipeline.run(options.profile, dict(options.p), **given)
     page = report.write_report(folder)
     for row in report.findings(folder)[:3].itertuples():
         print("", textwrap.fill(f"{row.question} {row.answer}", 100), sep="\n")
@@ -270,6 +269,20 @@ def _score(options):
         scores = pd.concat(tables).assign(reference=options.real, candidate=options.generated)
     table = fad.score_lines(scores).to_string(index=False)
     print(f"{table}\nTable: {store.write_table(scores, options.out)}")
+
+
+def _compare(options):
+    from . import pipeline
+
+    official = options.prompts == "dcase2024-task7"
+    if not (official or options.real):
+        raise pipeline.UsageError("give --real FOLDER, or the prompts dcase2024-task7")
+    given = {"backends": options.backends, "n_clips": options.n, "clip_s": options.seconds}
+    given |= {"prompts": options.prompts if official else str(_found(options.prompts).absolute())}
+    given |= {"real_root": options.real, "seed": options.seed, "embedding_names": options.embedding}
+    given = {name: value for name, value in given.items() if value is not None}
+    folder = pipeline.run("compare", given, name=options.name, only="A6")
+    _show(folder / "compare" / "index.html", options)
 
 
 def _table(path):

@@ -752,3 +752,30 @@ def test_every_module_that_others_build_on_shows_an_example():
         promised = {n.name for n in TREES[module].body if isinstance(n, FUNCTIONS)}
         if promised & set(PROMISED.split()):
             assert ">>>" in SOURCES[module], module
+
+
+def test_compare_hands_its_options_to_the_notebook(tmp_path, monkeypatch, capsys):
+    from soundscapes_utils import pipeline
+    from soundscapes_utils.__main__ import main
+
+    asked = []
+
+    def run(profile, given, *, name, only):
+        asked.append((name, pipeline.resolve_parameters(profile, given, only=only)))
+        return tmp_path
+
+    monkeypatch.setattr(pipeline, "run", run)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "my.txt").write_text("a dog\n")
+    words = ["compare", "--backends", "audioldm", "audioldm,steps:3", "--prompts", "my.txt", "-n", "4"]
+    assert main([*words, "--real", "real", "--embedding", "logmel-stats"]) == 0
+    ((name, values),) = asked
+    (values,) = values.values()
+    assert name == "compare" and values["backends"] == ["audioldm", "audioldm,steps:3"]
+    assert values["prompts"] == str(tmp_path / "my.txt")
+    assert values["real_root"] == str(tmp_path / "real")
+    assert (values["n_clips"], values["embedding_names"]) == (4, ["logmel-stats"])
+    assert main(words) == 2 and "--real" in capsys.readouterr().err
+    words[words.index("my.txt")] = "none.txt"
+    assert main([*words, "--real", "real"]) == 1 and "none.txt" in capsys.readouterr().err
