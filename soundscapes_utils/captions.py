@@ -179,9 +179,8 @@ def _sentences(forms, slots, rng, known=()):
 def _take(texts, n, what):
     texts = list(itertools.islice(texts, n))
     if len(texts) < n:
-        raise ValueError(
-            f"{what}: the lexicon has {len(texts)} different texts, {n} are wanted; ask for fewer"
-        )
+        known = f"the lexicon has {len(texts)} different texts, {n} are wanted"
+        raise ValueError(f"{what}: {known}; ask for fewer")
     return texts
 
 
@@ -217,12 +216,9 @@ def prompts(labels, family="simple", n=1, seed=0):
 
 
 def _written_prompts(path, labels, n):
-    table = store.read_table(path)
-    if not {"label", "prompt"} <= set(table):
-        raise store.DataError(f"{path}: needs columns label, prompt, has {', '.join(table)}")
-    table = table[["label", "prompt"]].map(lambda text: " ".join(str(text).split()))
-    if (empty := (table == "").any(axis=1)).any():
-        raise store.DataError(f"{path}: row {empty.idxmax() + 1} has no label or no prompt")
+    table = store.read_table(path, as_text=True)
+    store.check_rows(table, path, label="text", prompt="text")
+    table = table[["label", "prompt"]].map(lambda text: " ".join(text.split()))
     table = table.drop_duplicates().assign(prompt_family=path.stem)
     for label in labels:
         if (count := (table["label"] == label).sum()) < n:

@@ -247,9 +247,8 @@ def _read_embeddings(paths):
             if not np.isfinite(array).all():
                 raise ValueError("not all of its numbers are finite")
         except (ValueError, OSError, EOFError) as error:
-            raise DatasetError(
-                f"{path}: cannot be used ({error}); {_hint('dcase2024_task7')}"
-            ) from error
+            hint = _hint("dcase2024_task7")
+            raise DatasetError(f"{path}: cannot be used ({error}); {hint}") from error
         arrays.append(array.astype(np.float32))
     return np.stack(arrays)
 
@@ -294,8 +293,7 @@ def load_clips(
 
 def _classes(clips, where):
     sources = clips.groupby("label")["source_id"].nunique()
-    few = [f"{label}: {n}" for label, n in sources.items() if n < 3 or len(sources) < 2]
-    if few or sources.empty:
+    if few := [f"{label}: {n}" for label, n in sources.items() if n < 3 or len(sources) < 2]:
         raise DatasetError(
             f"{where}: classes: {len(sources)}, recordings of {_first(few)}; a study needs two classes, "
             "one subfolder each, of three recordings or more: add some, or leave one out. Files that "
@@ -338,9 +336,9 @@ def check_own(given):
     """
     data, root = store.project_path(given["data_dir"]), given["sounds_root"]
     clips, serve = load_clips("own", sounds_root=root, data_dir=data), []
-    where = root or data / "own"
     named = {name: given[name] for name in ("scenes_root", "ambient_classes") if given[name]}
     scenes = load_scenes("own", clips, **named)[1] if named else clips
+    where = root or data / "own"
     for place, table in ((where, clips), (given["scenes_root"] or given["ambient_classes"], scenes)):
         if table["fold"].nunique() < 3:
             raise DatasetError(f"{place}: all recordings fall into fewer than three folds; {_REMEDY}")
@@ -365,9 +363,8 @@ def assign_splits(clips, test_fold):
     """
     folds = sorted(int(fold) for fold in clips["fold"].unique())
     if test_fold not in folds or len(folds) < 3:
-        raise DatasetError(
-            f"test_fold {test_fold} with folds {folds}: need at least three folds, this among them"
-        )
+        needed = "need at least three folds, this among them"
+        raise DatasetError(f"test_fold {test_fold} with folds {folds}: {needed}")
     names = {test_fold: "test", folds[(folds.index(test_fold) + 1) % len(folds)]: "val"}
     split = clips["fold"].map(lambda fold: names.get(fold, "train")).rename("split")
     spread = split.groupby(clips["source_id"]).nunique()
@@ -472,15 +469,10 @@ def _spelling(name):
 
 
 def _clips(paths, labels, folds, sources, dataset):
-    columns = [
-        [_spelling(path.stem) for path in paths],
-        map(str, paths),
-        labels,
-        folds,
-        map(str, sources),
-    ]
+    names = [_spelling(path.stem) for path in paths]
+    columns = names, map(str, paths), labels, folds, map(str, sources)
     table = pd.DataFrame(dict(zip(CLIP_COLUMNS, map(list, columns), strict=False)))
-    info = pd.DataFrame([_probe(path) for path in paths], columns=CLIP_COLUMNS[-2:])
+    info = pd.DataFrame(map(_probe, paths), columns=CLIP_COLUMNS[-2:])
     return table.assign(fold=table["fold"].astype(int), dataset=dataset).join(info)
 
 
@@ -552,10 +544,8 @@ def _announce(source, dest, archives):
         f"  please cite: {source['citation']}"
     )
     if need > free:
-        raise DatasetError(
-            f"{dest}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB are free; free some space or "
-            "choose another folder"
-        )
+        sizes = f"{need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB are free"
+        raise DatasetError(f"{dest}: {sizes}; free some space or choose another folder")
     if sys.stdin.isatty() and input("Fetch it now? [Y/n] ").strip().lower().startswith("n"):
         raise DatasetError(f"{source['title']} is not fetched; give the folder of a copy instead")
 
@@ -568,9 +558,7 @@ def _lay_out_as_esc50(folder):
     for row in table.itertuples():
         path = top / row.path
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != row.sha256:
-            raise DatasetError(
-                f"{row.path} of ESC-10 is not the file that was published; fetch it again"
-            )
+            raise DatasetError(f"{row.path} of ESC-10 is not what was published; fetch it again")
         path.replace(top / "audio" / row.filename)
     for path in set(table["path"].str.partition("/")[0]):
         shutil.rmtree(top / path)
@@ -625,16 +613,13 @@ def _checked(members, path, expected):
             kind = stat.S_IFMT(member.external_attr >> 16)
             name, size = member.filename, member.file_size
             plain = kind in (0, stat.S_IFREG, stat.S_IFDIR)
+        total, fault = total + size, ""
         if not plain or re.search(r"^[/\\]|:|(^|[/\\])\.\.([/\\]|$)", name):
-            raise DatasetError(
-                f"{path}: unsafe, {name!r} is a link or device or would be written outside its "
-                "folder; delete the archive and fetch it from its publisher"
-            )
-        total += size
-        if total > 2 * expected:
-            raise DatasetError(
-                f"{path}: unsafe, unpacks to {total / 1e9:.2f} GB or more where "
-                f"{expected / 1e9:.2f} GB were expected; delete the archive and fetch it from its "
-                "publisher"
-            )
+            fault = f"{name!r} is a link or device or would be written outside its folder"
+        elif total > 2 * expected:
+            gigabytes = f"{total / 1e9:.2f} GB or more where {expected / 1e9:.2f} GB were expected"
+            fault = f"unpacks to {gigabytes}"
+        if fault:
+            remedy = "delete the archive and fetch it from its publisher"
+            raise DatasetError(f"{path}: unsafe, {fault}; {remedy}")
         yield member

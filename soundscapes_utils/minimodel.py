@@ -5,6 +5,8 @@ it: procedural sounds (the built-in checkpoint, from a pool that no study clip c
 recordings (of which the test fold is never touched).
 """
 
+import contextlib
+import fcntl
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,9 +55,13 @@ def get_checkpoint(checkpoint, clips, foregrounds, backgrounds, **options):
     words = [{label: own for label, own in captions.OWN.items() if label in labels}]
     key = store.content_key(asdict(config), fold, *tables, *filter(None, words), length=12)
     folder = Path(options["cache_dir"]) / f"{dataset}-without-fold-{fold}-{key}"
-    if not (folder / "model_index.json").is_file():
-        named = {"dataset": dataset, "test_fold": fold}
-        train(clips, foregrounds, backgrounds, folder, config, **named)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        with contextlib.suppress(OSError):  # a network disk without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the notebook beside this one may train it just now
+        if not (folder / "model_index.json").is_file():
+            named = {"dataset": dataset, "test_fold": fold}
+            train(clips, foregrounds, backgrounds, folder, config, **named)
     return str(folder)
 
 

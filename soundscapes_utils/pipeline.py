@@ -728,9 +728,9 @@ def _choices(word):
 
 def _check_demands(values, given):
     """Refuse what a stage's own records refuse, and what a notebook asks of another in vain."""
-    from . import datasets
+    if "own" in (given.get("dataset"), given.get("mix_dataset")) and "sounds_root" in given:
+        from . import datasets
 
-    if "own" in _sets(given) and "sounds_root" in given:
         datasets.check_own(given)
     for stem, own in values.items():
         try:
@@ -747,16 +747,11 @@ def _check_demands(values, given):
 
 def _fetch_sounds(given):
     """Fetch ESC-10 where a notebook will load it and no copy is there."""
-    from . import datasets
+    if "esc10" in (given.get("dataset"), given.get("mix_dataset")) and given.get("esc50_root") == "":
+        from . import datasets
 
-    if "esc10" in _sets(given) and "esc50_root" in given:
-        data = store.project_path(given["data_dir"])
-        if not given["esc50_root"] and not (data / "ESC-50").exists():
+        if not ((data := store.project_path(given["data_dir"])) / "ESC-50").exists():
             datasets.download_dataset("esc10", data)
-
-
-def _sets(given):
-    return given.get("dataset"), given.get("mix_dataset")
 
 
 _STUDY = ("models", "test_folds", "runs", "seed", "real_per_class", "validation")

@@ -357,7 +357,7 @@ def test_prompts_of_a_file_are_checked_by_row(tmp_path):
     with pytest.raises(ValueError, match="1 prompts for siren, 2 are wanted"):
         captions.prompts(["siren"], path, n=2)
     path.write_text("label,prompt\ndog,one\ndog, \n")
-    with pytest.raises(ValueError, match=r"mine\.csv: row 2 has no label or no prompt"):
+    with pytest.raises(ValueError, match=r"mine\.csv, row 2: prompt ' ' is empty"):
         captions.prompts(["dog"], path)
 
 
@@ -375,7 +375,7 @@ def test_prompts_of_a_file_are_a_family(tmp_path):
     ("text", "message"),
     [
         (None, "cannot be read"),
-        ("label,text\ndog,x\n", "needs columns label, prompt, has label, text"),
+        ("label,text\ndog,x\n", "has no column prompt; there are label, text"),
         (b"label,prompt\ndog,\xff\xfe\n", "utf-8"),
     ],
 )

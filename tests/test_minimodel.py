@@ -1,6 +1,8 @@
 """Making the mini model: its loss, what it learns, what it leaves out."""
 
 import hashlib
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,14 @@ def test_get_checkpoint_trains_once_for_each_data_and_setting(pool, tmp_path, mo
     minimodel.get_checkpoint("mini", events, events, scenes, **{**options, "test_fold": 4})
     minimodel.get_checkpoint("mini", events[:-1], events, scenes, **options)
     assert len(set(made)) == 3
+    # two notebooks side by side ask for the same model: the second waits for the first
+    monkeypatch.setattr(
+        minimodel, "train", lambda *given, **named: (time.sleep(0.3), fake(*given, **named))
+    )
+    asked = (events[1:], events, scenes)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: minimodel.get_checkpoint("mini", *asked, **options), range(2)))
+    assert len(made) == 4
     assert minimodel.get_checkpoint("cvssp/audioldm", None, None, None) == "cvssp/audioldm"
 
 
