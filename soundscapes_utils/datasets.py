@@ -116,7 +116,7 @@ def load_folder(root, folds=N_FOLDS):
     - A table: `root` is a CSV, or holds one, with columns ``path`` (or ``filename``; from the table's
       folder, or absolute) and ``label`` (or ``category``), and ``source_id, fold, split`` if any.
 
-    ``source_id`` is what a name has before a counter ("-1", "_02", " (3)"), or all of it if no more than
+    ``source_id`` is what a name has before a counter ("-1", "_0002", " (3)"), or all of it if no more than
     the class would be left; in a table that has folds or splits, every file is a source.
 
     ``fold``, 1 to `folds`, follows from the source's name alone: no clip moves when others come.
@@ -176,7 +176,7 @@ def _own_sounds(root):
         outside = {n: Path(n) for n in table["path"] if Path(n).is_absolute() and Path(n).is_file()}
         hint = "correct the paths, which begin at the table's folder, or leave these rows out"
         paths = _find_files(where.parent, table["path"], where, hint, "", outside)
-        return where, where.parent, table.assign(path=paths)
+        return where, where.parent, table.assign(path=paths, label=table["label"].map(_spelling))
     found = store.walk_files(root, audio.SUFFIXES)
     if not found:
         ways = "give a folder with one subfolder per class, or a CSV with columns path and label"
@@ -193,9 +193,10 @@ def _parts(path, base, label=""):
 
 
 def _recording(parts, label):
-    """Name a file without its counter: first that of a copy, "x (2)", then the clip's own."""
-    for counter in (r"\s*\(\d+\)$", r"[-_ ]\d{1,3}$"):
-        shorter = re.sub(counter, "", parts[-1])
+    """Name a file without its counters: first those of a copy, "x (2)", then the clip's own."""
+    # 48213 is a name and no counter, but 0001 is one
+    for counter in (r"\s*[([#]\d+[)\]]?$", r"( -)? copy( \d+)?$", r"[-_. ](\d{1,3}|0\d*)$"):
+        shorter = re.sub(counter, "", parts[-1], flags=re.IGNORECASE)
         # dog_01 and dog_02 in the folder dog are numbered, not cut from one recording
         if re.sub(r"[\W_]", "", shorter).lower() not in ("", re.sub(r"[\W_]", "", label).lower()):
             parts = [*parts[:-1], shorter]

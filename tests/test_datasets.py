@@ -213,6 +213,10 @@ def test_sounds_in_the_folder_itself_are_one_class_named_after_it(tmp_path):
     [
         (["rec-1", "rec-2", "rec_03", "rec (4)", "rec_5 (2)", "rec 6"], 1),
         (["rec-1-1", "rec-1-2", "rec-2-1"], 2),
+        (["rec_0001", "rec_0002", "rec-00010", "rec.5", "rec#6", "rec [7]", "rec"], 1),
+        (["rec", "rec copy", "rec copy 2", "rec - Copy", "rec - Copy (3)", "rec_1 copy"], 1),
+        (["Hof-2024-05-01_0001", "Hof-2024-05-01_0002", "Hof-2024-05-02_0001"], 2),
+        (["Tür-1", "Tu\u0308r-2", "門 (1)", "門_٢", "скрип 01", "скрип 02"], 3),
         (["001", "002", "(3)"], 3),
         (["dog_1", "dog-2", "Dog (3)", "DOG 4"], 4),  # numbered, of the class dog
         (["dog_1", "dog_1 (2)"], 1),
