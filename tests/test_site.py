@@ -90,6 +90,11 @@ def test_links_between_files_become_links_between_pages(stage):
     assert stage.text(page, "[x](../nowhere.md)") == "x" and stage.dead == [f"{page}: ../nowhere.md"]
 
 
+def test_every_text_has_a_page(stage):
+    texts = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")}
+    assert texts and texts <= stage.known.keys()
+
+
 def test_pictures_keep_their_alt_texts_and_sounds_are_files(stage):
     pixels = {"image/png": base64.b64encode(b"png").decode(), "text/plain": "<Figure>"}
     for about in ({"image/png": {"alt": 'a "dog"'}}, {"alt": 'a "dog"'}):

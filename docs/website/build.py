@@ -24,6 +24,7 @@ MENU = {
     "Appendix": ["notebooks/appendix/*.ipynb"],
     "Results": ["docs/results.md", "docs/scale.md", "docs/glossary.md"],
     "The project": [
+        "docs/generators.md",
         "data/README.md",
         "data/checkpoints/mini-*/README.md",
         "CONTRIBUTING.md",
