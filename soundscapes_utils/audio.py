@@ -81,7 +81,7 @@ def resample(y, from_rate, to_rate):
     return soxr.resample(y, from_rate, to_rate, quality="HQ")
 
 
-def load_audio(path, sample_rate=None, duration=None, silent_ok=True):
+def load_audio(path, sample_rate=None, duration=None, silent_ok=True, whole=False):
     """Read a sound file as mono float32.
 
     Parameters
@@ -94,6 +94,8 @@ def load_audio(path, sample_rate=None, duration=None, silent_ok=True):
         Read at most this many seconds from the start; a shorter file stays shorter.
     silent_ok : bool, default True
         Whether silence is returned; else it is refused, and so are channels that cancel each other.
+    whole : bool, default False
+        What is resampled is read whole and cut afterwards, as the filter looks ahead of a cut.
 
     Returns
     -------
@@ -119,8 +121,9 @@ def load_audio(path, sample_rate=None, duration=None, silent_ok=True):
     if duration is not None and not 0 < duration < math.inf:
         raise AudioError(f"{path}: duration must be positive seconds, got {duration}")
     with _opened(path) as file:
-        rate = file.samplerate
-        y, loudest = _mono(path, file, duration)
+        rate = own_rate = file.samplerate
+        whole = whole and rate != (sample_rate or rate)
+        y, loudest = _mono(path, file, None if whole else duration)
     y = check_audio(y, path, silent_ok=True)
     if not silent_ok and np.abs(y).max() < SILENT_PEAK <= loudest:
         raise AudioError(f"{path}: its channels cancel each other (opposite phase); keep one of them")
@@ -130,7 +133,8 @@ def load_audio(path, sample_rate=None, duration=None, silent_ok=True):
         y = y[: round(duration * rate)]
     if y.size == 0:
         raise AudioError(f"{path}: holds no samples at {rate} Hz; it is too short, leave it out")
-    return check_audio(y, path, silent_ok), rate
+    # a look at all samples is a tenth of the reading
+    return y if silent_ok and rate == own_rate else check_audio(y, path, silent_ok), rate
 
 
 def find_fault(path):

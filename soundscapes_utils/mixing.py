@@ -894,9 +894,7 @@ def _decoder(kind, room):
 
 def _decode(source, rate, n):
     path, _ = source  # the digest keeps what was replaced from being taken out of the cache
-    # what is resampled is read whole, as the filter looks ahead of a cut
-    seconds = n / rate if audio.read_header(path)[1] == rate else None
-    return audio.load_audio(path, rate, seconds)[0][:n] * _STEPS
+    return audio.load_audio(path, rate, n / rate, whole=True)[0] * _STEPS
 
 
 def _encoded(steps, rate, flac):
