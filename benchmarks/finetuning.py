@@ -5,6 +5,7 @@ once a clip. Both ways train the same U-Net of the built-in model on the same so
 
     python benchmarks/finetuning.py                    AudioLDM-S on a GPU, if there is one
     python benchmarks/finetuning.py --small            the same in small, on the CPU
+    python benchmarks/finetuning.py --sizes            what is trained of the public models, no weights
     python benchmarks/finetuning.py --checks           a killed run, and two processes, against one
     python benchmarks/finetuning.py --study ESC-50 --checkpoint FOLDER --out runs/finetuning-study
 
@@ -330,6 +331,26 @@ def gpu_table(device, small, repeats):
         print(largest_batches(table).to_string(index=False))
 
 
+def sizes():
+    """Count what is trained of the public models, and its memory, without any weights.
+
+    Float32: the gradient, two moments of AdamW, the average and the best average so far.
+    """
+    import generation as public
+
+    rows = []
+    for name, model in {"AudioLDM-S": public.audioldm_s, "AudioLDM 2": public.audioldm2}.items():
+        for train, rank in (("full", 8), ("attention", 8), ("lora", 8), ("lora", 64)):
+            config = finetuning.FinetuneConfig("", "", "", train=train, lora_rank=rank)
+            with torch.device("meta"), ldm.quiet():
+                unet = model().unet
+                ldm.set_trainable(unet, config)
+            n = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+            way = f"{train}, rank {rank}" if train == "lora" else train
+            rows.append({"model": name, "train": way, "trained M": n / 1e6, "GB": 5 * 4 * n / 1e9})
+    print(pd.DataFrame(rows).round(2).to_string(index=False))
+
+
 def largest_batches(table):
     """Tell the largest batch for each card, from a line through the measured peaks of each way."""
     rows = []
@@ -464,6 +485,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="the GPU's part in small, on the CPU")
+    parser.add_argument("--sizes", action="store_true", help="what is trained of public models")
     parser.add_argument("--checks", action="store_true", help="a killed run, and two processes")
     parser.add_argument("--study", metavar="ESC-50", help="folder of ESC-50 or ESC-10: several seeds")
     parser.add_argument("--checkpoint", default="builtin", help="where the study starts")
@@ -476,6 +498,9 @@ def main():
     wanted = parser.parse_args()
     if wanted.study:
         study(wanted)
+        return
+    if wanted.sizes:
+        sizes()
         return
     torch.set_num_threads(1)
     if wanted.checks:

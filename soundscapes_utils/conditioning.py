@@ -78,31 +78,57 @@ def _tokens(pipe, texts, guided=False):
 
 
 def sound_tensors(pipe, config, paths, start):
-    """Encode the segments of sounds as a `FinetuneConfig` asks: latents, clip.
+    """Encode the segments of sounds as a `FinetuneConfig` asks: ``latents``, ``clip``.
 
-    And ``audio``, their embeddings, where they can take a caption's place as the condition.
+    And ``audio``, their embeddings, where these can take a caption's place as the condition.
     """
-    clap = None if hasattr(pipe, "language_model") else ldm.load_clap(str(config.checkpoint))
-    if clap:
-        clap.audio_encoder.to(pipe.device)
     # each of the U-Net's levels but the last halves the latent once more
     unit = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     frames = max(1, round(config.segment_s * ldm.SAMPLE_RATE / ldm.HOP / unit)) * unit
-    latents, sounds, owner = [], [], []
+    latents, segments, owner = [], [], []
     for i, path in enumerate(paths, start=start):
         y, _ = audio.load_audio(path, ldm.SAMPLE_RATE)
         rng = np.random.default_rng([config.seed, i])
         # of a clip that is no longer than a segment there is only one
         for _ in range(config.segments_per_clip if len(y) > frames * ldm.HOP else 1):
-            segment = audio.loudest_segment(y, frames * ldm.HOP, ldm.TRIES, rng)
-            latents.append(ldm.encode_mel(pipe, ldm.waveform_to_mel(segment, frames)[None]))
-            sounds += [ldm.embed_audio(clap, [segment], ldm.SAMPLE_RATE)] if clap else []
+            segments.append(audio.loudest_segment(y, frames * ldm.HOP, ldm.TRIES, rng))
+            latents.append(ldm.encode_mel(pipe, ldm.waveform_to_mel(segments[-1], frames)[None]))
             owner.append(i)
     found = {"latents": torch.cat(latents), "clip": torch.tensor(owner)}
-    if clap:
+    if not hasattr(pipe, "language_model"):
+        clap = ldm.load_clap(str(config.checkpoint))
+        clap.audio_encoder.to(pipe.device)
+        found["audio"] = ldm.embed_audio(clap, segments, ldm.SAMPLE_RATE)
         clap.audio_encoder.to("cpu")  # others share this tower
-        found["audio"] = torch.cat(sounds)
     return found
+
+
+def chosen(data, index, which, as_text, dropped):
+    """Give segments [batch] of a split of `finetuning.load_data` the conditions of a training step.
+
+    Those of their captions `which` where `as_text`, else of their sounds; where `dropped`, of no text.
+    """
+    text = data["caption"][data["clip"][index], which]
+    condition = data["text"][text]
+    if "audio" in data:
+        condition[~as_text] = data["audio"][index[~as_text]]
+    condition[dropped] = data["empty"][data["empty_of"][text[dropped]]]
+    return condition
+
+
+def conditions_of(data, index):
+    """Give segments the conditions of their first captions, of the least similar ones, of no text, …"""
+    first = data["caption"][:, 0]
+    text, others = first[data["clip"][index]], first.unique()
+    ours, theirs = (F.normalize(data["text"][i].flatten(1), dim=1) for i in (text, others))
+    conditions = {
+        "matched": data["text"][text],
+        "mismatched": data["text"][others[(ours @ theirs.T).argmin(dim=1)]],
+        "unconditional": data["empty"][data["empty_of"][text]],
+    }
+    if "audio" in data:
+        conditions["audio"] = data["audio"][index]
+    return conditions
 
 
 def cached_tensors(file, make, arguments):

@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,10 +31,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch.nn.utils.rnn import pad_sequence
 
 from . import audio, captions, conditioning, datasets, embeddings, fad, ldm, metadata, store
 
@@ -376,12 +375,10 @@ def training_batch(data, config, step):
     uniform = functools.partial(torch.rand, n, generator=generator)
     index = torch.randint(len(data["latents"]), (n,), generator=generator)
     clip = data["clip"][index]
-    text = data["caption"][clip, (uniform() * data["n_text"][clip]).long()]
-    condition, as_sound = data["text"][text], uniform() >= config.text_condition_probability
-    if "audio" in data:
-        condition[as_sound] = data["audio"][index[as_sound]]
+    which = (uniform() * data["n_text"][clip]).long()
+    as_text = uniform() < config.text_condition_probability
     dropped = uniform() < config.conditioning_dropout
-    condition[dropped] = data["empty"][data["empty_of"][text[dropped]]]
+    condition = conditioning.chosen(data, index, which, as_text, dropped)
     latents = data["latents"][index]
     # one timestep in each of n equal bins: the loss of a batch varies less
     t = (torch.arange(n) + uniform()) / n
@@ -402,16 +399,7 @@ def fixed_losses(
     """
     n = min(n, len(data["latents"]))
     index = torch.linspace(0, len(data["latents"]) - 1, n).long()
-    first = data["caption"][:, 0]
-    text, others = first[data["clip"][index]], first.unique()
-    ours, theirs = (F.normalize(data["text"][i].flatten(1), dim=1) for i in (text, others))
-    conditions = {
-        "matched": data["text"][text],
-        "mismatched": data["text"][others[(ours @ theirs.T).argmin(dim=1)]],
-        "unconditional": data["empty"][data["empty_of"][text]],
-    }
-    if "audio" in data:
-        conditions["audio"] = data["audio"][index]
+    conditions = conditioning.conditions_of(data, index)
     if condition not in conditions:
         raise TrainingError(f"condition must be one of {', '.join(conditions)}; got {condition!r}")
     shape, generator = (n, *data["latents"].shape[1:]), torch.Generator().manual_seed(seed)
@@ -451,11 +439,12 @@ def load_data(pipe, config, clips=None, accelerator=None):
     tower = ldm.local_folder(ldm.checkpoint_info(config.checkpoint)["audio_encoder"])
     made_from = [ldm.checkpoint_digest(ldm.resolve(config.checkpoint)), ldm.checkpoint_digest(tower)]
     made_from += [ldm.load_clap(str(config.checkpoint)).front_end, config.seed, ldm.TRIES]
-    made_from, jobs = [*made_from, config.segment_s, config.segments_per_clip], {}
-    texts = _captions(clips)
-    distinct = sorted(set().union(*texts))
-    file = folder / f"captions-{store.content_key(made_from, distinct)}.safetensors"
-    jobs[file] = "", conditioning.text_tensors, (pipe, distinct)
+    made_from += [config.segment_s, config.segments_per_clip]
+    words = clips[captions.caption_columns(clips)].fillna("").map(str.strip).to_numpy(str)
+    words = np.take_along_axis(words, np.argsort(words == "", axis=1, kind="stable"), axis=1)
+    texts, numbers = np.unique(words, return_inverse=True)
+    file = folder / f"captions-{store.content_key(made_from, texts.tolist())}.safetensors"
+    jobs = {file: ("", conditioning.text_tensors, (pipe, texts.tolist()))}
     for split, rows in clips.groupby("split", sort=False):
         for start in range(0, len(rows), CLIPS_PER_FILE):
             part = rows.iloc[start : start + CLIPS_PER_FILE]
@@ -466,23 +455,17 @@ def load_data(pipe, config, clips=None, accelerator=None):
         for file in list(jobs)[accelerator.process_index :: accelerator.num_processes]:
             conditioning.cached_tensors(file, *jobs[file][1:])
         accelerator.wait_for_everyone()
-    parts, numbers = {}, {text: i for i, text in enumerate(distinct)}
+    parts = {}
     for file, (split, *make) in tqdm(jobs.items(), desc="latents", disable=None, leave=False):
-        for name, value in conditioning.cached_tensors(file, *make).items():
-            parts.setdefault(split, {}).setdefault(name, []).append(value)
-    rows = [torch.tensor([numbers[text] for text in row]) for row in texts]
-    for split, found in clips.groupby("split", sort=False).indices.items():
-        ours = [rows[i] for i in found]
-        parts[split]["caption"] = [pad_sequence(ours, batch_first=True)]
-        parts[split] |= {"n_text": [torch.tensor([*map(len, ours)])]} | parts[""]
-    del parts[""]
-    return {split: {k: torch.cat(v) for k, v in part.items()} for split, part in parts.items()}
-
-
-def _captions(clips):
-    """Collect the captions of each clip: a list of lists."""
-    rows = clips[captions.caption_columns(clips)].fillna("").map(str.strip).to_numpy().tolist()
-    return [[text for text in row if text] for row in rows]
+        parts.setdefault(split, []).append(conditioning.cached_tensors(file, *make))
+    # copied: what is read from safetensors lies in the file as long as it is there
+    shared = {name: value.clone() for name, value in parts.pop("")[0].items()}
+    for split, made in parts.items():
+        rows = (clips["split"] == split).to_numpy()
+        shared |= {"caption": torch.tensor(numbers[rows])}
+        shared |= {"n_text": torch.tensor((words[rows] != "").sum(axis=1))}
+        parts[split] = shared | {k: torch.cat([part[k] for part in made]) for k in made[0]}
+    return parts
 
 
 def _read_clips(config):
@@ -634,9 +617,8 @@ class _Run:
         raw = {split: self._losses(split)["loss"].mean() for split in self.data if split != "train"}
         with self.averaged(self.ema):
             tables = {split: self._losses(split) for split in raw}
-            sounds = math.nan
-            if "audio" in self.data["val"]:
-                sounds = self._losses("val", condition="audio")["loss"].mean()
+            heard = "audio" in self.data["val"]
+            sounds = self._losses("val", condition="audio")["loss"].mean() if heard else math.nan
         val, done = tables["val"], len(numbers) * self.config.batch_size
         means = np.mean(numbers or [[math.nan] * 4], axis=0)
         names = "train_loss", "train_simple", "train_vlb", "grad_norm"
@@ -825,11 +807,10 @@ def note_scores(checkpoint, scores):
     """Put scores (of `fad.score_table`) into the model card of a folder that `finetune` has made."""
     card = Path(checkpoint) / ldm.CARD_FILE
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    head, title, rest = text.partition("## Scores\n")
-    if not title:
+    part = re.compile(r"(?<=\n## Scores\n\n).*?(?=\n\n## )", re.DOTALL)
+    if not part.search(text):
         raise TrainingError(f"{card}: no model card with a part '## Scores'; finetune writes one")
-    _, use, tail = rest.partition("## ")
-    return store.write_atomic(card, f"{head}{title}\n{_score_lines(scores)}\n\n{use}{tail}")
+    return store.write_atomic(card, part.sub(lambda _: _score_lines(scores), text))
 
 
 def _score_lines(scores):

@@ -660,9 +660,7 @@ def build_small(texts, seed=0, projection_dim=128, channels=(64, 128, 192)):
         # the pipeline pads the unconditional text to the width of the embedding
         max_position_embeddings=projection_dim + 8,
         projection_dim=projection_dim,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **{name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
     )
     text, plain = ClapTextModelWithProjection(config), len(channels) - 1
     unet = UNet2DConditionModel(

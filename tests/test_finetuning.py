@@ -972,9 +972,7 @@ def plain2(second, dataset, tmp_path_factory):
     return finetuning.finetune(make_config2(second, dataset, tmp_path_factory.mktemp("plain2")))
 
 
-def test_losses_of_audioldm2_are_those_of_a_loop_around_the_pipelines_own_encoding(
-    config2, tmp_path
-):
+def test_losses_of_audioldm2_are_those_of_a_loop_around_the_pipelines_own_encoding(config2, tmp_path):
     from diffusers import AudioLDM2Pipeline
 
     config = replace(config2, train="full", validation_steps=1, validation_segments=1)
@@ -992,9 +990,11 @@ def test_losses_of_audioldm2_are_those_of_a_loop_around_the_pipelines_own_encodi
         noise = torch.randn(latents.shape, generator=draw)
         noisy, errors = pipe.scheduler.add_noise(latents, noise, t), []
         for i in range(4):
-            caption = clips["caption caption_2 caption_3".split()].iloc[int(data["clip"][index[i]])]
+            caption = clips[["caption", "caption_2", "caption_3"]].iloc[int(data["clip"][index[i]])]
             with torch.no_grad():
-                text, mask, generated = pipe.encode_prompt(caption.iloc[int(which[i] * 3)], "cpu", 1, True)
+                text, mask, generated = pipe.encode_prompt(
+                    caption.iloc[int(which[i] * 3)], "cpu", 1, True
+                )
             # of the pair for guidance the first is the empty prompt
             row = slice(0, 1) if drop[i] < 0.5 else slice(1, 2)
             streams = {"encoder_hidden_states": generated[row], "encoder_hidden_states_1": text[row]}
@@ -1027,9 +1027,7 @@ def test_audioldm2_resumes_with_the_same_bytes(config2, plain2, tmp_path, monkey
         assert (resumed.checkpoint / name).read_bytes() == (plain2.checkpoint / name).read_bytes()
 
 
-def test_captions_are_encoded_once_whatever_the_language_model_is_called(
-    config2, tmp_path, monkeypatch
-):
+def test_captions_are_encoded_once_whatever_the_language_model_is_called(config2, tmp_path, monkeypatch):
     from diffusers import AudioLDM2Pipeline
 
     encode, seen = AudioLDM2Pipeline.encode_prompt, []
