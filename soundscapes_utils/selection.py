@@ -2,14 +2,11 @@
 
 Everything works on plain arrays (embeddings, labels, scores), whoever made them. Three rules hold:
 a filter keeps a stated number of clips per class, next to a random choice of the same number; a
-judge learns from real recordings of training folds; what is selected is selected on validation
-folds, and :func:`choose_filter` refuses to see the test fold.
-
-A *criterion* is a function of real recordings, their embeddings and labels, that returns one value per
-generated clip, more is better; a *filter* is such a function that returns which clips to keep.
+judge learns from real recordings of training folds; what is selected is selected on validation folds,
+as in notebook A2. A *criterion* is one value per generated clip, more is better; a *filter* is a mask of
+those to keep.
 """
 
-import functools
 import hashlib
 
 import numpy as np
@@ -151,96 +148,6 @@ def counts_per_class(labels, share):
         raise ValueError(f"share is {share}: it must be above 0 and at most 1")
     counts = pd.Series(list(labels)).value_counts().sort_index()
     return {label: max(1, int(number * share)) for label, number in counts.items()}
-
-
-def make_filters(labels, criteria, shares):
-    """Make a filter of each criterion, and of all jointly, at each share of every class.
-
-    `criteria` are functions of embeddings and labels of real recordings to one value per clip; so
-    are the filters, by name ("score 25%"), to a mask, bool [clips].
-    """
-
-    def keep(chosen, share, x, y):
-        values = [criterion(x, y) for criterion in chosen]
-        return keep_best(labels, joint_rank(labels, *values), counts_per_class(labels, share))
-
-    groups = {name: [criterion] for name, criterion in criteria.items()}
-    groups |= {"joint": list(criteria.values())} if len(criteria) > 1 else {}
-    return {
-        f"{name} {share:.0%}": functools.partial(keep, chosen, share)
-        for share in shares
-        for name, chosen in groups.items()
-    }
-
-
-# --- choose a filter, on validation folds ---------------------------------------------------------
-
-
-def choose_filter(real, folds, generated, filters, *, test_fold, sources=None, draws=199, seed=0):
-    """Find the filter that serves a classifier best, without ever looking at the test fold.
-
-    Each fold of the real training recordings validates in turn: a classifier learns from the clips
-    that a filter, called without that fold, keeps, and is tested on its recordings, next to
-    classifiers that learned from `draws` random choices of the same number per class. `real` and
-    `generated` are embeddings [n, d] and labels; `sources` the original recordings of the real ones,
-    whose excerpts count once; `filters` as from `make_filters`.
-
-    One row per filter: ``n_kept`` (mean over the folds), ``n_validation`` (sources), ``accuracy, ci_low,
-    ci_high`` (95 %, over sources); ``control``, the mean accuracy of the random choices, and their
-    middle 95 % ``control_low, control_high``; ``difference``; ``p``, the share of random choices
-    that did as well or better (a one-sided randomisation test; NaN where nothing is dropped);
-    ``p_holm``, with regard to how many filters were tried; ``chosen``, the best accuracy.
-    """
-    x, clips_x = stats.real_rows(real[0], "real"), stats.real_rows(generated[0], "generated")
-    y, clips_y = _names(real[1], len(x)), _names(generated[1], len(clips_x))
-    folds = np.asarray(folds)
-    if n_test := int((folds == test_fold).sum()):
-        raise ValueError(
-            f"{n_test} recordings of test fold {test_fold} are among those that a filter is chosen "
-            "on: leave them out"
-        )
-    if len(np.unique(folds)) < 2:
-        raise ValueError("at least two folds are needed, so that each can validate the others")
-    groups = np.arange(len(x)) if sources is None else np.asarray(sources)
-
-    def recognised(masks):
-        """Per source: was it recognised by what the filter of the other folds let through?"""
-        right, judges = np.zeros(len(x)), {}
-        for fold, mask in zip(np.unique(folds), masks, strict=True):
-            # a filter that keeps the same for all folds trains one classifier
-            if (key := mask.tobytes()) not in judges:
-                judges[key] = stats.linear_probe(seed).fit(clips_x[mask], clips_y[mask])
-            right[folds == fold] = judges[key].predict(x[folds == fold]) == y[folds == fold]
-        return pd.Series(right).groupby(groups).mean().to_numpy()
-
-    rows, controls = [], {}
-    for name, keep in filters.items():
-        masks = [np.asarray(keep(x[folds != f], y[folds != f])) for f in np.unique(folds)]
-        if min(len(set(clips_y[mask])) for mask in masks) < 2:
-            raise ValueError(f"filter {name} keeps fewer than two classes: loosen it")
-        counts = [pd.Series(clips_y[mask]).value_counts().sort_index().to_dict() for mask in masks]
-        if (key := str(counts)) not in controls:
-            n_draws = 0 if all(mask.all() for mask in masks) else draws
-            drawn = [[keep_random(clips_y, n, seed + i) for n in counts] for i in range(n_draws)]
-            controls[key] = np.array([recognised(chosen).mean() for chosen in drawn])
-        row = {"filter": name, "n_kept": float(np.mean([mask.sum() for mask in masks]))}
-        rows.append(row | _against(recognised(masks), controls[key], seed))
-    table = pd.DataFrame(rows)
-    return table.assign(p_holm=stats.holm(table["p"]), chosen=table.index == table["accuracy"].idxmax())
-
-
-def _against(right, drops, seed):
-    low, high = stats.bootstrap_ci(right, seed=seed)
-    accuracy = float(right.mean())
-    row = {"n_validation": len(right), "accuracy": accuracy, "ci_low": low, "ci_high": high}
-    names = ("control", "control_low", "control_high", "difference", "p")
-    if not len(drops):
-        return row | dict.fromkeys(names, np.nan)
-    ends = np.quantile(drops, [0.025, 0.975])
-    # equal shares are summed in another order: what differs in the last digit is a tie
-    p = (1 + int((drops >= accuracy - 1e-12).sum())) / (1 + len(drops))
-    numbers = (drops.mean(), *ends, accuracy - drops.mean(), p)
-    return row | dict(zip(names, map(float, numbers), strict=True))
 
 
 # --- real or synthetic? ---------------------------------------------------------------------------

@@ -156,95 +156,6 @@ def test_complex_values_are_refused_and_tensors_taken():
     assert found.clap_score.tolist() == [1, 1]
 
 
-# --- choose a filter -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def spoilt():
-    """Real recordings of two classes, and generated ones of which the first third is mislabelled."""
-    rng = np.random.default_rng(0)
-    labels = np.array(["a", "b"] * 60)
-    clean = np.where(labels == "a", 1.0, -1.0)[:, None] + 0.8 * rng.normal(size=(120, 3))
-    made = np.where(labels == "a", 1.0, -1.0)[:, None] + 0.8 * rng.normal(size=(120, 3))
-    wrong = np.arange(120) < 50
-    made[wrong] *= -1
-    return (clean, labels), np.repeat([1, 2, 3, 4], 30), (made, labels), wrong
-
-
-def test_the_filter_that_drops_mislabelled_clips_is_chosen(spoilt):
-    real, folds, made, wrong = spoilt
-    seen = []
-
-    def judge(x, y):
-        seen.append(len(x))
-        agreed = selection.class_probability((x, y), *made).class_probability
-        return selection.keep_best(made[1], agreed, 35)
-
-    filters = {
-        "all": always(np.ones(120, bool)),
-        "wrong": always(wrong),
-        "right": always(~wrong),
-        "judge": judge,
-    }
-    table = selection.choose_filter(real, folds, made, filters, test_fold=5, draws=39).set_index(
-        "filter"
-    )
-    # the judge never saw the fold that validated
-    assert seen == [90] * 4
-    assert table.n_kept.to_dict() == {"all": 120, "wrong": 50, "right": 70, "judge": 70}
-    assert table.n_validation.unique() == 120
-    # a filter that drops nothing has no control
-    assert table.loc["all", ["control", "difference", "p", "p_holm"]].isna().all()
-    assert table.accuracy["wrong"] < 0.3 < 0.85 < table.accuracy["right"]
-    assert table.p["right"] == table.p["judge"] == 1 / 40 and table.p["wrong"] == 1
-    assert table.p_holm.drop("all").tolist() == pytest.approx([1, 3 / 40, 3 / 40])
-    assert table.accuracy["right"] > table.control_high["right"] > table.control["right"]
-    assert table.chosen.sum() == 1 and table.accuracy[table.chosen].item() == table.accuracy.max()
-    assert table.chosen["right"] or table.chosen["judge"]
-    assert table.accuracy["right"] == pytest.approx(accuracy_by_hand(real, made, ~wrong))
-
-
-def always(mask):
-    """A filter that does not look at real recordings."""
-    return lambda x, y: mask
-
-
-def accuracy_by_hand(real, made, kept):
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(made[0][kept])
-    model = LogisticRegression().fit(scaler.transform(made[0][kept]), made[1][kept])
-    return model.score(scaler.transform(real[0]), real[1])
-
-
-def test_the_better_of_two_thresholds_is_chosen_and_no_judge_hears_the_fold_that_validates(spoilt):
-    real, folds, made, wrong = spoilt
-    heard = []
-
-    def agreement(x, y):
-        heard.append(len(x))
-        return selection.class_probability((x, y), *made)["class_probability"]
-
-    # a criterion is known by what it does, whatever it is called
-    criteria = {"score": lambda x, y: -wrong.astype(float), "class agreement": agreement}
-    filters = selection.make_filters(made[1], criteria, [0.95, 0.5])
-    masks = {name: keep(*real) for name, keep in filters.items()}
-    # 58 % of each class are right
-    assert not (masks["score 50%"] & wrong).any() and (masks["score 95%"] & wrong).sum() > 30
-    heard.clear()
-    table = selection.choose_filter(real, folds, made, filters, test_fold=5, draws=9)
-    table = table.set_index("filter")
-    assert set(heard) == {90}
-    for name, mask in masks.items():
-        assert table.n_kept[name] == mask.sum()
-    assert table.accuracy["score 50%"] > table.accuracy["score 95%"] + 0.1
-    assert not table.chosen["score 95%"] and table.chosen.sum() == 1
-    # drops of equal number: those of one share have one control, those of another another
-    assert table.control["score 95%"] == table.control["joint 95%"] != table.control["joint 50%"]
-    assert table.control["score 50%"] == table.control["class agreement 50%"]
-
-
 def test_shares_are_rounded_down_but_leave_one():
     labels = ["dog"] * 7 + ["rain"]
     assert selection.counts_per_class(labels, 0.5) == {"dog": 3, "rain": 1}
@@ -271,39 +182,6 @@ def test_the_best_by_clap_is_nearest_to_its_own_prompt(monkeypatch):
     best = selection.best_by_clap(names, made)
     assert best.path.tolist() == ["2", "3"]
     np.testing.assert_allclose(best.score, [3 / 9.01**0.5, 2 / 5**0.5])
-
-
-def test_a_filter_that_is_random_itself_is_one_of_many(spoilt):
-    real, folds, made, _ = spoilt
-    # 21 of each class, drawn as the fourth of the control's own drops
-    mask = selection.keep_random(made[1], 21, seed=3)
-    found = selection.choose_filter(real, folds, made, {"r": always(mask)}, test_fold=5, draws=19).iloc[
-        0
-    ]
-    drops = [
-        accuracy_by_hand(real, made, selection.keep_random(made[1], 21, seed=draw)) for draw in range(19)
-    ]
-    assert found.accuracy == pytest.approx(drops[3])
-    assert found.control == pytest.approx(np.mean(drops))
-    assert found.p == (1 + sum(drop >= drops[3] for drop in drops)) / 20
-
-
-def test_excerpts_of_one_source_count_once(spoilt):
-    real, folds, made, wrong = spoilt
-    table = selection.choose_filter(
-        real, folds, made, {"right": always(~wrong)}, test_fold=5, sources=np.arange(120) // 3, draws=1
-    )
-    assert table.n_validation[0] == 40
-
-
-def test_the_test_fold_is_refused(spoilt):
-    real, folds, made, wrong = spoilt
-    with pytest.raises(ValueError, match="30 recordings of test fold 4"):
-        selection.choose_filter(real, folds, made, {"right": always(~wrong)}, test_fold=4)
-    with pytest.raises(ValueError, match="two folds"):
-        selection.choose_filter(real, np.ones(120), made, {"right": always(~wrong)}, test_fold=5)
-    with pytest.raises(ValueError, match="filter none keeps fewer than two classes"):
-        selection.choose_filter(real, folds, made, {"none": always(np.zeros(120, bool))}, test_fold=5)
 
 
 # --- probe -----------------------------------------------------------------------------------------
