@@ -66,10 +66,9 @@ def load_esc50(root, esc10=False):
     names = table["filename"].str.extract(r"^(\d+)-.+-[A-Z]+-(\d+)\.").astype(float)
     wrong = names[0].notna() & (names[0].ne(table["fold"]) | names[1].ne(table["target"]))
     if wrong.any():
-        raise DatasetError(
-            f"{where}: {wrong.sum()} rows contradict the fold or target in their file's name "
-            f"({_first(table['filename'][wrong])}); restore the published table"
-        )
+        fault = f"{wrong.sum()} rows contradict the fold or target in their file's name"
+        first = _first(table["filename"][wrong])
+        raise DatasetError(f"{where}: {fault} ({first}); restore the published table")
     if esc10:
         table = table[table["esc10"].str.lower() == "true"]
         if table.empty:
@@ -369,11 +368,9 @@ def assign_splits(clips, test_fold):
     names = {test_fold: "test", folds[(folds.index(test_fold) + 1) % len(folds)]: "val"}
     split = clips["fold"].map(lambda fold: names.get(fold, "train")).rename("split")
     spread = split.groupby(clips["source_id"]).nunique()
-    if (spread > 1).any():
-        raise DatasetError(
-            f"{(spread > 1).sum()} recordings are in more than one split (source_id "
-            f"{_first(spread.index[spread > 1])}): give all clips of one recording the same fold"
-        )
+    if len(torn := spread.index[spread > 1]):
+        fault = f"{len(torn)} recordings are in more than one split (source_id {_first(torn)})"
+        raise DatasetError(f"{fault}: give all clips of one recording the same fold")
     return split
 
 
@@ -439,11 +436,9 @@ def _check_rows(table, where, name, number=None, label=None):
         raise DatasetError(f"{where}: {len(twice)} files are listed twice ({_first(twice)}); keep one")
     for one, many in ((number, label), (label, number)) if number else ():
         counts = table.groupby(one)[many].nunique()
-        if (counts > 1).any():
-            raise DatasetError(
-                f"{where}: {one} {_first(counts.index[counts > 1])} goes with more than one {many}; "
-                "correct those rows"
-            )
+        if len(several := counts.index[counts > 1]):
+            fault = f"{one} {_first(several)} goes with more than one {many}"
+            raise DatasetError(f"{where}: {fault}; correct those rows")
 
 
 def _find_files(root, names, where, hint, below="audio", outside=()):
@@ -457,10 +452,8 @@ def _find_files(root, names, where, hint, below="audio", outside=()):
     wanted = [PurePosixPath(_spelling(name)) for name in names]
     paths = [present.get(str(p)) or by_stem.get(str(p.with_suffix(""))) for p in wanted]
     if missing := [name for name, path in zip(names, paths, strict=True) if path is None]:
-        raise DatasetError(
-            f"{len(missing)} of the {len(paths)} files named in {where} are missing "
-            f"(first: {_first(missing)}); {hint}"
-        )
+        lacking = f"{len(missing)} of the {len(paths)} files named in {where} are missing"
+        raise DatasetError(f"{lacking} (first: {_first(missing)}); {hint}")
     return paths
 
 

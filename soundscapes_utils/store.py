@@ -8,7 +8,7 @@ at all. *Made already?* :func:`content_key`, :func:`cached_array`, :class:`Recor
 
 import contextlib
 import hashlib
-import importlib.util
+import importlib.machinery
 import io
 import json
 import math
@@ -112,12 +112,12 @@ def class_files(name):
 
     That is the module's file, or all of its package, and what it imports from where one stands.
     """
-    here, files = _here(), {}
-    match, spec = re.match(r"([^\W\d]\w*)[.\w]*:[^\W\d]", name), None
-    with contextlib.suppress(ImportError, ValueError):
-        spec = match and importlib.util.find_spec(match[1])
-    places = spec and (spec.submodule_search_locations or [spec.origin])
-    folder, waiting = Path(places[0] if places else here).parent, [match[1]] if places else []
+    top, files = re.match(r"([^\W\d]\w*)[.\w]*:[^\W\d]", name), {}
+    here = top and _here()
+    if not (spec := top and importlib.machinery.PathFinder.find_spec(top[1])):
+        return []
+    place, waiting = next(iter(spec.submodule_search_locations or [spec.origin])), [top[1]]
+    folder = Path(place).parent
     while waiting:
         module = folder / waiting.pop()
         for file in walk_files(module, [".py"]) or [module.with_suffix(".py")]:

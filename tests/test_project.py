@@ -378,6 +378,61 @@ def test_no_error_text_of_python_reaches_the_user(words, capsys, tmp_path, monke
     assert said.count(given) == 1 and str(ROOT) not in said if given else True, said
 
 
+WITHOUT = """
+import sys
+from soundscapes_utils.__main__ import main
+sys.modules["{library}"] = None  # as where it is not installed
+print(main({words}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("library", "words", "remedy"),
+    [
+        ("torch", ["finetune", "config.yaml"], "[models]'"),
+        ("torch", ["generate", "clips", "--prompt", "a dog"], "[models]'"),
+        ("torch", ["run", "quick", "--name", "none-here"], "[models]'"),
+        ("diffusers", ["generate", "clips", "--prompt", "a dog"], "[models]'"),
+        ("nbformat", ["publish", "."], "notebooks]'"),
+    ],
+)
+def test_a_missing_library_is_one_line_that_names_its_extra(library, words, remedy, tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    code = [sys.executable, "-c", WITHOUT.format(library=library, words=words)]
+    done = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.split()[-1] == "1" and not list(tmp_path.iterdir())
+    (said,) = done.stderr.splitlines()
+    assert library in said and remedy in said and "./run_all.sh setup" in said
+
+
+def test_libraries_of_the_lock_alone_are_not_asked_of_pip(tmp_path, monkeypatch, capsys):
+    from soundscapes_utils import __main__, generation
+
+    monkeypatch.chdir(tmp_path)
+
+    def without(*_, **__):
+        raise ModuleNotFoundError("No module named 'audiocraft'", name="audiocraft.models")
+
+    monkeypatch.setattr(generation, "get_backend", without)
+    assert __main__.main(["generate", "clips", "--prompt", "a dog"]) == 1
+    said = capsys.readouterr().err
+    assert "./run_all.sh setup" in said and "pip" not in said and said.count("\n") == 1
+
+
+def test_paths_and_pages_outside_of_a_clone(tmp_path, monkeypatch):
+    from soundscapes_utils import audio, report
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "__file__", str(tmp_path / "site-packages/soundscapes_utils/store.py"))
+        with pytest.raises(FileNotFoundError, match="no copy of the project .*change into the clone"):
+            store.project_root()
+        assert store.project_path("new") == tmp_path / "new"
+    monkeypatch.setattr(store, "project_root", lambda start=None: 1 / 0)  # a page asks for none
+    audio.save_audio(tmp_path / "sounds/dog/a.wav", np.full(800, 0.1), 8000)
+    assert report.page_of("sounds").is_file()
+
+
 def test_wandb_without_a_key_is_refused_before_training(tmp_path, capsys, monkeypatch):
     import wandb
 
