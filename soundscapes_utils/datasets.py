@@ -115,7 +115,7 @@ def load_folder(root, folds=N_FOLDS):
     - A table: `root` is a CSV, or holds one, with columns ``path`` (or ``filename``; from the table's
       folder, or absolute) and ``label`` (or ``category``), and ``source_id, fold, split`` if any.
 
-    ``source_id`` is what a name has before a counter ("-1", "_0002", " (3)"), or all of it if no more than
+    ``source_id`` is what a name has before a counter ("-1", "_0002", " (3)"), or all if no more than
     the class would be left; in a table that has folds or splits, every file is a source.
 
     ``fold``, 1 to `folds`, follows from the source's name alone: no clip moves when others come.

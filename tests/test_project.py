@@ -425,7 +425,7 @@ def test_paths_and_pages_outside_of_a_clone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(store, "__file__", str(tmp_path / "site-packages/soundscapes_utils/store.py"))
-        with pytest.raises(FileNotFoundError, match="no copy of the project .*change into the clone"):
+        with pytest.raises(FileNotFoundError, match=r"no copy of the project .*change into the clone"):
             store.project_root()
         assert store.project_path("new") == tmp_path / "new"
     monkeypatch.setattr(store, "project_root", lambda start=None: 1 / 0)  # a page asks for none
