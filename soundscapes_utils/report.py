@@ -1,10 +1,9 @@
 """Pages that open from the disk, on a phone and without a network; and what a run gives to the project.
 
-:func:`write_report` makes the page that closes a run (what was found, then notebook by notebook) from
-what lies in its folder, so that it can be made again at any time, of half a run too.
-:func:`listening_page` makes a page of a generated set: class by class, real beside synthetic. Both
-fill one template, ``page.html.j2``: a page is a list of sections, a section holds tables, figures and
-sides of cards, a card is one sound. :func:`publish` takes the outputs of a run into the notebooks.
+:func:`write_report` makes the page of a run (what was found, then notebook by notebook) from what lies
+in its folder, of half a run too; :func:`listening_page` that of a generated set, real beside synthetic.
+Both fill one template, ``page.html.j2``: a page is a list of sections, a section holds tables, figures
+and sides of cards, a card is one sound. :func:`publish` takes a run's outputs into the notebooks.
 """
 
 import json
@@ -50,11 +49,14 @@ def write_report(run_dir):
 
 
 def findings(run_dir):
-    """Collect what the notebooks of a run found, ``NN_findings.csv``, the main questions first.
+    """Collect what the finished notebooks of a run found, ``NN_findings.csv``, main questions first.
 
     Columns ``rank``, ``question``, ``answer`` (in short, a colon, its numbers), ``stage`` (two digits).
     """
-    files = sorted((store.project_path(run_dir) / "tables").glob("[0-9][0-9]_findings.csv"))
+    folder = store.project_path(run_dir)
+    stages = pipeline.read_record(folder)["stages"]
+    done = {stem[:2] for stem, stage in stages.items() if stage["status"] == "finished"}
+    files = [file for file in sorted(folder.glob("tables/*_findings.csv")) if file.stem[:2] in done]
     tables = [store.read_table(file).assign(stage=file.stem[:2]) for file in files]
     empty = pd.DataFrame(columns=["rank", "question", "answer", "stage"])
     return pd.concat(tables or [empty]).sort_values("rank", ignore_index=True)

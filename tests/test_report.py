@@ -138,6 +138,7 @@ def test_numbers_are_rounded_and_texts_kept(tmp_path):
 
 def test_the_page_opens_with_what_was_found_the_main_questions_first(tmp_path):
     run = store.RunFolder(finished_run(tmp_path))
+    results_of_notebooks(run)
     asked = {
         "03": [(4, "Costs?", "1 < 2: p 0.5"), (5, "Copies?", "No")],
         "05": [(3, "Helps?", "Yes: so")],
@@ -152,12 +153,17 @@ def test_the_page_opens_with_what_was_found_the_main_questions_first(tmp_path):
     first = text[text.index("What was found</h2>") : text.index('id="notebook-01"')]
     assert first.index("Helps?") < first.index("Costs?") < first.index("Copies?")
     assert "<strong>1 &lt; 2</strong>: p 0.5" in first and "<strong>No</strong>" in first
+    # what a notebook found before it ran again is not what it found
+    record = json.loads((run.path / "run.json").read_text())
+    record["stages"]["03_x"] = record["stages"]["03_x"] | {"status": "failed"}
+    (run.path / "run.json").write_text(json.dumps(record))
+    assert report.findings(run.path)["question"].tolist() == ["Helps?"]
 
 
 def test_a_run_ends_with_three_findings_in_words_the_time_and_the_page(tmp_path, monkeypatch, capsys):
     run = store.RunFolder(finished_run(tmp_path))
     rows = [(rank, f"Question {rank}?", f"Yes: {'so ' * 50}{rank}.") for rank in (4, 2, 1, 3)]
-    run.save_table(pd.DataFrame(rows, columns=["rank", "question", "answer"]), "02_findings")
+    run.save_table(pd.DataFrame(rows, columns=["rank", "question", "answer"]), "01_findings")
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: run.path)
     assert main(["run"]) == 0
     said = capsys.readouterr().out
@@ -165,7 +171,7 @@ def test_a_run_ends_with_three_findings_in_words_the_time_and_the_page(tmp_path,
     assert max(map(len, said.splitlines())) <= max(100, len(str(tmp_path)) + 20)
     assert re.search(r"\nIt took \d+ s\.\nReport: .*index\.html\n\Z", said)
     # of one that has found nothing yet too
-    (run.tables / "02_findings.csv").unlink()
+    (run.tables / "01_findings.csv").unlink()
     assert main(["run"]) == 0 and "Question" not in capsys.readouterr().out
 
 
