@@ -112,7 +112,7 @@ def _run(options):
     folder = pipeline.run(options.profile, dict(options.p), **given)
     page = report.write_report(folder)
     for row in report.findings(folder)[:3].itertuples():
-        print("", textwrap.fill(f"{row.question} {row.answer}", 100), sep="\n")
+        print("", textwrap.fill(f"{row.question} {row.answer}", 100, break_on_hyphens=False), sep="\n")
     print(f"\nIt took {pipeline.duration(time.monotonic() - begin)}.\nReport: {page}")
 
 

@@ -65,6 +65,10 @@ def test_all_notebooks_run_in_small_and_are_skipped_afterwards(clone, capsys):
         assert "No description has been provided" not in html
     for stem in SERIES:
         assert (clone / "runs/test/tables" / f"{stem[:2]}_summary.csv").is_file()
+    found = report.findings(clone / "runs/test")
+    assert found["rank"].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert found["answer"].str.fullmatch(r"[A-Z][^:]+: .+\.").all()
+    assert not found["answer"].str.contains(r"\bnan\b").any()
     pipeline.run("test", root=clone, appendix=True)
     assert capsys.readouterr().out.count("unchanged, skipped") == len(NOTEBOOKS)
 
