@@ -110,9 +110,8 @@ class Embedding:
         for place, clip in enumerate(clips):
             name = _name(clip, place)
             file = self._cache_file(clip, name, sample_rate, known) if cache_dir else None
-            if file and file.is_file():
-                alone = partial(self._alone, clip, name, sample_rate, batch_size)
-                yield place, store.cached_array(file, alone)
+            if file and (rows := store.read_array(file)) is not None:
+                yield place, rows
                 continue
             peak, windows = self._windows(clip, name, sample_rate)
             # a batch is one block of memory: only windows of one length share it
@@ -125,10 +124,6 @@ class Embedding:
                 yield from self._finished(waiting, batch_size)
                 waiting, held = [], 0
         yield from self._finished(waiting, batch_size)
-
-    def _alone(self, clip, name, sample_rate, batch_size):
-        clips = [(0, name, None, *self._windows(clip, name, sample_rate))]
-        return next(self._finished(clips, batch_size))[1]
 
     def _finished(self, waiting, batch_size):
         windows = [window for *_, windows in waiting for window in windows]

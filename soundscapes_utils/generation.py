@@ -552,37 +552,34 @@ def generate_clips(plan, backend, out_dir, batch_size=None, max_attempts=3, loud
     """
     plan = _checked(plan, loudness, max_attempts)
     plan, records = store.shard(plan, shard), store.Records(out_dir, "clips")
-    tables, failed = [], []
-    for start in range(0, len(plan), _ROWS_HELD):
-        rows = plan.iloc[start : start + _ROWS_HELD].to_dict("records")
-        made = _made(rows, backend, records, batch_size, max_attempts, loudness)
-        failed += [row["clip_id"] for row in rows if row["clip_id"] not in made]
-        if made:
-            rows = [made[row["clip_id"]] for row in rows if row["clip_id"] in made]
-            table = pd.DataFrame(rows, columns=[*GENERATED_COLUMNS, "key"])
-            tables.append(_described(table, backend, out_dir))
-    _report_failures(failed, plan, out_dir, max_attempts)
-    return pd.concat(tables, ignore_index=True)
+    parts = (plan.iloc[i : i + _ROWS_HELD] for i in range(0, len(plan) or 1, _ROWS_HELD))
+    how = backend, records, batch_size, max_attempts, loudness
+    made = pd.concat([_made(part.to_dict("records"), *how) for part in parts], ignore_index=True)
+    failed = plan["clip_id"][~plan["clip_id"].isin(made["clip_id"])]
+    _report_failures(list(failed), plan, out_dir, max_attempts)
+    return _described(made, backend, out_dir)
 
 
 def _made(rows, backend, records, batch_size, max_attempts, loudness):
-    """Make what is missing of some rows of a plan; each clip that is fit, by name."""
+    """Make what is missing of some rows of a plan; the table of the clips that are fit."""
     from tqdm import tqdm
 
     # a bar on a terminal; in notebooks and logs a line a minute
     rare = {} if sys.stderr.isatty() else dict.fromkeys(["delay", "mininterval", "maxinterval"], 60)
-    made = {}
+    pending, made = rows, {}
     for attempt in range(max_attempts):
-        requests = [_request(r, attempt, backend, loudness) for r in rows if r["clip_id"] not in made]
+        requests = [_request(row, attempt, backend, loudness) for row in pending]
         entries = {row["key"]: _known(row, records) for row in requests}
-        batches = _batches([r for r in requests if not entries[r["key"]]], backend, batch_size)
+        missing = [row for row in requests if not entries[row["key"]]]
+        batches = _batches(missing, backend, batch_size)
         for batch in tqdm(batches, desc=f"calls of {backend.checkpoint}", **rare):
             entries |= _make_batch(batch, backend, records, loudness)
         fit = [(row, entries[row["key"]]) for row in requests if not entries[row["key"]].get("reason")]
         made |= {row["clip_id"]: row | {"lufs": entry.get("lufs")} for row, entry in fit}
-        if len(made) == len(rows):
+        if not (pending := [row for row in pending if row["clip_id"] not in made]):
             break
-    return made
+    rows = [made[row["clip_id"]] for row in rows if row["clip_id"] in made]
+    return pd.DataFrame(rows, columns=[*GENERATED_COLUMNS, "key"])
 
 
 def _described(table, backend, out_dir):
@@ -592,8 +589,9 @@ def _described(table, backend, out_dir):
     about = {"dataset": "generated", "heard": heard, "backend": backend.name}
     about |= {"checkpoint": backend.checkpoint, "sample_rate": backend.sample_rate}
     about |= {key: backend.settings.get(key) for key in ("guidance_scale", "steps")}
-    numbers = dict.fromkeys(["fold", "guidance_scale", "lufs", "score"], float)
-    return table.assign(source_id=table["clip_id"], **about).astype(numbers | {"steps": "Int64"})
+    kinds = dict.fromkeys(["fold", "guidance_scale", "lufs", "score", "duration_s"], float)
+    kinds |= {"steps": "Int64", "seed": int}
+    return table.assign(source_id=table["clip_id"], **about).astype(kinds)
 
 
 def _checked(plan, loudness, max_attempts):

@@ -457,8 +457,9 @@ def plan_scenes(foregrounds, backgrounds, n, seed=0, **options):
         raise store.DataError(f"n of {n} mixes leaves a split empty; plan at least {n_folds}")
     held_out = max(1, round(n / n_folds))
     shares = {"train": n - 2 * held_out, "val": held_out, "test": held_out}
-    parts, mixes, events, loud, left_out = [], [], [], {}, {}
-    columns = [*MIX_COLUMNS, "caption", *(f"caption_{k}" for k in range(2, int(options.n_captions) + 1))]
+    tables, mixes, events, loud, left_out = [], [], [], {}, {}
+    texts = ["caption", *(f"caption_{k}" for k in range(2, int(options.n_captions) + 1))]
+    table = partial(pd.DataFrame, columns=[*MIX_COLUMNS, *texts])
     measure = lru_cache(maxsize=None)(partial(_clip_level, options=options, left_out=left_out))
 
     def level(clip):
@@ -470,15 +471,12 @@ def plan_scenes(foregrounds, backgrounds, n, seed=0, **options):
             name = {"clip_id": f"{split}-{index:05d}", "split": split}
             placed = [name | event for event in _place(*chosen, options, level)]
             if len(mixes) == _ROWS_HELD:
-                parts, mixes = [*parts, _columns(mixes, columns)], []
+                tables, mixes = [*tables, table(mixes)], []
             mixes.append(_mix(*chosen, placed, options))
             events += placed if len(placed) > 1 else []
             gains = [event[gain] for event in placed for gain in ("gain_db", "background_gain_db")]
             loud |= {name["clip_id"]: max(gains)} if max(gains) > _LOUD_DB else {}
-    parts.append(_columns(mixes, columns))
-    # each column is let go of as it is joined: no moment holds the table twice
-    joined = {name: np.concatenate([part.pop(name) for part in parts]) for name in columns}
-    mixes = pd.DataFrame(joined, copy=False)
+    mixes = pd.concat([*tables, table(mixes)], ignore_index=True)
     _warn("clips that no mix can use are left out", left_out.values())
     _warn(f"mixes amplify by more than {_LOUD_DB:.0f} dB, rounding noise with it", loud)
     return mixes, pd.DataFrame(events, columns=EVENT_COLUMNS)
@@ -495,11 +493,6 @@ def _checked(clips, where):
 def _warn(what, found):
     if len(found):
         warnings.warn(f"{len(found)} {what}: {', '.join(map(str, [*found][:3]))}", stacklevel=3)
-
-
-def _columns(rows, names):
-    table = pd.DataFrame(rows, columns=names)
-    return {name: table[name].to_numpy(copy=True) for name in names}
 
 
 def _choose_clips(fg, bg, count, key, options, level):
@@ -617,47 +610,26 @@ def _mix(seed, background, clips, placed, options):
 
 
 def events_of(mixes, events=None):
-    """List the events of each mix, as dictionaries with the columns of the table of events.
+    """Yield the events of each mix, a list of dictionaries with the columns of the table of events.
 
-    They are made as they are asked for. The first event of each mix is taken from `mixes`; events that
-    are not listed are missed.
+    The first event of each mix is taken from `mixes`; events that are not listed are missed.
     """
-    further = pd.DataFrame(columns=EVENT_COLUMNS) if events is None else events[events["event"] > 0]
-    sounding = _Sounding(mixes, further)
-    for place, n in enumerate(mixes.get("n_events", [])):
-        if n != (listed := 1 + len(sounding.further(place))):
-            which = f"mix {mixes['clip_id'].iloc[place]}: {listed} of {n} events are listed"
+    further = _further_events(mixes, events)
+    first = mixes.rename(columns={"foreground_gain_db": "gain_db"}, copy=False).filter(EVENT_COLUMNS)
+    for values in first.itertuples(index=False, name=None):
+        row = dict(zip(first, values, strict=True)) | {"event": 0}
+        yield [row, *further.get(row.get("clip_id"), [])]
+
+
+def _further_events(mixes, events):
+    further = {}
+    for row in [] if events is None else events[events["event"] > 0].to_dict("records"):
+        further.setdefault(row["clip_id"], []).append(row)
+    for name, n in zip(mixes.get("clip_id", ()), mixes.get("n_events", ()), strict=False):
+        if n != (listed := 1 + len(further.get(name, []))):
+            which = f"mix {name}: {listed} of {n} events are listed"
             raise store.DataError(f"{which}; give events=, the second table of plan_scenes")
-    return sounding
-
-
-class _Sounding:
-    def __init__(self, mixes, further):
-        self._clips = mixes.get("clip_id", mixes.index).to_numpy()
-        self._first = _Rows(mixes, gain_db="foreground_gain_db")
-        self._further, self._places = _Rows(further), further.groupby("clip_id").indices
-
-    def __len__(self):
-        return len(self._clips)
-
-    def __getitem__(self, place):
-        first = self._first[place] | {"event": 0}
-        return [first, *(self._further[i] for i in self.further(place))]
-
-    def further(self, place):
-        """Rows of the mix's further events in their table."""
-        return self._places.get(self._clips[place], ())
-
-
-class _Rows:
-    """Rows of a table of events as dictionaries, which are made as they are asked for."""
-
-    def __init__(self, table, **others):
-        columns = {name: others.get(name, name) for name in EVENT_COLUMNS}
-        self._columns = {n: table[c].to_numpy() for n, c in columns.items() if c in table}
-
-    def __getitem__(self, place):
-        return {name: column.item(place) for name, column in self._columns.items()}
+    return further
 
 
 def occurrences(mixes, events=None):
@@ -716,6 +688,7 @@ def render_mixes(
     if shard:
         share = store.shard(sorted(mixes["foreground"].unique()), shard)
         mixes = mixes[mixes["foreground"].isin(share)]
+        events = None if events is None else events[events["clip_id"].isin(mixes["clip_id"])]
     records, known = (store.Records(out_dir, name) for name in ("mixes", "sources"))
     jobs = _Jobs(mixes, events, out_dir, sample_rate, engine, stems, known)
     scales = np.full(len(mixes), np.nan)
@@ -760,33 +733,37 @@ class _Job(NamedTuple):
         return [f"{stem}{part}{dot}{suffix}" for part in parts]
 
 
+def _arrays(table, names):
+    return {name: table[name].to_numpy() for name in names if name in table}
+
+
+def _row(arrays, place):
+    return {name: column.item(place) for name, column in arrays.items()}
+
+
 class _Jobs:
     """What workers need of each mix, made as it is asked for: held, it would take 4 kB a mix."""
 
     def __init__(self, mixes, events, out_dir, sample_rate, engine, stems, known=None):
         _check_engine(engine, stems)
         exact = mixes.filter([*_MIX_VALUES, "fade_s", "repeats", "n_events"]).round(_DECIMALS)
-        self.columns = {name: exact[name].to_numpy() for name in _MIX_VALUES}
-        sources = [*map(self.columns.get, ("foreground", "background"))]
-        if events is not None:
-            events = events[events["clip_id"].isin(exact["clip_id"])].round(_DECIMALS)
-            sources.append(events["foreground"])
-        self._sounding = events_of(exact, events)
-        self._sources = {path: _source(path, known) for path in pd.unique(np.concatenate(sources))}
-        self._out_dir, self._keyed = out_dir, known is not None
+        self._further = _further_events(exact, None if events is None else events.round(_DECIMALS))
+        self.columns = _arrays(exact, [*_MIX_VALUES, "fade_s", "repeats"])
+        sources = {*exact["foreground"], *exact["background"]}
+        sources |= {row["foreground"] for row in itertools.chain(*self._further.values())}
+        self._sources = {path: _source(path, known) for path in sorted(sources)}
+        self._out_dir, self._keyed, self.rate = out_dir, known is not None, sample_rate
         self._how = {"rate": int(sample_rate), "engine": engine, "stems": stems}
 
     def __len__(self):
-        return len(self._sounding)
-
-    def samples(self, seconds):
-        return round(seconds * self._how["rate"])
+        return len(self.columns["clip_id"])
 
     def __getitem__(self, place):
-        mix = {name: column.item(place) for name, column in self.columns.items()}
+        mix = _row(self.columns, place)
         recipe = {"background": self._sources[mix["background"]], "gain_db": mix["background_gain_db"]}
-        recipe |= self._how | {"samples": self.samples(mix["duration_s"]), "events": []}
-        for event in self._sounding[place]:
+        recipe |= self._how | {"samples": round(mix["duration_s"] * self.rate), "events": []}
+        first = mix | {"gain_db": mix["foreground_gain_db"]}
+        for event in (first, *self._further.get(mix["clip_id"], [])):
             how = event["onset_s"], event["gain_db"], event.get("fade_s", 0.0)
             source = self._sources[event["foreground"]]
             recipe["events"].append((source, *how, int(event.get("repeats", 1))))
@@ -839,9 +816,8 @@ def _by_source(jobs, places):
     """Order mixes such that few sources are decoded twice; say how many of them fit into memory."""
     # one kind is taken in blocks that fit; against each block, the other kind comes one by one
     room = _room(jobs, CACHE_BYTES // 2)
-    kinds = [
-        pd.factorize(jobs.columns[name][places], sort=True) for name in ("foreground", "background")
-    ]
+    sources = (jobs.columns[name][places] for name in ("foreground", "background"))
+    kinds = [pd.factorize(names, sort=True) for names in sources]
     n, m = (len(names) for _, names in kinds)
     kept = int(math.ceil(m / room) * n + m < math.ceil(n / room) * m + n)
     inner, passing = kinds[kept][0], kinds[1 - kept][0]
@@ -850,29 +826,25 @@ def _by_source(jobs, places):
 
 def _room(jobs, limit):
     """How many decoded sources of full length fit into a number of bytes."""
-    longest = jobs.samples(jobs.columns["duration_s"].max()) if len(jobs) else 1
-    return max(1, limit // (4 * longest))
+    longest = max(jobs.columns["duration_s"], default=0) * jobs.rate
+    return max(1, limit // (4 * max(1, round(longest))))
 
 
 def _render_chunk(jobs, room, records):
     # two caches, so that the kind that passes by does not push out the one that is kept
     decoders = [_decoder(kind, room) for kind in ("foreground", "background")]
-    scales = []
-    for place, job in jobs:
-        entry = _render_files(job, *decoders)
-        records.add(job.clip_id, entry)
-        scales.append((place, entry["peak_scale"]))
-    return scales
+    return [(place, _render_files(job, records, *decoders)) for place, job in jobs]
 
 
-def _render_files(job, *decoders):
+def _render_files(job, records, *decoders):
     parts, scale = _render(job, *decoders)
     stamps = []
     for path, part in zip(job.files, parts, strict=False):
         content = _encoded(part, job.recipe["rate"], path.endswith(".flac"))
         store.write_atomic(path, content, flush=False)
         stamps.append(store.file_stamp(path, content))
-    return {"recipe": job.key, "stamps": stamps, "peak_scale": scale}
+    records.add(job.clip_id, {"recipe": job.key, "stamps": stamps, "peak_scale": scale})
+    return scale
 
 
 def _render(job, foregrounds, backgrounds):
@@ -929,7 +901,7 @@ class MixDataset:
     def __init__(self, mixes, sample_rate, engine="numpy", stems=False, cache_mb=512, events=None):
         _check_table(mixes, events)
         self._jobs = _Jobs(mixes, events, "", sample_rate, engine, stems)
-        self._texts = {name: mixes[name].to_numpy() for name in captions.caption_columns(mixes)}
+        self._texts = _arrays(mixes, captions.caption_columns(mixes))
         self._room = _room(self._jobs, cache_mb * 2**20)
 
     def __len__(self):
@@ -940,5 +912,4 @@ class MixDataset:
         decode = _decoder("items", self._room)  # a data loader's process decodes for itself
         mix = _as_mix(*_render(job, decode, decode))._asdict()
         item = {name: value for name, value in mix.items() if value is not None}
-        texts = {name: column.item(index) for name, column in self._texts.items()}
-        return item | {"clip_id": job.clip_id} | texts
+        return item | {"clip_id": job.clip_id} | _row(self._texts, index)

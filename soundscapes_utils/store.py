@@ -15,10 +15,10 @@ import math
 import os
 import re
 import sys
-import threading
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections import UserDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,8 +32,6 @@ _TEXT = """clip_id path label source_id dataset split foreground background scen
     prompt prompt_family negative_prompt backend checkpoint heard reason made_from arm model against
     predicted candidate reference metric embedding change name note licence quantity"""
 TEXT_COLUMNS = frozenset(_TEXT.split())
-
-_LOCK, _LONGEST = threading.Lock(), 2**40
 
 
 class DataError(ValueError):
@@ -302,36 +300,35 @@ def is_unchanged(path, stamp):
         return False
 
 
+def read_array(path):
+    """Read an array kept as ``.npy``; None where there is none, or (with a warning) a damaged one."""
+    try:
+        content = Path(path).read_bytes()
+        begin = 10 + int.from_bytes(content[8:10], "little")
+        shape, by_column, dtype = _npy_header(content[:begin])
+        array = np.frombuffer(content, dtype, offset=begin)
+        return array.reshape(shape, order="F" if by_column else "C").copy()
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        warnings.warn(f"{path}: damaged ({error}); made again", stacklevel=3)
+
+
 def cached_array(path, compute):
     """Read an array kept as ``.npy``, or compute and keep it; a damaged file is made again."""
-    path = Path(path)
-    try:
-        return _array(path.read_bytes())
-    except FileNotFoundError:
-        pass
-    except (ValueError, OSError) as error:
-        warnings.warn(f"{path}: damaged ({error}); made again", stacklevel=2)
-    array = compute()
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    write_atomic(path, buffer.getvalue())
+    array = read_array(path)
+    if array is None:
+        array, buffer = compute(), io.BytesIO()
+        np.save(buffer, array)
+        write_atomic(path, buffer.getvalue())
     return array
 
 
-def _array(content):
-    begin = 10 + int.from_bytes(content[8:10], "little")
-    shape, order, dtype = _npy_header(content[:begin])
-    return np.frombuffer(content, dtype, offset=begin).reshape(shape, order=order).copy()
-
-
-@lru_cache(maxsize=1024)
+@lru_cache  # arrays of one shape have it in common, and parsing it takes longer than all the rest
 def _npy_header(head):
-    # remembered, as parsing it takes longer than the rest of the reading
     file = io.BytesIO(head)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("not of this version of the format")
-    shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
-    return shape, "F" if by_column else "C", dtype
+    np.lib.format.read_magic(file)
+    return np.lib.format.read_array_header_1_0(file)
 
 
 class Records:
@@ -346,69 +343,38 @@ class Records:
         self._file, self.entries = None, _Entries()
         files = [(path.stat().st_mtime_ns, path) for path in self.folder.glob(f"{name}-*.jsonl")]
         for _, path in sorted(files):
-            self.entries.read(path)
+            with path.open("rb") as file:
+                for line in file:
+                    with contextlib.suppress(ValueError, TypeError):
+                        key, entry = json.loads(line)
+                        # a line without an end was cut off by a kill
+                        if line.endswith(b"\n") and isinstance(entry, dict):
+                            self.entries[key] = line
 
     def add(self, key, entry):
         """Note a thing as made: the system has it when this returns, even if the process is killed."""
         line = json.dumps([key, entry], allow_nan=False).encode() + b"\n"
         try:
-            with _LOCK:
-                if self._file is None:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    own = f"{self.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
-                    self._file = (self.folder / own).open("ab", buffering=0)
-                self.entries.note(key, self._file.name, self._file.tell())
-                self._file.write(line)
+            if self._file is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                own = f"{self.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+                self._file = (self.folder / own).open("ab", buffering=0)
+            self._file.write(line)
         except OSError as error:
             raise DataError(
                 f"{self.folder}: cannot be written ({error}); free some space and call again to go on"
             ) from error
+        self.entries[key] = line
 
     def __getstate__(self):
         # another process writes a file of its own, and has no use for what is made already
         return {**self.__dict__, "_file": None, "entries": _Entries()}
 
 
-class _Entries(Mapping):
-    # held is where each stands in the files, by the hash of its key: 100 bytes instead of 1,000
-    def __init__(self):
-        self._paths, self._places, self._reader = [], {}, (None, None)
-
-    def read(self, path):
-        at = 0
-        with path.open("rb") as file:
-            for line in file:
-                with contextlib.suppress(ValueError, TypeError):
-                    key, entry = json.loads(line)
-                    # a line without an end was cut off by a kill
-                    if line.endswith(b"\n") and isinstance(entry, dict):
-                        self.note(key, path, at)
-                at += len(line)
-
-    def note(self, key, path, at):
-        if self._paths[-1:] != [path]:
-            self._paths.append(path)
-        self._places[hash(key)] = (len(self._paths) - 1) * _LONGEST + at
-
-    def _line(self, place):
-        number, at = divmod(place, _LONGEST)
-        with _LOCK:
-            if self._reader[0] != number:  # most are asked for in the order of the files
-                self._reader = number, open(self._paths[number], "rb")  # noqa: SIM115
-            self._reader[1].seek(at)
-            return json.loads(self._reader[1].readline())
-
+class _Entries(UserDict):
+    # lines as they are in the files, a quarter of what the entries would take
     def __getitem__(self, key):
-        return self._line(self._places[hash(key)])[1]
-
-    def __contains__(self, key):
-        return hash(key) in self._places
-
-    def __iter__(self):
-        return (self._line(place)[0] for place in self._places.values())
-
-    def __len__(self):
-        return len(self._places)
+        return json.loads(self.data[key])[1]
 
 
 # --- mine ----------------------------------------------------------------------------------------
