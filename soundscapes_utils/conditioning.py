@@ -23,11 +23,7 @@ _TEXTS_PER_PASS = 32
 
 
 def unet_inputs(unet, condition):
-    """Name conditions [batch, …] as the arguments of the U-Net that they are for.
-
-    >>> unet_inputs(None, torch.zeros(4, 512))["class_labels"].shape
-    torch.Size([4, 512])
-    """
+    """Name conditions [batch, …] as the arguments of the U-Net that they are for."""
     if condition.ndim == 2:
         return {"encoder_hidden_states": None, "class_labels": condition}
     # several processes train a wrapped U-Net
@@ -50,17 +46,16 @@ def text_tensors(pipe, texts):
     if not hasattr(pipe, "language_model"):
         rows = ldm.embed_text(pipe, [*texts, ""])
         return {"text": rows[:-1], "empty": rows[-1:], "empty_of": torch.zeros(len(texts)).long()}
-    lengths = [len(pipe.tokenizer_2(text, truncation=True).input_ids) for text in texts]
-    rows, empty = [None] * len(texts), []
-    for length in sorted(set(lengths)):
-        places = [i for i, n in enumerate(lengths) if n == length]
+    lengths = np.array([len(pipe.tokenizer_2(text, truncation=True).input_ids) for text in texts])
+    rows, empty, empty_of = [None] * len(texts), [], torch.zeros(len(texts)).long()
+    for number, length in enumerate(np.unique(lengths)):
+        places = np.flatnonzero(lengths == length)
+        empty_of[places] = number
         empty.append(_tokens(pipe, [texts[places[0]]], guided=True)[0])
-        for start in range(0, len(places), _TEXTS_PER_PASS):
-            part = places[start : start + _TEXTS_PER_PASS]
+        for part in np.split(places, range(_TEXTS_PER_PASS, len(places), _TEXTS_PER_PASS)):
             for i, row in zip(part, _tokens(pipe, [texts[i] for i in part]), strict=True):
                 rows[i] = row
     filled = pad_sequence([*rows, *empty], batch_first=True)
-    empty_of = torch.tensor([sorted(set(lengths)).index(length) for length in lengths])
     return {"text": filled[: len(texts)], "empty": filled[len(texts) :], "empty_of": empty_of}
 
 
@@ -68,20 +63,14 @@ def text_tensors(pipe, texts):
 def _tokens(pipe, texts, guided=False):
     """Encode texts of one length, behind their empty ones if `guided`, by the pipeline itself."""
     text, mask, generated = pipe.encode_prompt(texts, pipe.device, 1, guided)
-    streams = (
-        (generated, torch.full_like(generated[..., :1], _GENERATED)),
-        (text, mask[..., None] * _OF_T5),
-    )
     width = max(text.shape[-1], generated.shape[-1])
-    parts = [torch.cat([F.pad(x, (0, width - x.shape[-1])), flag], dim=-1) for x, flag in streams]
-    return torch.cat(parts, dim=1).float().cpu()
+    tokens = torch.cat([F.pad(x, (0, width - x.shape[-1])) for x in (generated, text)], dim=1)
+    stream = torch.cat([torch.full_like(generated[..., 0], _GENERATED), mask * _OF_T5], dim=1)
+    return torch.cat([tokens, stream[..., None]], dim=2).float().cpu()
 
 
 def sound_tensors(pipe, config, paths, start):
-    """Encode the segments of sounds as a `FinetuneConfig` asks: ``latents``, ``clip``.
-
-    And ``audio``, their embeddings, where these can take a caption's place as the condition.
-    """
+    """Encode and (for AudioLDM) embed segments as a `FinetuneConfig` asks: latents, clip, audio."""
     # each of the U-Net's levels but the last halves the latent once more
     unit = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     frames = max(1, round(config.segment_s * ldm.SAMPLE_RATE / ldm.HOP / unit)) * unit
@@ -104,7 +93,7 @@ def sound_tensors(pipe, config, paths, start):
 
 
 def chosen(data, index, which, as_text, dropped):
-    """Give segments [batch] of a split of `finetuning.load_data` the conditions of a training step.
+    """Give segments the conditions of a training step, from one split of `finetuning.load_data`.
 
     Those of their captions `which` where `as_text`, else of their sounds; where `dropped`, of no text.
     """

@@ -65,8 +65,7 @@ class TrainingError(store.DataError):
 class FinetuneConfig:
     """What `finetune` is to do; names as in diffusers' examples.
 
-    - ``checkpoint``: where to start: "builtin", a diffusers folder or a hub name, of AudioLDM or
-      AudioLDM 2.
+    - ``checkpoint``: where to start: "builtin", a folder or a hub name of AudioLDM or AudioLDM 2.
     - ``dataset_root``: a set of captioned sounds, as `metadata.read_clips` takes it.
     - ``out_dir`` becomes a diffusers folder; next to it lie curves and samples (``<name>.logs``),
       resumable states (``<name>.states``) and latents and embeddings (``<name>.cache``, or
@@ -82,10 +81,9 @@ class FinetuneConfig:
     - ``mixed_precision``: "no", "bf16" or (on a GPU) "fp16", for autocast; weights stay float32.
       ``gradient_checkpointing``: less memory, about a third slower.
     - ``snr_gamma`` above 0: min-SNR weights of the loss (5 in its paper).
-    - ``text_condition_probability``: how often the condition is the caption's embedding, not the
-      sound's. 0 is the way of AudioLDM; the small CLAP of the built-in checkpoint leaves a wide gap
-      between texts and sounds, and wants 0.5; AudioLDM 2 takes captions only. ``conditioning_dropout``:
-      how often it is that of the empty text.
+    - ``text_condition_probability``: how often the condition is the caption's, not the sound's: 0 in
+      AudioLDM's own training, 0.5 where texts and sounds lie far apart, as in the small CLAP of the
+      built-in checkpoint; always for AudioLDM 2. ``conditioning_dropout``: how often the empty text's.
     - ``segment_s``: seconds of a segment, rounded to what the U-Net can halve; ``segments_per_clip``,
       each the loudest of four random positions (one of a clip that is no longer).
     - ``validation_steps`` between validations and saved states, over at most ``validation_segments``,
@@ -94,8 +92,7 @@ class FinetuneConfig:
     - ``sample_epochs``: passes over the training segments between samples of ``n_samples`` captions of
       the validation split, always with the same seeds, scored in ``sample_embeddings`` (names, or names
       and paths, for `embeddings.get_embedding`); 0: never.
-    - ``wandb_project``: also log there. ``data_licence``: for the model card. ``seed``: of all that is
-      drawn.
+    - ``wandb_project``: also log there. ``data_licence``: for the card. ``seed``: of all that is drawn.
     - ``info``: entries for the checkpoint's note: ``training_dataset`` in words, and ``heard``, the
       training folds by data set, to which those that the start was trained on are added.
     """
@@ -245,17 +242,14 @@ def _train(run):
 def launch(config, processes=1):
     """Fine-tune in several processes, as `accelerate launch` would: from a notebook or a script.
 
-    Each has a GPU, or all share the CPU; the loss does not depend on their number. What they say is
-    printed; their configuration is in ``<out_dir>.logs/config.yaml``.
+    Each has a GPU, or all share the CPU. Their configuration is in ``<out_dir>.logs/config.yaml``.
     """
-    import yaml
-
     if processes == 1:
         return finetune(config)
     gpus = torch.cuda.device_count()
     if processes < 1 or 0 < gpus < processes:
         raise TrainingError(f"processes must be 1 or more, one per GPU ({gpus}); got {processes}")
-    text = yaml.safe_dump(json.loads(json.dumps(asdict(config))))  # in JSON tuples are lists
+    text = json.dumps(asdict(config), indent=2)  # which is YAML too
     file = store.write_atomic(_next_to(config, "logs") / "config.yaml", text)
     # with --cpu accelerate starts one process only; the trainer itself sees that there is no GPU
     words = f"-m accelerate.commands.launch --multi_gpu --num_processes {processes}"
@@ -315,9 +309,7 @@ def _learning_rate(config, step):
 
 
 class Denoising(NamedTuple):
-    """What the U-Net got wrong, per sample: mean squared error of what it predicts, its weight in the
-    objective, and in the variational lower bound (nats for each value of the latent).
-    """
+    """Per sample: mean squared error, its weight in the loss, and in the variational bound (nats)."""
 
     error: torch.Tensor
     weight: torch.Tensor
@@ -350,8 +342,7 @@ def denoising(unet, scheduler, batch, snr_gamma=0.0):
 def _vlb_weights(alphas_cumprod, kind):
     """Weigh the squared error at every timestep as the variational lower bound does.
 
-    Half the fall of the SNR from the step before (arXiv 2107.00630, eq. 13), turned into an error of
-    `kind`. The first step, where it is infinite, has the weight of the second.
+    Half the fall of the SNR (arXiv 2107.00630, eq. 13), for an error of `kind`; the first is infinite.
     """
     alpha = alphas_cumprod.double()
     snr = alpha / (1 - alpha)
@@ -458,7 +449,7 @@ def load_data(pipe, config, clips=None, accelerator=None):
     parts = {}
     for file, (split, *make) in tqdm(jobs.items(), desc="latents", disable=None, leave=False):
         parts.setdefault(split, []).append(conditioning.cached_tensors(file, *make))
-    # copied: what is read from safetensors lies in the file as long as it is there
+    # a copy: what safetensors reads stays in the file
     shared = {name: value.clone() for name, value in parts.pop("")[0].items()}
     for split, made in parts.items():
         rows = (clips["split"] == split).to_numpy()

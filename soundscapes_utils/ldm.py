@@ -121,10 +121,7 @@ def licence(checkpoint):
 
 
 def checkpoint_digest(source):
-    """Identify a checkpoint by the content of its files; a hub name stands for itself.
-
-    The model card and the note are left out: what is said of a model makes no other model of it.
-    """
+    """Identify a checkpoint by its files, but for card and note; a hub name stands for itself."""
     folder = Path(source)
     if not folder.is_dir():
         return str(source)
@@ -135,10 +132,9 @@ def checkpoint_digest(source):
 
 
 def load_pipeline(checkpoint, device=None):
-    """Load an AudioLDM or AudioLDM 2 pipeline in float32, whatever it was saved in, on `device` or a GPU
-    if there is one.
+    """Load a pipeline of AudioLDM or AudioLDM 2 in float32, whatever it was saved in.
 
-    `checkpoint` is "builtin", a folder in diffusers' layout, or a hub name.
+    `checkpoint` is "builtin", a folder or a hub name; `device` by default a GPU if there is one.
 
     Raises
     ------
@@ -183,10 +179,7 @@ def pipeline_index(checkpoint, *kinds):
 
 
 def weight_options(source, parts):
-    """Say how the weights in a folder's `parts` are opened: never pickled, as the variant they are.
-
-    Of the hub's pickles diffusers and transformers take tensors only.
-    """
+    """Say how the weights in a folder's `parts` are opened: never pickled, as the variant they are."""
     options = {}
     for part in parts:
         files = [path.name for path in Path(source, part).glob("*.*")]
@@ -406,10 +399,7 @@ def waveform_to_mel(y, n_frames):
 
 @torch.no_grad()
 def encode_mel(pipe, mel):
-    """Encode log-mels [batch, frames, 64] into scaled latents [batch, channels, time, mel], on the CPU.
-
-    They are the mode of the VAE's posterior.
-    """
+    """Encode log-mels [batch, frames, 64] to scaled modes of the VAE [batch, channels, time, mel]."""
     dist = pipe.vae.encode(mel[:, None].to(pipe.device)).latent_dist
     return (dist.mode() * pipe.vae.config.scaling_factor).cpu()
 
@@ -621,14 +611,10 @@ class AudioTower(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, projection_dim: int = 128, channels: tuple = (24, 48, 96, 128)):
         super().__init__()
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(
-                    nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()
-                )
-                for a, b in itertools.pairwise([1, *channels])
-            )
-        )
+        self.stages = nn.Sequential()
+        for a, b in itertools.pairwise([1, *channels]):
+            convolution = nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False)
+            self.stages.append(nn.Sequential(convolution, nn.BatchNorm2d(b), nn.ReLU()))
         bands = N_MELS // 2 ** len(channels)
         self.projection = nn.Linear(2 * bands * channels[-1], projection_dim)
 
@@ -671,11 +657,9 @@ def build_small(texts, seed=0, projection_dim=128, channels=(64, 128, 192)):
         cross_attention_dim=tuple(channels),
         projection_class_embeddings_input_dim=projection_dim,
     )
-    scheduler = DDIMScheduler(**sizes["scheduler"])
+    ends = DDIMScheduler(**sizes["scheduler"]), NoiseVocoder()
     with quiet():
-        pipe = AudioLDMPipeline(
-            PatchVAE(), text.eval(), tokenizer, unet.eval(), scheduler, NoiseVocoder()
-        )
+        pipe = AudioLDMPipeline(PatchVAE(), text.eval(), tokenizer, unet.eval(), *ends)
     pipe.set_progress_bar_config(disable=True)
     return pipe, AudioTower(projection_dim)
 

@@ -609,6 +609,25 @@ def test_pipelines_of_another_class_are_refused_by_name(saved, tmp_path):
             ldm.load_pipeline(folder)
 
 
+def test_audioldm2_opens_as_published_with_its_clap_and_names_weights_that_do_not_fit(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_checkpoints.audioldm2(tmp_path / "two", as_published=True)
+    pipe, clap = ldm.load_pipeline(folder, device="cpu"), ldm.load_clap(str(folder))
+    assert type(pipe.language_model).__name__ == "GPT2LMHeadModel"
+    with torch.no_grad():
+        found = pipe.text_encoder.get_text_features(**pipe.tokenizer("rain", return_tensors="pt"))
+    own = torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1)
+    torch.testing.assert_close(ldm.embed_text(clap, ["rain"]), own, atol=1e-5, rtol=1e-4)
+    sound = np.random.default_rng(0).normal(size=16_000)
+    assert ldm.embed_audio(clap, [sound], 16_000).norm() == pytest.approx(1, abs=1e-5)
+    file = next((folder / "language_model").glob("*.safetensors"))
+    weights = load_file(file)
+    save_file({k: v.clone() for k, v in weights.items() if "ln_f.bias" not in k}, file)
+    with pytest.raises(ldm.CheckpointError, match=r"weights of language_model .*missing 1 .*ln_f\.bias"):
+        ldm.load_pipeline(folder, device="cpu")
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_pickled_weights_are_refused_unopened(saved, tmp_path, monkeypatch, force):
     if force:
