@@ -5,12 +5,9 @@ named by its text, such as ``"real"`` or ``"both:1"``.
 """
 
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-
-from soundscapes_utils import store
 
 _EXACT_PAIRS = 14  # 2^14 = 16,384 sign patterns are enumerated faster than 10,000 are drawn well
 _AT_ONCE = 10_000_000  # numbers drawn at a time: thousands of clips would else fill gigabytes
@@ -396,29 +393,14 @@ def class_consistency(train, generated, held_out, seed=0):
     neither classifier nor generator saw, is the ceiling against which the agreement with the generated
     clips' labels is read: columns `label, held_out, generated, n_held_out, n_generated`, last row "all".
     """
-    widths = {np.shape(part[0])[1:] for part in (train, generated, held_out)}
-    if len(widths) > 1 or min(len(part[1]) for part in (train, generated, held_out)) == 0:
-        raise ValueError(f"the three sets need clips and equally wide features, got {widths}")
-    probe = linear_probe(seed).fit(train[0], np.asarray(train[1], dtype=str))
-    columns = {}
+    probe, table = linear_probe(seed).fit(train[0], np.asarray(train[1], dtype=str)), pd.DataFrame()
     for name, (x, labels) in (("held_out", held_out), ("generated", generated)):
         labels = np.asarray(labels, dtype=str)
         right = pd.Series(probe.predict(x) == labels)
         by_class = right.groupby(labels).agg(["mean", "size"])
         by_class.loc["all"] = right.mean(), len(right)
-        columns |= {name: by_class["mean"], f"n_{name}": by_class["size"]}
-    table = pd.DataFrame(columns)
+        table = table.join(by_class.set_axis([name, f"n_{name}"], axis=1), how="outer")
     # "all" last, whatever the classes are called
-    table = table.loc[[*table.index.drop("all"), "all"]]
+    table = table.loc[[*table.index.drop("all"), "all"]].rename_axis("label").reset_index()
     counts = dict.fromkeys(["n_held_out", "n_generated"], "Int64")
-    order = ["label", "held_out", "generated", *counts]
-    return table.astype(counts).rename_axis("label").reset_index()[order]
-
-
-def published():
-    """Accuracies that Ronchini et al. (arXiv 2403.17864) print for UrbanSound8K, as in `summarise`.
-
-    Ten folds, mean of five runs, measured with the released code; `half_width` is their 95 % margin
-    (here for real clips only).
-    """
-    return store.read_table(Path(__file__).with_name("published.csv"))
+    return table.astype(counts)[["label", "held_out", "generated", *counts]]
