@@ -51,11 +51,6 @@ def load_esc50(root, esc10=False):
 
     Files may end as :data:`audio.SUFFIXES` whatever ending the table gives; `esc10` keeps the ten
     classes of ESC-10. ``fold`` is 1 to 5, ``source_id`` the Freesound recording.
-
-    Raises
-    ------
-    DatasetError
-        Folder, table or files missing, duplicate or contradicting rows.
     """
     columns = ["filename", "fold", "target", "category", "esc10", "src_file"]
     name = "esc10" if esc10 else "esc50"
@@ -270,9 +265,8 @@ def load_clips(
     """Load the foreground clips of a data set by its name, one of :data:`DATASETS`.
 
     Where a root is not given, it is ``ESC-50`` (for "esc10" or ``ESC-10``), ``UrbanSound8K`` or ``own``
-    in `data_dir`. "own" is what :func:`load_folder` takes, of two classes or more with three sources
-    each, else a DatasetError;
-    `clips_per_class` and `seed` are those of the built-in data set (:func:`load_builtin`).
+    in `data_dir`. "own" (:func:`load_folder`) needs two classes or more with three sources each;
+    `clips_per_class` and `seed` are those of :func:`load_builtin`.
     """
     data_dir = Path(data_dir)
     if dataset == "builtin":
@@ -294,11 +288,14 @@ def load_clips(
 def _classes(clips, where):
     sources = clips.groupby("label")["source_id"].nunique()
     if few := [f"{label}: {n}" for label, n in sources.items() if n < 3 or len(sources) < 2]:
-        raise DatasetError(
-            f"{where}: classes: {len(sources)}, recordings of {_first(few)}; a study needs two classes, "
-            "one subfolder each, of three recordings or more: add some, or leave one out. Files that "
-            "differ in a counter are one recording, unless a CSV says otherwise (source_id)"
+        there = f"{where}: classes: {len(sources)}, recordings of {_first(few)}"
+        needed = (
+            "two classes, one subfolder each, of three recordings or more: add some, or leave one out"
         )
+        told = (
+            "Files that differ in a counter are one recording, unless a CSV says otherwise (source_id)"
+        )
+        raise DatasetError(f"{there}; a study needs {needed}. {told}")
     return clips
 
 
@@ -567,10 +564,8 @@ def _fetch(archive, dest):
         pooch.get_logger().setLevel("WARNING")  # what is fetched has been said
         return Path(pooch.retrieve(archive.url, known, archive.name, dest, progressbar=show))
     except (ValueError, OSError) as error:
-        raise DatasetError(
-            f"{archive.url}: cannot be fetched ({error}); check the connection and the free space "
-            f"and try again, or put the file into {dest} by hand"
-        ) from error
+        remedy = f"check the connection and free space and try again, or put the file into {dest} by hand"
+        raise DatasetError(f"{archive.url}: cannot be fetched ({error}); {remedy}") from error
 
 
 def _unpack(path, folder, expected):

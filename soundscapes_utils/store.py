@@ -48,17 +48,15 @@ class MissingStage(FileNotFoundError):
 def project_root(start=None):
     """Find the project: the nearest folder upwards that holds ``notebooks/`` and ``pyproject.toml``.
 
-    The search begins at `start`, by default the working directory; then at this package, which may be
-    installed without the project, then at the working directory.
+    It is looked for from `start`, by default the working directory, then from this package, which may
+    be installed alone, then from the working directory.
     """
     for begin in (start or Path.cwd(), __file__, Path.cwd()):
         for folder in Path(begin, "here").resolve().parents:
             if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
                 return folder
-    raise FileNotFoundError(
-        "there is no copy of the project here (a folder with notebooks/ and pyproject.toml, upwards "
-        f"from {Path.cwd()}): change into the clone first"
-    )
+    wanted = f"a folder with notebooks/ and pyproject.toml, upwards from {Path.cwd()}"
+    raise FileNotFoundError(f"no copy of the project here ({wanted}): change into the clone first")
 
 
 def project_path(path):
