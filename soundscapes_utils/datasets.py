@@ -564,7 +564,7 @@ def _fetch(archive, dest):
         pooch.get_logger().setLevel("WARNING")  # what is fetched has been said
         return Path(pooch.retrieve(archive.url, known, archive.name, dest, progressbar=show))
     except (ValueError, OSError) as error:
-        remedy = f"check the connection and free space and try again, or put the file into {dest} by hand"
+        remedy = f"check the connection and free space and try again, or put the file into {dest}"
         raise DatasetError(f"{archive.url}: cannot be fetched ({error}); {remedy}") from error
 
 
