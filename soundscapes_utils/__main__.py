@@ -153,8 +153,8 @@ def _profiles(options):
 def _publish(options):
     from . import report, store
 
-    readme = store.project_path("README.md")
-    for path in [*report.publish(options.run_dir), *report.copy_for_readme(options.run_dir, readme)]:
+    run, readme = _found(options.run_dir), store.project_path("README.md")
+    for path in [*report.publish(run), *report.copy_for_readme(run, readme)]:
         print(f"copied: {path.name}")
 
 

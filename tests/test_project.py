@@ -350,6 +350,7 @@ def test_wrong_calls_end_in_one_line(capsys, tmp_path):
         ["mix", ".", "out"],
         ["generate", "none.csv", "out"],
         ["report", "none"],
+        ["publish", "none"],
         ["listen", "none"],
         ["listen", "none.csv"],
         ["plan-mixes", "none", "none", "plan.csv"],
