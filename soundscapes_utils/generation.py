@@ -36,7 +36,7 @@ REJECTED_COLUMNS = ["clip_id", "label", "prompt", "backend", "checkpoint", "seed
 
 PEAK = 10 ** (-1 / 20)  # clips are written with their peak at −1 dB of full scale, or below
 SILENT_PEAK = 10 ** (-60 / 20)  # a clip below this is silent
-_ROWS_HELD = 2**14  # as dictionaries at once; clips share passes with those of the same part only
+ROWS_HELD = 2**14  # as dictionaries at once; clips share passes with those of the same part only
 CLIPPED_RUN, CLIPPED_SHARE = 3, 0.001  # flat tops: their shortest run, their share of a clip
 AUDIOCRAFT_LUFS, AUDIOCRAFT_FLOOR = -14.0, 2e-3  # audiocraft's level, and the RMS below which none
 
@@ -552,7 +552,7 @@ def generate_clips(plan, backend, out_dir, batch_size=None, max_attempts=3, loud
     """
     plan = _checked(plan, loudness, max_attempts)
     plan, records = store.shard(plan, shard), store.Records(out_dir, "clips")
-    parts = (plan.iloc[i : i + _ROWS_HELD] for i in range(0, len(plan) or 1, _ROWS_HELD))
+    parts = (plan.iloc[i : i + ROWS_HELD] for i in range(0, len(plan) or 1, ROWS_HELD))
     how = backend, records, batch_size, max_attempts, loudness
     made = pd.concat([_made(part.to_dict("records"), *how) for part in parts], ignore_index=True)
     failed = plan["clip_id"][~plan["clip_id"].isin(made["clip_id"])]

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -1200,6 +1201,18 @@ def test_items_are_the_samples_of_the_files(clips, tmp_path, stems):
     assert batch["audio"].shape == (10, RATE) and len(batch["caption_2"]) == 10
     with pytest.raises(IndexError):
         items[10]
+
+
+def test_items_take_a_fraction_of_a_kilobyte_a_mix(clips):
+    mixes = plan(clips, 60)
+    many = pd.concat([mixes] * 50, ignore_index=True)
+    many["clip_id"] = [f"mix-{number}" for number in range(len(many))]
+    tracemalloc.start()
+    items = mixing.MixDataset(many, RATE)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 600 * len(many)
+    np.testing.assert_array_equal(items[len(mixes)]["audio"], items[0]["audio"])
 
 
 def test_a_dask_cluster_makes_the_same_bytes(clips, tmp_path):

@@ -194,6 +194,32 @@ def test_a_damaged_array_is_made_again(tmp_path):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize(
+    "array",
+    [np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(6.0).reshape(2, 3).T, np.float64(3),
+     np.zeros((0, 5)), np.array(["a", "bc"]), np.zeros((1, 65), ">i2")],
+)  # fmt: skip
+def test_a_cached_array_is_what_numpy_reads(tmp_path, array):
+    for _ in range(2):
+        kept = store.cached_array(tmp_path / "a.npy", lambda: array)
+        read = np.load(tmp_path / "a.npy")
+        assert (kept.dtype, kept.shape) == (read.dtype, read.shape) and (kept == read).all()
+    kept[...] = 0  # what was read can be written to
+
+
+@pytest.mark.parametrize(
+    "change", [lambda b: b[:-1], lambda b: b + b"0", lambda b: b[:60], lambda b: b""]
+)
+def test_a_cached_array_of_another_length_is_made_again(tmp_path, change):
+    path = tmp_path / "a.npy"
+    store.cached_array(path, lambda: np.ones(4))
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.warns(UserWarning, match="damaged"):
+        assert store.read_array(path) is None
+        assert store.cached_array(path, lambda: np.ones(3)).tolist() == [1, 1, 1]
+    assert store.read_array(path).tolist() == [1, 1, 1] and store.read_array(tmp_path / "b.npy") is None
+
+
 # --- what is made --------------------------------------------------------------------------------
 
 
