@@ -528,7 +528,7 @@ class _Run:
         self.state = _next_to(config, "states") / f"{key}.safetensors"
         self.unet, self.embeddings = pipe.unet.train(), {}
         if config.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            ldm.checkpoint_gradients(self.unet)
         ldm.set_trainable(self.unet, config)
         self.trained = {k: v for k, v in self.unet.named_parameters() if v.requires_grad}
         optimizer = torch.optim.AdamW(self.trained.values(), lr=config.learning_rate)

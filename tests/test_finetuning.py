@@ -975,7 +975,8 @@ def plain2(second, dataset, tmp_path_factory):
 def test_losses_of_audioldm2_are_those_of_a_loop_around_the_pipelines_own_encoding(config2, tmp_path):
     from diffusers import AudioLDM2Pipeline
 
-    config = replace(config2, train="full", validation_steps=1, validation_segments=1)
+    options = {"steps": 3, "validation_steps": 1, "validation_segments": 1}
+    config = replace(config2, train="full", **options)
     log = finetuning.finetune(config).log
     pipe = AudioLDM2Pipeline.from_pretrained(tiny_checkpoints.audioldm2(tmp_path / "two", bands=64))
     data = finetuning.load_data(pipe, config)["train"]
@@ -1066,7 +1067,7 @@ def test_audioldm2_is_trained_by_adapters_that_fit_its_start_and_are_merged(seco
     # as the card says
     unet = start.unet
     unet.__class__ = type("UNet", (PeftAdapterMixin, type(unet)), {})
-    unet.load_lora_adapter(plain2.checkpoint, prefix="unet")
+    unet.load_lora_adapter(plain2.checkpoint, weight_name=ldm.ADAPTER_FILE, prefix="unet")
     options = {"audio_length_in_s": 0.32, "num_inference_steps": 2}
     one, other, plain = (
         p("rain", generator=torch.Generator().manual_seed(0), **options).audios
@@ -1079,7 +1080,7 @@ def test_audioldm2_is_trained_by_adapters_that_fit_its_start_and_are_merged(seco
 def test_adapters_of_audioldm_open_in_diffusers(config, checkpoint):
     result = finetuning.finetune(replace(config, train="lora", lora_rank=2, steps=2, keep_best=False))
     start, tuned = (ldm.load_pipeline(f, "cpu").unet for f in (checkpoint, result.checkpoint))
-    start.load_lora_adapter(result.checkpoint, prefix="unet")
+    start.load_lora_adapter(result.checkpoint, weight_name=ldm.ADAPTER_FILE, prefix="unet")
     start.fuse_lora()
     start.unload_lora()
     for one, other in zip(start.parameters(), tuned.parameters(), strict=True):

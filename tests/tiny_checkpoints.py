@@ -206,11 +206,11 @@ def _vocoder(bands=MEL):
     return vocoder
 
 
-def _clap(tokenizer):
+def _clap(tokenizer, spec_size=64):
     from transformers import ClapConfig, ClapModel
 
     audio = {
-        "spec_size": 64,
+        "spec_size": spec_size,
         "window_size": 4,
         "num_mel_bins": 64,
         "patch_size": 4,
@@ -299,8 +299,8 @@ def audioldm(folder, seed=0):
 def audioldm2(folder, seed=0, as_published=False, bands=MEL):
     """Write a tiny AudioLDM 2 checkpoint; return its folder.
 
-    The published one names its language model without the head that the pipeline calls, and its log-mels
-    have 64 bands.
+    The published one names its language model without the head that the pipeline calls. With 64 bands,
+    as published, it can be trained, and its CLAP hears.
     """
     import torch
     from diffusers import AudioLDM2Pipeline, AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
@@ -308,7 +308,7 @@ def audioldm2(folder, seed=0, as_published=False, bands=MEL):
 
     torch.manual_seed(seed)
     tokenizer, tokenizer_2 = _roberta_tokenizer(), _t5_tokenizer()
-    clap = _clap(tokenizer)
+    clap = _clap(tokenizer, 4 * bands)
     unet = AudioLDM2UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
