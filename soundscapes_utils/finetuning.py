@@ -37,12 +37,9 @@ from safetensors.torch import save
 from . import audio, captions, conditioning, datasets, embeddings, fad, ldm, metadata, store
 
 _CARD = Path(__file__).with_name("finetuned_card.md")
-# clips whose latents share a file of the cache; a killed run loses at most these
-CLIPS_PER_FILE = 64
-# clips of the validation split that samples are scored against: more gain little and take long
-_REFERENCE_CLIPS = 512
-# a validation loss of this many times that of the start is not training any more
-_DIVERGED = 10.0
+CLIPS_PER_FILE = 64  # of latents in the cache; a killed run loses at most these
+_REFERENCE_CLIPS = 512  # of the validation split, for scores: more gain little and take long
+_DIVERGED = 10.0  # times the validation loss of the start is not training any more
 _CHOICES = {"mixed_precision": ("no", "fp16", "bf16"), "train": ("full", "attention", "lora", "auto")}
 _RANGES = {
     (1, math.inf): "steps batch_size gradient_accumulation_steps lora_rank segments_per_clip "
@@ -135,7 +132,7 @@ class FinetuneConfig:
 class FinetuneResult:
     """What `finetune` made.
 
-    - ``checkpoint``: a diffusers folder that the ``from_pretrained`` of its pipeline opens.
+    - ``checkpoint``: a folder that ``from_pretrained`` of the pipeline of its start opens.
     - ``log``, one row per validation: ``step``; ``train_loss``, ``train_simple`` (without the weights of
       the timesteps), ``train_vlb``, ``grad_norm`` (before clipping), means since the row before;
       ``val_loss`` of the raw and ``val_loss_ema`` of the averaged weights, likewise ``test_…``;
@@ -224,8 +221,7 @@ def _train(run):
         run.average()
         losses = accelerator.reduce(losses, "mean").tolist()
         numbers.append([*losses, float(norm)])
-        # in fp16 a gradient may overflow: the scaler leaves that step out and scales less
-        seen = losses[:1] if accelerator.scaler else numbers[-1]
+        seen = losses[:1] if accelerator.scaler else numbers[-1]  # fp16 skips gradients that overflow
         run.refuse(not np.isfinite(seen).all(), "the loss is not finite")
         run.step += 1
         bar.update()
@@ -279,8 +275,7 @@ def _accelerator(config):
     from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs
 
-    # two runs in one process may differ in their precision
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state()  # two runs in one process may differ in their precision
     # samples and validations keep the others waiting for longer than the usual ten minutes
     waits = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     options = {"mixed_precision": config.mixed_precision, "project_dir": _next_to(config, "logs")}
@@ -759,9 +754,7 @@ def _save_result(run):
 
 
 def _info(config, clips):
-    """The note of what is trained: ``heard`` holds the folds of the start, of the set, and of the models
-    that generated clips of the set.
-    """
+    """The note: ``heard`` has the folds of the start, the set, and the makers of generated clips."""
     base = ldm.checkpoint_info(config.checkpoint)
     rows = clips[clips["split"] == "train"].reindex(columns=["dataset", "fold", "heard"])
     ours = rows[["dataset", "fold"]].dropna().groupby("dataset")["fold"].unique().to_dict()
@@ -779,8 +772,7 @@ def _card(run, info):
     losses = pd.DataFrame([run.log[0], *kept]).filter(regex="step|(val|test)_loss_ema$").round(4)
     return _CARD.read_text(encoding="utf-8").format(
         **{"config": config, "info": info, "licence": licence, "step": run.kept[1]},
-        # without a place of this machine; a hub name as a whole
-        base=start.name if start.exists() else config.checkpoint,
+        base=start.name if start.exists() else config.checkpoint,  # no place of this machine
         name=Path(config.out_dir).name,
         backend=type(run.pipe).__name__.removesuffix("Pipeline").lower(),
         condition=f"text embeddings in {texts:.0%}, audio embeddings otherwise",

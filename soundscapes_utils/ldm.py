@@ -55,12 +55,9 @@ _COUNTERS = ("position_ids", "token_type_ids", "num_batches_tracked", "relative_
 # the keys of each half of a published CLAP, without which the other half is opened
 _TEXT_HALF = ("text_model.", "text_projection.", "logit_scale")
 _AUDIO_HALF = ("audio_model.", "audio_projection.", "logit_scale")
-# tokens of captions that one pass of the text tower takes
-_TOKENS_PER_PASS = 2**17
-# a text has the same direction in both towers of a pair, but for rounding
-_SAME_DIRECTION = 0.99
-# segments are the loudest of this many random positions
-TRIES = 4
+_TOKENS_PER_PASS = 2**17  # of captions, in the text tower
+_SAME_DIRECTION = 0.99  # cosine of a text by both towers of a pair, but for rounding
+TRIES = 4  # random positions, of which a segment is the loudest
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _KNOWN = store.read_table(Path(__file__).with_name("checkpoints.csv")).set_index("checkpoint")
 
@@ -234,10 +231,7 @@ def _load_network(network, source, part, elsewhere=()):
 
 @contextmanager
 def quiet():
-    """Keep diffusers and transformers silent: no loading bars, notes or questions, errors only.
-
-    AudioLDM is marked deprecated in diffusers and is what is studied here.
-    """
+    """Keep diffusers and transformers silent: no loading bars, notes or questions, errors only."""
     from diffusers.utils import logging as diffusers_log
     from transformers import dynamic_module_utils as foreign_code
     from transformers.utils import logging as transformers_log
@@ -259,10 +253,7 @@ def quiet():
 
 
 class Clap:
-    """A pair of towers that give texts and sounds of one meaning the same direction.
-
-    Made by `load_clap`; its parts are read when they are first asked for.
-    """
+    """Towers that give texts and sounds of one meaning the same direction; read when asked for."""
 
     def __init__(self, text, audio_part):
         self._text, self._audio = text, audio_part  # (folder or hub name, subfolder)
@@ -361,8 +352,7 @@ class Clap:
 def load_clap(name="builtin"):
     """Open the pair that conditions a checkpoint of AudioLDM, or a CLAP of transformers, as a `Clap`.
 
-    Names are of folders or of the hub; a tower raises `CheckpointError` where it does not open, or
-    where it does not belong to the other.
+    Names are of folders or of the hub. A tower that does not open or fit raises `CheckpointError`.
     """
     folder = local_folder(name)
     whole = (folder / "config.json").is_file()
@@ -473,11 +463,10 @@ def set_trainable(unet, config):
 
         parts = ["to_q", "to_k", "to_v", "to_out.0"]
         sizes = {"r": config.lora_rank, "lora_alpha": config.lora_rank}
-        unet.requires_grad_(False)
         adapters = LoraConfig(**sizes, init_lora_weights="gaussian", target_modules=parts)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            inject_adapter_in_model(adapters, unet)
+            inject_adapter_in_model(adapters, unet)  # which freezes all the rest
 
 
 def checkpoint_gradients(unet):
@@ -507,7 +496,6 @@ def merge_adapters(unet):
         if isinstance(module, BaseTunerLayer):
             module.merge()
     recurse_remove_peft_layers(unet)
-    del unet.peft_config
     return content
 
 
@@ -659,8 +647,7 @@ def build_small(texts, seed=0, projection_dim=128, channels=(64, 128, 192)):
     config = ClapTextConfig(
         **sizes["text_encoder"],
         vocab_size=len(tokenizer),
-        # the pipeline pads the unconditional text to the width of the embedding
-        max_position_embeddings=projection_dim + 8,
+        max_position_embeddings=projection_dim + 8,  # the pipeline pads the unconditional text so far
         projection_dim=projection_dim,
         **{name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
     )
