@@ -337,7 +337,7 @@ def denoising(unet, scheduler, batch, snr_gamma=0.0):
 def _vlb_weights(alphas_cumprod, kind):
     """Weigh the squared error at every timestep as the variational lower bound does.
 
-    Half the fall of the SNR (arXiv 2107.00630, eq. 13), for an error of `kind`; the first is infinite.
+    Half the fall of the SNR (arXiv 2107.00630, eq. 13), for an error of `kind`; at 0 as at 1, not ∞.
     """
     alpha = alphas_cumprod.double()
     snr = alpha / (1 - alpha)
@@ -603,8 +603,8 @@ class _Run:
         raw = {split: self._losses(split)["loss"].mean() for split in self.data if split != "train"}
         with self.averaged(self.ema):
             tables = {split: self._losses(split) for split in raw}
-            heard = "audio" in self.data["val"]
-            sounds = self._losses("val", condition="audio")["loss"].mean() if heard else math.nan
+            has_sounds = "audio" in self.data["val"]
+            sounds = self._losses("val", condition="audio")["loss"].mean() if has_sounds else math.nan
         val, done = tables["val"], len(numbers) * self.config.batch_size
         means = np.mean(numbers or [[math.nan] * 4], axis=0)
         names = "train_loss", "train_simple", "train_vlb", "grad_norm"
