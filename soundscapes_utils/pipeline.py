@@ -342,15 +342,16 @@ def _sockets():
 
 @contextmanager
 def _peak_memory():
-    """Sample the memory of this process and all its children: what they share counts once."""
+    """Sample the memory of this process and its children; of what they share, the most of one counts."""
     peak, stop, process = [0], threading.Event(), psutil.Process()
 
     def watch():
         while not stop.wait(0.5):
             with suppress(psutil.Error):  # one has just ended: the next sample counts
                 family = [process, *process.children(recursive=True)]
-                infos = [one.memory_full_info() for one in family]
-                peak.append(sum(getattr(info, "pss", info.uss) for info in infos))
+                infos = [one.memory_info() for one in family]
+                shared = [getattr(info, "shared", 0) for info in infos]
+                peak.append(sum(info.rss for info in infos) - sum(shared) + max(shared))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
