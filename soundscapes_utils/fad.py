@@ -448,15 +448,12 @@ def _line(x, y, codes, sizes, draws, rng):
 # --- the score table -----------------------------------------------------------------------------
 
 
-def _share(key):
-    return lambda x, y: precision_recall_density_coverage(x, y)[key]
-
-
+_SHARES = ("precision", "recall", "density", "coverage")
 METRICS = {
     "FAD": frechet_distance,
     "FAD-inf": lambda x, y: fad_infinity(x, y, repeats=2)["value"],
     "KAD": kernel_distance,
-    **{key: _share(key) for key in ("precision", "recall", "density", "coverage")},
+    **{k: lambda x, y, k=k: precision_recall_density_coverage(x, y)[k] for k in _SHARES},
 }
 """Distances and shares that `score_table` knows, by name: functions of (reference, candidate)."""
 
@@ -487,7 +484,8 @@ def score_table(
 
     if not candidates:
         raise ValueError("score_table: no candidates given")
-    _check_metrics(metrics)
+    if unknown := sorted(set(metrics) - set(METRICS)):
+        raise ValueError(f"unknown metrics {unknown}; known: {', '.join(METRICS)}")
     groups = groups or {}
     if unknown := sorted(groups.keys() - {"real", "floor", *candidates}):
         raise ValueError(f"groups of {unknown}: there are real, floor, {', '.join(candidates)}")
@@ -504,7 +502,7 @@ def score_table(
     for name in metrics:
         metric = METRICS[name]
         if name == "KAD" and codes.max() == 0:
-            metric = _undefined
+            metric = _undefined  # of one recording no two rows are independent
         elif name == "KAD":
             bandwidth = _median_distance(reference - _centre(reference), codes)[0]
             metric = partial(kernel_distance, bandwidth=bandwidth)
@@ -521,13 +519,7 @@ def score_table(
 
 
 def _undefined(x, y):
-    return np.nan  # of one recording no two rows are independent
-
-
-def _check_metrics(metrics):
-    unknown = sorted(set(metrics) - set(METRICS))
-    if unknown:
-        raise ValueError(f"unknown metrics {unknown}; known: {', '.join(METRICS)}")
+    return np.nan
 
 
 def _score(name, metric, x, x_codes, repeats, seed, y, y_codes):
