@@ -36,7 +36,6 @@ REJECTED_COLUMNS = ["clip_id", "label", "prompt", "backend", "checkpoint", "seed
 
 PEAK = 10 ** (-1 / 20)  # clips are written with their peak at −1 dB of full scale, or below
 SILENT_PEAK = 10 ** (-60 / 20)  # a clip below this is silent
-ROWS_HELD = 2**14  # as dictionaries at once; clips share passes with those of the same part only
 CLIPPED_RUN, CLIPPED_SHARE = 3, 0.001  # flat tops: their shortest run, their share of a clip
 AUDIOCRAFT_LUFS, AUDIOCRAFT_FLOOR = -14.0, 2e-3  # audiocraft's level, and the RMS below which none
 
@@ -550,23 +549,13 @@ def generate_clips(plan, backend, out_dir, batch_size=None, max_attempts=3, loud
         empty, ``heard`` what the model was trained on. Clips for which every attempt failed are
         missing, and a warning names them.
     """
-    plan = _checked(plan, loudness, max_attempts)
-    plan, records = store.shard(plan, shard), store.Records(out_dir, "clips")
-    parts = (plan.iloc[i : i + ROWS_HELD] for i in range(0, len(plan) or 1, ROWS_HELD))
-    how = backend, records, batch_size, max_attempts, loudness
-    made = pd.concat([_made(part.to_dict("records"), *how) for part in parts], ignore_index=True)
-    failed = plan["clip_id"][~plan["clip_id"].isin(made["clip_id"])]
-    _report_failures(list(failed), plan, out_dir, max_attempts)
-    return _described(made, backend, out_dir)
-
-
-def _made(rows, backend, records, batch_size, max_attempts, loudness):
-    """Make what is missing of some rows of a plan; the table of the clips that are fit."""
     from tqdm import tqdm
 
+    plan = _checked(plan, loudness, max_attempts)
+    plan, records = store.shard(plan, shard), store.Records(out_dir, "clips")
     # a bar on a terminal; in notebooks and logs a line a minute
     rare = {} if sys.stderr.isatty() else dict.fromkeys(["delay", "mininterval", "maxinterval"], 60)
-    pending, made = rows, {}
+    pending, made = plan.to_dict("records"), {}
     for attempt in range(max_attempts):
         requests = [_request(row, attempt, backend, loudness) for row in pending]
         entries = {row["key"]: _known(row, records) for row in requests}
@@ -578,8 +567,9 @@ def _made(rows, backend, records, batch_size, max_attempts, loudness):
         made |= {row["clip_id"]: row | {"lufs": entry.get("lufs")} for row, entry in fit}
         if not (pending := [row for row in pending if row["clip_id"] not in made]):
             break
-    rows = [made[row["clip_id"]] for row in rows if row["clip_id"] in made]
-    return pd.DataFrame(rows, columns=[*GENERATED_COLUMNS, "key"])
+    _report_failures(pending, plan, out_dir, max_attempts)
+    rows = [made[clip_id] for clip_id in plan["clip_id"] if clip_id in made]
+    return _described(pd.DataFrame(rows, columns=[*GENERATED_COLUMNS, "key"]), backend, out_dir)
 
 
 def _described(table, backend, out_dir):
@@ -622,11 +612,11 @@ def _request(row, attempt, backend, loudness):
     return row | {"key": f"{row['clip_id']}-{recipe}"}
 
 
-def _known(row, records):
-    """The entry of a request that was rejected, or made and its file is as it was written; or none."""
+def _is_known(row, records):
+    """Whether a request was made before and its file is as it was written, or was rejected."""
     entry = records.entries.get(row["key"], {})
     path = records.folder.parent / f"{row['key']}.wav"
-    return entry if entry.get("reason") or store.is_unchanged(path, entry.get("stamp")) else {}
+    return bool(entry.get("reason")) or store.is_unchanged(path, entry.get("stamp"))
 
 
 def _batches(rows, backend, batch_size):
@@ -647,7 +637,6 @@ def _make_batch(batch, backend, records, loudness):
     columns = ([row[key] for row in batch] for key in ("prompt", "seed", "negative_prompt"))
     prompts, seeds, negative_prompts = columns
     sounds = backend.generate(prompts, seeds, batch[0]["duration_s"], negative_prompts)
-    entries = {}
     for row, y in zip(batch, sounds, strict=True):
         y, gain, reason = _levelled(y, backend.sample_rate, loudness)
         entry = {key: row[key] for key in PLAN_COLUMNS}
@@ -659,8 +648,6 @@ def _make_batch(batch, backend, records, loudness):
             entry |= {"stamp": store.file_stamp(path), "loudness": loudness, "gain": gain}
             entry |= {"lufs": round(lufs, 2) if math.isfinite(lufs) else None}
         records.add(row["key"], entry)
-        entries[row["key"]] = entry
-    return entries
 
 
 def _levelled(y, rate, loudness):
@@ -707,7 +694,7 @@ def _flat_share(y):
 
 
 def _report_failures(pending, plan, out_dir, max_attempts):
-    names = ", ".join(pending[:5])
+    names = ", ".join(row["clip_id"] for row in pending[:5])
     message = (
         f"{len(pending)} of {len(plan)} clips were silent, clipped or not finite with each of "
         f"{max_attempts} seeds, such as {names}; rejected_clips({str(out_dir)!r}) lists them"

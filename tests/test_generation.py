@@ -763,17 +763,6 @@ def test_numbers_of_a_plan_may_be_written_in_any_way(tmp_path):
 # --- batches -----------------------------------------------------------------------------------
 
 
-def test_a_plan_longer_than_what_is_held_is_made_in_parts(tmp_path, monkeypatch):
-    plan = small_plan(4)
-    whole = generation.generate_clips(plan, Tones(), tmp_path / "whole")
-    monkeypatch.setattr(generation, "ROWS_HELD", 3)
-    parts = generation.generate_clips(plan, Tones(), tmp_path / "parts")
-    again = generation.generate_clips(plan, Tones(), tmp_path / "parts")
-    assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
-    for table in (parts, again):
-        pd.testing.assert_frame_equal(table.drop(columns="path"), whole.drop(columns="path"))
-
-
 def test_batch_size_order_and_shards_leave_the_files_alone(backends, tmp_path):
     backend, plan = backends["audioldm"], small_plan()
     generation.generate_clips(plan, backend, tmp_path / "one", batch_size=1)
