@@ -557,16 +557,17 @@ def generate_clips(plan, backend, out_dir, batch_size=None, max_attempts=3, loud
     rare = {} if sys.stderr.isatty() else dict.fromkeys(["delay", "mininterval", "maxinterval"], 60)
     pending, made = plan.to_dict("records"), {}
     for attempt in range(max_attempts):
+        if not pending:
+            break
         requests = [_request(row, attempt, backend, loudness) for row in pending]
-        entries = {row["key"]: _known(row, records) for row in requests}
-        missing = [row for row in requests if not entries[row["key"]]]
+        missing = [row for row in requests if not _is_known(row, records)]
         batches = _batches(missing, backend, batch_size)
         for batch in tqdm(batches, desc=f"calls of {backend.checkpoint}", **rare):
-            entries |= _make_batch(batch, backend, records, loudness)
-        fit = [(row, entries[row["key"]]) for row in requests if not entries[row["key"]].get("reason")]
+            _make_batch(batch, backend, records, loudness)
+        entries = [records.entries[row["key"]] for row in requests]
+        fit = [(row, e) for row, e in zip(requests, entries, strict=True) if not e.get("reason")]
         made |= {row["clip_id"]: row | {"lufs": entry.get("lufs")} for row, entry in fit}
-        if not (pending := [row for row in pending if row["clip_id"] not in made]):
-            break
+        pending = [row for row in pending if row["clip_id"] not in made]
     _report_failures(pending, plan, out_dir, max_attempts)
     rows = [made[clip_id] for clip_id in plan["clip_id"] if clip_id in made]
     return _described(pd.DataFrame(rows, columns=[*GENERATED_COLUMNS, "key"]), backend, out_dir)
@@ -579,9 +580,8 @@ def _described(table, backend, out_dir):
     about = {"dataset": "generated", "heard": heard, "backend": backend.name}
     about |= {"checkpoint": backend.checkpoint, "sample_rate": backend.sample_rate}
     about |= {key: backend.settings.get(key) for key in ("guidance_scale", "steps")}
-    kinds = dict.fromkeys(["fold", "guidance_scale", "lufs", "score", "duration_s"], float)
-    kinds |= {"steps": "Int64", "seed": int}
-    return table.assign(source_id=table["clip_id"], **about).astype(kinds)
+    numbers = dict.fromkeys(["fold", "guidance_scale", "lufs", "score"], float)
+    return table.assign(source_id=table["clip_id"], **about).astype(numbers | {"steps": "Int64"})
 
 
 def _checked(plan, loudness, max_attempts):

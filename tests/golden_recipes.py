@@ -227,7 +227,7 @@ def plan_of_clips():
 
 
 def made_clips(plan, out_dir):
-    backend = generation.get_backend("audioldm", checkpoint="builtin", device="cpu")
+    backend = generation.get_backend("audioldm", checkpoint="builtin", device="cpu", steps=25)
     return generation.generate_clips(plan, backend, out_dir)
 
 
