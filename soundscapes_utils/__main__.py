@@ -151,10 +151,9 @@ def _profiles(options):
 
 
 def _publish(options):
-    from . import report, store
+    from . import report
 
-    run, readme = _found(options.run_dir), store.project_path("README.md")
-    for path in [*report.publish(run), *report.copy_for_readme(run, readme)]:
+    for path in report.publish(_found(options.run_dir)):
         print(f"copied: {path.name}")
 
 

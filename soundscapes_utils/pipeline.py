@@ -742,6 +742,10 @@ def _check_demands(values, given):
                 mixing.MixOptions(**ratio, onset=own["onset"], duration_s=own["duration_s"])
             if {*_STUDY, *_TRAINING} <= own.keys():
                 _check_study(own, values.values())
+            if own.get("challenge_form") and not own["dcase_root"]:
+                raise ValueError("challenge_form needs dcase_root, the folder of the challenge's set")
+            if own.get("mixed_precision") == "fp16" and not import_module("torch").cuda.is_available():
+                raise ValueError("mixed_precision fp16 needs a GPU; bf16 works on a CPU too")
         except ValueError as error:
             raise UsageError(f"{stem}: {error}") from error
 
@@ -758,7 +762,6 @@ def _fetch_sounds(given):
 _STUDY = ("models", "test_folds", "runs", "seed", "real_per_class", "validation")
 _TRAINING = ("epochs", "patience", "batch_size", "patches_per_epoch", "device", "workers")
 _MAKER = {"n_per_class", "counts", "checkpoint", "test_fold"}
-_ARMS = ("arms", "practice_arms", "controls", "few_arms")
 
 
 def _check_study(own, parts):
@@ -768,7 +771,8 @@ def _check_study(own, parts):
     own = own | {name: own[name] or None for name in ("real_per_class", "patches_per_epoch", "workers")}
     classifiers.Training(*(own[name] for name in _TRAINING))
     arms, (models, *rest) = (), (own[name] for name in _STUDY)
-    for name in _ARMS:  # all but `arms` are trained with the first of the models only
+    # all but `arms` are trained with the first of the models only
+    for name in ("arms", "practice_arms", "controls", "few_arms"):
         if own.get(name):
             arms += esc.Study(own[name], models if name == "arms" else models[:1], *rest).arms
     source = next((one for one in parts if "clips_per_class" in one), {"dataset": ""})
@@ -781,6 +785,8 @@ def _check_study(own, parts):
     name = "counts" if maker["counts"] else "n_per_class"
     (made,) = generation.class_counts(maker[name], ["each"] * whole).values()
     for arm in arms:
+        if missing := {*filter(None, arm.source.split("+"))} - {*own.get("sources", [])}:
+            raise ValueError(f"{arm}: no table of synthetic clips is called {sorted(missing)[0]!r} here")
         n = arm.per_class or own["real_per_class"] or whole // 5 * n_train
         if n > -(-whole // 5) * n_train:
             raise ValueError(f"{arm} needs {n} real clips per class; of {whole}, {n_train}/5 train")

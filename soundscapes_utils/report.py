@@ -403,10 +403,3 @@ def _take_outputs(source, executed, stem):
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = number
-
-
-def copy_for_readme(run_dir, readme):
-    """Copy the figures of a run that a README shows to where it shows them; return their paths."""
-    names = re.findall(r"\(figures/(\d\d_\w+\.png)\)", Path(readme).read_text(encoding="utf-8"))
-    source, place = store.project_path(run_dir) / "figures", Path(readme).with_name("figures")
-    return [store.write_atomic(place / name, (source / name).read_bytes()) for name in names]

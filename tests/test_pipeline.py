@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat import v4
@@ -324,6 +325,14 @@ def planned(tmp_path, monkeypatch):
         ),
         ("quick", {"real_per_class": "25"}, "real needs 25 real clips per class"),
         ("quick", {"models": '["sbcnnn"]'}, "models are"),
+        ("quick", {"arms": '["real", "both@mine:1"]'}, "both@mine:1: no table .* 'mine'"),
+        ("quick", {"challenge_form": "true"}, "challenge_form needs dcase_root"),
+        pytest.param(
+            "quick",
+            {"mixed_precision": "fp16"},
+            "fp16 needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         ("quick", {"snr_db": "[20, 15]"}, "20.0, 15.0"),
         ("quick", {"onset": "7"}, "does not lie in 5.0 s"),
     ],

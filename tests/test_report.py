@@ -229,13 +229,6 @@ def test_results_are_shown_as_people_read_them(tmp_path):
     assert names == ["dog in park", "rain in park", "dog, mini-audioldm", "dog, finetuned"]
 
 
-def test_the_figures_of_the_readme_are_copied(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("![a mix](figures/01_mix.png) ![a map](figures/series.svg)")
-    report.copy_for_readme(finished_run(tmp_path / "run"), readme)
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["01_mix.png"]
-
-
 # --- a page of a generated set ---------------------------------------------------------------------
 
 
