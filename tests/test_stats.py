@@ -571,7 +571,7 @@ def test_the_judge_finds_clips_that_are_not_what_they_are_called():
 
 
 def test_published_table_is_complete():
-    table = store.read_table(store.project_root(__file__) / "docs" / "ronchini2024.csv")
+    table = store.read_table(store.project_root(__file__) / "notebooks/appendix/ronchini2024.csv")
     assert table.groupby("arm").size().to_dict() == {
         "both": 32, "mixed": 64, "real": 2, "synthetic": 32
     }  # fmt: skip
