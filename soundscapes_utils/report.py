@@ -118,8 +118,8 @@ def _notebook_page(folder, executed):
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = re.sub(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", _mathml, cell.source, flags=re.S)
-        about = {"metadata": {"name": executed.stem}}
-        store.write_atomic(page, exporter.from_notebook_node(notebook, about)[0])
+        html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": executed.stem}})
+        store.write_atomic(page, re.sub(r'href="(?:[\w.]*/)*(\w+)\.ipynb', r'href="\1.html', html))
     return page.relative_to(folder).as_posix()
 
 

@@ -94,13 +94,18 @@ def test_pages_of_notebooks_keep_the_alt_texts_of_pictures(tmp_path):
     said = {"image/png": {"alt": 'a "dog" & <rain>'}, "image/svg+xml": {"alt": "a map"}}
     outputs = [v4.new_output("display_data", data, metadata=said) for data in shown]
     notebook = v4.new_notebook(
-        cells=[v4.new_markdown_cell("# A"), v4.new_code_cell("1", outputs=outputs)]
+        cells=[
+            v4.new_markdown_cell(
+                "# A\n\n[b](02_x.ipynb#b) [c](appendix/A1_y.ipynb) [d](../notebooks/03_z.ipynb)"
+            ),
+            v4.new_code_cell("1", outputs=outputs),
+        ]
     )
     (run / "notebooks").mkdir(exist_ok=True)
     nbformat.write(notebook, run / "notebooks" / "01_dataset_mixing.ipynb")
     report.write_report(run)
     page = Page(run / "html" / "01_dataset_mixing.html")
-    assert "../index.html" in page.links()
+    assert {"../index.html", "02_x.html#b", "A1_y.html", "03_z.html"} <= {*page.links()}
     images = page.named("img")
     assert [image["alt"] for image in images] == ['a "dog" & <rain>', "a map"]
     assert all("height:auto" in image["style"] for image in images)
