@@ -280,10 +280,7 @@ def test_half_precision_stays_near_full_precision_and_resumes(config, plain, tmp
     assert not whole.log["val_loss"].equals(full)
     np.testing.assert_allclose(whole.log["val_loss"], full, rtol=0.02)
     parted = replace(config, out_dir=str(tmp_path / "parted"))
-    die_at(5, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        finetuning.finetune(parted)
-    monkeypatch.undo()
+    killed_at(5, parted, monkeypatch)
     resumed = finetuning.finetune(parted)
     pd.testing.assert_frame_equal(resumed.log[NUMBERS], whole.log[NUMBERS], atol=1e-6)
 
@@ -641,6 +638,14 @@ def die_at(step, monkeypatch):
     monkeypatch.setattr(finetuning, "training_batch", dies)
 
 
+def killed_at(step, config, monkeypatch):
+    """Begin a training that ends as if it were killed in a step."""
+    die_at(step, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        finetuning.finetune(config)
+    monkeypatch.undo()
+
+
 def test_divergence_stops_and_names_the_last_good_state(config):
     wild = replace(config, learning_rate=30.0, lr_warmup_steps=5, max_grad_norm=1e9, steps=40)
     with pytest.raises(finetuning.TrainingError, match=r"diverged|not finite") as told:
@@ -675,10 +680,7 @@ def test_broken_loss_names_the_state_from_which_the_command_goes_on(
 
 def test_run_goes_on_with_more_parts_after_memory_was_full(config, plain, tmp_path, monkeypatch):
     parted = replace(config, out_dir=str(tmp_path / "parted"))
-    die_at(5, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        finetuning.finetune(parted)
-    monkeypatch.undo()
+    killed_at(5, parted, monkeypatch)
     draw, steps = finetuning.training_batch, []
     monkeypatch.setattr(finetuning, "training_batch", lambda *a: (steps.append(a[2]), draw(*a))[1])
     resumed = finetuning.finetune(
@@ -896,10 +898,7 @@ def test_damaged_files_of_the_cache_are_made_again(config, checkpoint, damage):
 
 def test_damaged_notes_and_states_are_made_again(config, plain, tmp_path, monkeypatch):
     config = replace(config, out_dir=str(tmp_path / "parted"))
-    die_at(5, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        finetuning.finetune(config)
-    monkeypatch.undo()
+    killed_at(5, config, monkeypatch)
     (state,) = Path(config.out_dir + ".states").glob("*.safetensors")
     state.write_bytes(state.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="damaged .*training starts anew"):
@@ -1018,10 +1017,7 @@ def test_losses_of_audioldm2_are_those_of_a_loop_around_the_pipelines_own_encodi
 
 def test_audioldm2_resumes_with_the_same_bytes(config2, plain2, tmp_path, monkeypatch):
     parted = replace(config2, out_dir=str(tmp_path / "parted"))
-    die_at(3, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        finetuning.finetune(parted)
-    monkeypatch.undo()
+    killed_at(3, parted, monkeypatch)
     resumed = finetuning.finetune(parted)
     pd.testing.assert_frame_equal(resumed.log[NUMBERS], plain2.log[NUMBERS], check_exact=True)
     for name in ("unet/diffusion_pytorch_model.safetensors", ldm.ADAPTER_FILE):
