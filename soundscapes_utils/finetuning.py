@@ -40,15 +40,6 @@ _CARD = Path(__file__).with_name("finetuned_card.md")
 CLIPS_PER_FILE = 64  # of latents in the cache; a killed run loses at most these
 _REFERENCE_CLIPS = 512  # of the validation split, for scores: more gain little and take long
 _DIVERGED = 10.0  # times the validation loss of the start is not training any more
-_CHOICES = {"mixed_precision": ("no", "fp16", "bf16"), "train": ("full", "attention", "lora", "auto")}
-_RANGES = {
-    (1, math.inf): "steps batch_size gradient_accumulation_steps lora_rank segments_per_clip "
-    "validation_steps validation_segments",
-    (0, math.inf): "learning_rate lr_warmup_steps segment_s snr_gamma",
-    (1e-9, math.inf): "max_grad_norm",
-    (2, math.inf): "n_samples",  # of one there is no score
-    (0, 1): "text_condition_probability conditioning_dropout ema_decay decay_start",
-}
 # where things lie, what is said of them, how memory is saved: a run goes on when these change
 _NOT_TRAINED = {"out_dir", "dataset_root", "checkpoint", "cache_dir", "wandb_project"}
 _NOT_TRAINED |= {"data_licence", "gradient_accumulation_steps", "gradient_checkpointing"}
@@ -811,14 +802,8 @@ def _score_lines(scores):
 
 def _check(config):
     """Check a configuration, and settle what it leaves to the checkpoint."""
-    for name, choices in _CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise TrainingError(f"{name} must be one of {choices}; got {getattr(config, name)!r}")
-    for (low, high), names in _RANGES.items():
-        for name in names.split():
-            if not low <= getattr(config, name) <= high:
-                bounds = f"at least {low:g}" if high == math.inf else f"from {low} to {high}"
-                raise TrainingError(f"{name} must be {bounds}; got {getattr(config, name)}")
+    for one in fields(config):
+        store.check_value(one.name, getattr(config, one.name), one.name, TrainingError)
     kind = ldm.pipeline_index(config.checkpoint, *ldm.PIPELINES)["_class_name"]
     try:
         if config.wandb_project:

@@ -23,7 +23,6 @@ import uuid
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from fnmatch import fnmatchcase
 from importlib import import_module, metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -708,23 +707,7 @@ def _check_value(stem, name, value, root):
     if _is_path(name, value) and value and not (root / Path(value).expanduser()).exists():
         remedy = "correct the path (data/README.md says how to get each data set)"
         raise UsageError(f"{place}: {value} does not exist; {remedy}")
-    rules = store.read_table(PACKAGE / "parameters.csv", as_text=True).set_index("parameter")
-    if name not in rules.index:
-        return
-    least, most, words = rules.loc[name]
-    choices = [choice for word in words.split() for choice in _choices(word)]
-    for item in value if isinstance(value, list) else [value]:
-        if choices and not any(fnmatchcase(str(item), choice) for choice in choices):
-            raise UsageError(f"{place} takes {', '.join(choices)}; not {item!r}")
-        if not choices and not float(least) <= item <= float(most or "inf"):
-            bounds = f"from {least} to {most}" if most else f"from {least} on"
-            raise UsageError(f"{place} takes numbers {bounds}, not {item!r}")
-
-
-def _choices(word):
-    """What a word of the table stands for: a choice, or the names in a stage's own list."""
-    module, _, name = word.partition(".")
-    return getattr(import_module(f".{module}", __package__), name) if name.isupper() else [word]
+    store.check_value(name, value, place, UsageError)
 
 
 def _check_demands(values, given):

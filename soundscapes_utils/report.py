@@ -119,7 +119,12 @@ def _notebook_page(folder, executed):
             if cell.cell_type == "markdown":
                 cell.source = re.sub(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", _mathml, cell.source, flags=re.S)
         html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": executed.stem}})
-        store.write_atomic(page, re.sub(r'href="(?:[\w.]*/)*(\w+)\.ipynb', r'href="\1.html', html))
+        record = pipeline.read_record(folder)
+        beside = rf"({'|'.join([*record['parameters'], *record['stages']])})\.ipynb"
+        html = re.sub(rf'<a href="[\w./]*?\b{beside}', r'<a href="\1.html', html)
+        # what the run's folder does not hold stays as text
+        html = re.sub(r'<a href="[^":]+\.(?:ipynb|md|yaml)[^"]*"[^>]*>(.*?)</a>', r"\1", html)
+        store.write_atomic(page, html)
     return page.relative_to(folder).as_posix()
 
 

@@ -67,6 +67,7 @@ def finished_run(folder):
     record = {"name": "t", "profile": "quick", "given": {}, "started": "2024-01-01T00:00:00"}
     record |= {"python": "3.11", "platform": "x", "cores": 2, "versions": {"numpy": "2"}}
     record |= {"git": {"commit": "abc", "dirty": False}, "stages": {"01_dataset_mixing": stage}}
+    record["parameters"] = {"01_dataset_mixing": {}, "02_synthetic_generation": {}}
     (run.path / "run.json").write_text(json.dumps(record))
     return run.path
 
@@ -96,7 +97,7 @@ def test_pages_of_notebooks_keep_the_alt_texts_of_pictures(tmp_path):
     notebook = v4.new_notebook(
         cells=[
             v4.new_markdown_cell(
-                "# A\n\n[b](02_x.ipynb#b) [c](appendix/A1_y.ipynb) [d](../notebooks/03_z.ipynb)"
+                "# A\n\n[b](02_synthetic_generation.ipynb#b) [c](appendix/A1_y.ipynb) [d](../docs/glossary.md#d)"
             ),
             v4.new_code_cell("1", outputs=outputs),
         ]
@@ -105,7 +106,9 @@ def test_pages_of_notebooks_keep_the_alt_texts_of_pictures(tmp_path):
     nbformat.write(notebook, run / "notebooks" / "01_dataset_mixing.ipynb")
     report.write_report(run)
     page = Page(run / "html" / "01_dataset_mixing.html")
-    assert {"../index.html", "02_x.html#b", "A1_y.html", "03_z.html"} <= {*page.links()}
+    assert {"../index.html", "02_synthetic_generation.html#b"} <= {*page.links()}
+    text = (run / "html" / "01_dataset_mixing.html").read_text()
+    assert "c d</p>" in text, "what the run does not hold is no link"
     images = page.named("img")
     assert [image["alt"] for image in images] == ['a "dog" & <rain>', "a map"]
     assert all("height:auto" in image["style"] for image in images)
