@@ -727,7 +727,8 @@ def _check_demands(values, given):
                 _check_study(own, values.values())
             if own.get("challenge_form") and not own["dcase_root"]:
                 raise ValueError("challenge_form needs dcase_root, the folder of the challenge's set")
-            if own.get("mixed_precision") == "fp16" and not import_module("torch").cuda.is_available():
+            half = own.get("mixed_precision") == "fp16"
+            if half and not import_module("torch").accelerator.is_available():
                 raise ValueError("mixed_precision fp16 needs a GPU; bf16 works on a CPU too")
         except ValueError as error:
             raise UsageError(f"{stem}: {error}") from error

@@ -255,7 +255,7 @@ def check_rows(table, where, **columns):
 
 
 def check_value(name, value, place, error=DataError):
-    """Refuse a parameter's value that ``parameters.csv`` rules out, with the `error` that is asked for."""
+    """Refuse a value that ``parameters.csv`` rules out for a parameter, by the `error` asked for."""
     rules = read_table(Path(__file__).with_name("parameters.csv"), as_text=True).set_index("parameter")
     if name not in rules.index:
         return
