@@ -97,7 +97,8 @@ def test_pages_of_notebooks_keep_the_alt_texts_of_pictures(tmp_path):
     notebook = v4.new_notebook(
         cells=[
             v4.new_markdown_cell(
-                "# A\n\n[b](02_synthetic_generation.ipynb#b) [c](appendix/A1_y.ipynb) [d](../docs/glossary.md#d)"
+                "# A\n\n[b](02_synthetic_generation.ipynb#b) "
+                "[c](appendix/A1_y.ipynb) [d](../docs/glossary.md#d)"
             ),
             v4.new_code_cell("1", outputs=outputs),
         ]
