@@ -455,7 +455,7 @@ def study(wanted):
     base = finetuning.FinetuneConfig(
         wanted.checkpoint, str(root), "", steps=wanted.steps, learning_rate=1e-3, lr_warmup_steps=20,
         text_condition_probability=0.5, ema_decay=0.97, validation_steps=wanted.steps // 8,
-        sample_epochs=2.0, n_samples=24,
+        sample_epochs=2.0, n_watched=24,
         sample_embeddings=tuple(names.items()),
         info=info, data_licence="CC BY 3.0 (ESC-10)",
     )  # fmt: skip

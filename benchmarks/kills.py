@@ -96,7 +96,7 @@ def finetuning(shared, out):
         metadata.write_audiocaps(made, shared / "set", "kills")
     config = finetuning.FinetuneConfig(
         "builtin", str(shared / "set" / "dataset_root.json"), str(out / "out"), steps=30,
-        batch_size=2, validation_steps=3, validation_segments=4, test_segments=0, n_samples=2,
+        batch_size=2, validation_steps=3, validation_segments=4, test_segments=0, n_watched=2,
         segment_s=1.28, text_condition_probability=0.5,
     )  # fmt: skip
     log = finetuning.finetune(config).log

@@ -77,7 +77,7 @@ class FinetuneConfig:
     - ``validation_steps`` between validations and saved states, over at most ``validation_segments``,
       each at its own fixed timestep and noise. The loss of ``test_segments`` decides nothing (0: no test
       split). ``keep_best``: save the averaged weights of the lowest validation loss, else the last ones.
-    - ``sample_epochs``: passes over the training segments between samples of ``n_samples`` captions of
+    - ``sample_epochs``: passes over the training segments between samples of ``n_watched`` captions of
       the validation split, always with the same seeds, scored in ``sample_embeddings`` (names, or names
       and paths, for `embeddings.get_embedding`); 0: never.
     - ``wandb_project``: also log there. ``data_licence``: for the card. ``seed``: of all that is drawn.
@@ -110,7 +110,7 @@ class FinetuneConfig:
     test_segments: int = 64
     keep_best: bool = True
     sample_epochs: float = 0.0
-    n_samples: int = 16
+    n_watched: int = 16
     sample_embeddings: tuple = ("logmel-stats",)
     wandb_project: str = ""
     cache_dir: str = ""
@@ -648,7 +648,7 @@ class _Run:
                 ruler = embeddings.get_embedding(*[item] if isinstance(item, str) else item)
                 self.embeddings[ruler.name] = ruler, ruler.embed(real, ldm.SAMPLE_RATE, silence="allow")
         with self.averaged(weights):
-            sounds, rate = _sample(self.pipe, config, _spread(clips["caption"], config.n_samples))
+            sounds, rate = _sample(self.pipe, config, _spread(clips["caption"], config.n_watched))
         for i, y in enumerate(sounds):
             file = folder / "samples" / f"step-{step:08d}" / f"{i:02d}.wav"
             audio.save_audio(file, y / max(1.0, float(np.abs(y).max())), rate)

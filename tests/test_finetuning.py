@@ -433,13 +433,13 @@ def test_weights_and_biases_get_the_numbers_offline(config, monkeypatch):
 
 
 def test_samples_are_the_same_captions_and_scored_beside_a_floor(config):
-    result = finetuning.finetune(replace(config, sample_epochs=1, n_samples=4))
+    result = finetuning.finetune(replace(config, sample_epochs=1, n_watched=3))
     scores = result.scores
     assert set(scores["step"]) == {0, 2, 4, 6}
     assert set(scores["metric"]) == {"FAD", "KAD"}
-    assert scores["floor"].notna().all() and set(scores["n_candidate"]) == {4}
+    assert scores["floor"].notna().all() and set(scores["n_candidate"]) == {3}
     files = sorted(Path(config.out_dir + ".logs", "samples").rglob("*.wav"))
-    assert len(files) == 4 * 4
+    assert len(files) == 4 * 3
     card = (result.checkpoint / "README.md").read_text()
     assert "floor, real against real" in card
     kept = f"step {result.best_step} against validation"
@@ -449,7 +449,7 @@ def test_samples_are_the_same_captions_and_scored_beside_a_floor(config):
 def test_weights_that_are_kept_are_scored_and_the_card_speaks_of_them(config):
     # nothing is gained at a rate of zero: the first weights are kept, the last ones sampled too
     options = {"learning_rate": 0.0, "steps": 6, "validation_steps": 3, "sample_epochs": 1e6}
-    result = finetuning.finetune(replace(config, **options, n_samples=4, test_segments=4))
+    result = finetuning.finetune(replace(config, **options, n_watched=2, test_segments=4))
     assert set(result.scores["step"]) == {0, 6} and result.best_step == 0
     card = (result.checkpoint / "README.md").read_text()
     assert f"{result.log['test_loss_ema'].iloc[0]:.4f}" in card and "of step 0." in card
@@ -698,7 +698,7 @@ def test_run_goes_on_with_more_parts_after_memory_was_full(config, plain, tmp_pa
         ({"train": "half"}, "train takes auto, full, attention, lora; not 'half'"),
         ({"steps": 0}, "steps takes numbers from 1 on, not 0"),
         ({"gradient_accumulation_steps": 3}, "batch_size 4 must be a multiple of its 3 parts"),
-        ({"sample_epochs": 1, "n_samples": 1}, "n_samples takes numbers from 4 on, not 1"),
+        ({"sample_epochs": 1, "n_watched": 1}, "n_watched takes numbers from 2 on, not 1"),
         ({"learning_rate": float("nan")}, "learning_rate takes numbers from 0 to 1, not nan"),
         ({"conditioning_dropout": 10}, "conditioning_dropout takes numbers from 0 to 1, not 10"),
         ({"max_grad_norm": 0}, "max_grad_norm takes numbers from 1e-9 on, not 0"),
@@ -854,7 +854,7 @@ def test_bad_rows_of_a_table_are_set_aside_and_the_rest_trains(config, sounds):
     (folder / "3.wav").write_bytes(b"no sound")
     (folder / "4.wav").unlink()
     audio.save_audio(folder / "8.wav", np.zeros(8_000), 16_000)
-    config = replace(table_config(config, folder, table), sample_epochs=1, n_samples=4)
+    config = replace(table_config(config, folder, table), sample_epochs=1, n_watched=2)
     with pytest.warns(UserWarning, match=r"5 of 12 clips are set aside, see .*set_aside\.csv"):
         result = finetuning.finetune(config)
     card = (result.checkpoint / "README.md").read_text()
@@ -956,7 +956,7 @@ def second(tmp_path_factory):
 
 def make_config2(checkpoint, dataset, folder):
     options = {"steps": 4, "conditioning_dropout": 0.5, "lora_rank": 2}
-    options |= {"segments_per_clip": 1, "segment_s": 0.32, "n_samples": 4}
+    options |= {"segments_per_clip": 1, "segment_s": 0.32, "n_watched": 2}
     return replace(make_config(checkpoint, dataset, folder), **options)
 
 
@@ -1084,7 +1084,7 @@ def test_adapters_of_audioldm_open_in_diffusers(config, checkpoint):
 
 
 def test_samples_of_audioldm2_do_not_depend_on_the_prompts_beside_them(config2):
-    options = {"learning_rate": 0.0, "steps": 1, "sample_epochs": 1, "n_samples": 4}
+    options = {"learning_rate": 0.0, "steps": 1, "sample_epochs": 1, "n_watched": 3}
     finetuning.finetune(replace(config2, **options))
     pipe = ldm.load_pipeline(config2.checkpoint, "cpu")
     files = sorted(Path(config2.out_dir + ".logs", "samples", "step-00000000").glob("*.wav"))
