@@ -707,7 +707,13 @@ def _check_value(stem, name, value, root):
     if _is_path(name, value) and value and not (root / Path(value).expanduser()).exists():
         remedy = "correct the path (data/README.md says how to get each data set)"
         raise UsageError(f"{place}: {value} does not exist; {remedy}")
-    store.check_value(name, value, place, UsageError)
+    store.check_value(name, value, place, UsageError, _choices)
+
+
+def _choices(word):
+    """What a word of the table stands for: a choice, or the names in a stage's own list."""
+    module, _, name = word.partition(".")
+    return getattr(import_module(f".{module}", __package__), name) if name.isupper() else [word]
 
 
 def _check_demands(values, given):

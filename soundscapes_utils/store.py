@@ -22,7 +22,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -254,25 +253,22 @@ def check_rows(table, where, **columns):
 # --- made already --------------------------------------------------------------------------------
 
 
-def check_value(name, value, place, error=DataError):
-    """Refuse a value that ``parameters.csv`` rules out for a parameter, by the `error` asked for."""
+def check_value(name, value, place, error=DataError, listed=lambda word: [word]):
+    """Refuse a value that ``parameters.csv`` rules out for a parameter, by the `error` asked for.
+
+    `listed` gives the choices that a word of the table stands for.
+    """
     rules = read_table(Path(__file__).with_name("parameters.csv"), as_text=True).set_index("parameter")
     if name not in rules.index:
         return
     least, most, words = rules.loc[name]
-    choices = [choice for word in words.split() for choice in _choices(word)]
+    choices = [choice for word in words.split() for choice in listed(word)]
     for item in value if isinstance(value, list | tuple) else [value]:
         if choices and not any(fnmatchcase(str(item), choice) for choice in choices):
             raise error(f"{place} takes {', '.join(choices)}; not {item!r}")
         if not choices and not float(least) <= item <= float(most or "inf"):
             bounds = f"from {least} to {most}" if most else f"from {least} on"
             raise error(f"{place} takes numbers {bounds}, not {item!r}")
-
-
-def _choices(word):
-    """What a word of the table stands for: a choice, or the names in a stage's own list."""
-    module, _, name = word.partition(".")
-    return getattr(import_module(f".{module}", __package__), name) if name.isupper() else [word]
 
 
 def content_key(*parts, length=16):
