@@ -253,15 +253,16 @@ def check_rows(table, where, **columns):
 # --- made already --------------------------------------------------------------------------------
 
 
-def check_value(name, value, place, error=DataError, listed=lambda word: [word]):
+def check_value(name, value, place, error=DataError, listed=None):
     """Refuse a value that ``parameters.csv`` rules out for a parameter, by the `error` asked for.
 
-    `listed` gives the choices that a word of the table stands for.
+    `listed` gives the choices of a word such as ``mixing.ENGINES``; without it such words allow all.
     """
     rules = read_table(Path(__file__).with_name("parameters.csv"), as_text=True).set_index("parameter")
     if name not in rules.index:
         return
     least, most, words = rules.loc[name]
+    listed = listed or (lambda word: [word if word.islower() else "*"])
     choices = [choice for word in words.split() for choice in listed(word)]
     for item in value if isinstance(value, list | tuple) else [value]:
         if choices and not any(fnmatchcase(str(item), choice) for choice in choices):
