@@ -6,7 +6,7 @@
     python benchmarks/generation.py gpu            AudioLDM 2 and AudioLDM-S at their public sizes
     python benchmarks/generation.py mini --yamnet FILE [--checkpoint FOLDER --esc10 FOLDER]
                                                    class consistency, FAD and KAD of a mini model
-    python benchmarks/generation.py stages --esc10 FOLDER --yamnet FILE --checkpoint FOLDER
+    python benchmarks/generation.py stages --yamnet FILE [--checkpoint FOLDER --esc10 FOLDER]
                                                    where a class is lost: latent, vocoder or U-Net
 
 Without a GPU, seconds are those of the processor unless a column says wall; part cpu uses one
@@ -512,8 +512,9 @@ def stages(esc10, yamnet, checkpoint, n, iterations):
     """Print how often a judge is right on what each stage leaves of each class."""
     info = ldm.checkpoint_info(checkpoint)
     refuse_test_fold(checkpoint, info)
-    train, test = real_parts("esc10", esc10)
-    train = train[train["fold"].isin(info["heard"]["esc10"])]
+    dataset = "esc10" if "esc10" in info["heard"] else "builtin"
+    train, test = real_parts(dataset, esc10)
+    train = train[train["fold"].isin(info["heard"].get(dataset, train["fold"]))]
     listen = opened("yamnet", yamnet)
     sounds = listen(audio.excerpts(train["path"], 2.56))
     judge = stats.linear_probe().fit(sounds, train["label"])
@@ -537,7 +538,9 @@ def stages(esc10, yamnet, checkpoint, n, iterations):
         backend.pipe.vocoder.register_to_config(iterations=k)
         for kind, (mel, labels) in kinds.items():
             found[kind, k] = right(ldm.vocode(backend.pipe, mel), labels)
-    named = f"YAMNet judge of folds {info['heard']['esc10']}, test fold {TEST_FOLD}"
+    named = (
+        f"YAMNet judge of {dataset}, folds {sorted(map(int, set(train['fold'])))}, test fold {TEST_FOLD}"
+    )
     show(named, [accuracy(*key, answers) for key, answers in found.items()])
     by_class = {key: answers.groupby(level=0).mean() for key, answers in found.items()}
     table = pd.DataFrame(by_class).T.rename_axis(["stage", "vocoder iterations"]).reset_index()
@@ -562,7 +565,7 @@ def main():
     )
     parser.add_argument("--esc10", default="data/ESC-50", help="ESC-10 or ESC-50, for its models")
     parser.add_argument("--yamnet", default="yamnet.tflite", help="file, in parts mini and stages")
-    parser.add_argument("--checkpoint", help="mini-AudioLDM: stages needs one of ESC-10")
+    parser.add_argument("--checkpoint", default="builtin", help="mini-AudioLDM, in both")
     parser.add_argument(
         "--iterations", type=int, nargs="+", default=[1, 2, 6, 16, 32], help="of the vocoder, stages"
     )
@@ -575,6 +578,7 @@ def main():
     options = parser.parse_args()
     if options.size:
         return cpu_case(options.size, options.n, options.steps)
+    judged = options.esc10, options.yamnet, options.checkpoint, options.n or 12
     for part in options.parts or parts:
         if part == "invariance":
             invariance()
@@ -591,14 +595,12 @@ def main():
                 options.tiny,
                 options.models,
             )
-        elif part == "stages" and options.checkpoint:
-            stages(
-                options.esc10, options.yamnet, options.checkpoint, options.n or 12, options.iterations
-            )
+        elif part == "stages":
+            stages(*judged, options.iterations)
         elif part == "mini":
-            mini(options.esc10, options.yamnet, options.checkpoint or "builtin", options.n or 12)
+            mini(*judged)
         else:
-            parser.error(f"{part}: choose of {', '.join(parts)}, mini, or stages with --checkpoint")
+            parser.error(f"{part}: choose of {', '.join(parts)}, mini and stages")
 
 
 if __name__ == "__main__":
