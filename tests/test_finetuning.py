@@ -647,10 +647,10 @@ def killed_at(step, config, monkeypatch):
 
 
 def test_divergence_stops_and_names_the_last_good_state(config):
-    wild = replace(config, learning_rate=30.0, lr_warmup_steps=5, max_grad_norm=1e9, steps=40)
+    wild = replace(config, learning_rate=1.0, lr_warmup_steps=5, max_grad_norm=1e9, steps=40)
     with pytest.raises(finetuning.TrainingError, match=r"diverged|not finite") as told:
         finetuning.finetune(wild)
-    assert "a lower learning_rate (now 30)" in str(told.value)
+    assert "a lower learning_rate (now 1)" in str(told.value)
 
 
 def note_of(state):

@@ -227,6 +227,7 @@ def test_formulas_become_mathml(tmp_path):
         "profile": "quick",
         "started": "",
         "stages": stages,
+        "parameters": {},
         "versions": {},
         "given": {},
     }
