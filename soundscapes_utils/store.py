@@ -250,9 +250,6 @@ def check_rows(table, where, **columns):
                 raise DataError(f"{where}, row {row}: {name} {value!r} {wanted}")
 
 
-# --- made already --------------------------------------------------------------------------------
-
-
 def check_value(name, value, place, error=DataError, listed=None):
     """Refuse a value that ``parameters.csv`` rules out for a parameter, by the `error` asked for.
 
@@ -270,6 +267,9 @@ def check_value(name, value, place, error=DataError, listed=None):
         if not choices and not float(least) <= item <= float(most or "inf"):
             bounds = f"from {least} to {most}" if most else f"from {least} on"
             raise error(f"{place} takes numbers {bounds}, not {item!r}")
+
+
+# --- made already --------------------------------------------------------------------------------
 
 
 def content_key(*parts, length=16):
