@@ -1,9 +1,10 @@
 """Kills: what SIGKILL at a random moment costs, stage by stage, and what outlives a killed run.
 
-Each stage works once undisturbed; then, time after time in a new folder, it is killed at a random
-moment and begun again until it ends. What it leaves must be the undisturbed run's, byte for byte,
-and nothing that it started may live on. Stage `run` is the whole profile `test`; the others are
-mixing, generation with the built-in model, the embedding cache, a study and a fine-tuning.
+Each stage works once undisturbed; then, time after time in a new folder (of one name, which stands in
+tables), it is killed at a random moment and begun again until it ends. What it leaves must be the
+undisturbed run's, byte for byte, and nothing that it started may live on. Stage `run` is the whole
+profile `test`; the others are mixing, generation with the built-in model, the embedding cache, a study
+and a fine-tuning.
 
     python benchmarks/kills.py --times 20
     python benchmarks/kills.py run --times 3
@@ -140,20 +141,22 @@ def seconds_outlived(token, most=15):
 def left(stage, out):
     """Digests of what a stage leaves, by name."""
     files = {path for pattern in LEAVES[stage] for path in out.glob(pattern) if path.is_file()}
+    # records of what was made are of the process that made it
+    files = {path for path in files if ".records" not in path.parts}
     return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def trial(stage, shared, out, moment):
+def trial(stage, shared, out, token, moment):
     """Kill a stage after so many seconds and finish it; what it leaves, and how long it outlived."""
-    process = start(stage, shared, out, out.name)
+    process = start(stage, shared, out, token)
     try:
         process.wait(moment)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    outlived = seconds_outlived(out.name)
+    outlived = seconds_outlived(token)
     before = len(left(stage, out)) if out.is_dir() else 0
-    status = start(stage, shared, out, out.name).wait()
+    status = start(stage, shared, out, token).wait()
     return {"status": status, "before": before, "outlived": outlived, "left": left(stage, out)}
 
 
@@ -161,23 +164,22 @@ def measure(stage, times, folder, rng):
     """Kill a stage `times` over; one row of the table."""
     shared, place = folder / "shared", ROOT / "runs" if stage == "run" else folder / stage
     place.mkdir(parents=True, exist_ok=True)
-    whole = place / f"kills-{os.getpid()}-whole"
+    out = place / f"kills-{os.getpid()}"
     for attempt in ("warm", "timed") if stage != "run" else ("timed",):
-        shutil.rmtree(whole, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
         begin = time.perf_counter()
-        if start(stage, shared, whole, whole.name).wait():
-            log = whole.with_name(f"{whole.name}.log").read_text(errors="replace")
+        if start(stage, shared, out, out.name).wait():
+            log = out.with_name(f"{out.name}.log").read_text(errors="replace")
             raise SystemExit(f"{stage}: the undisturbed run failed ({attempt})\n{log[-2000:]}")
     seconds = time.perf_counter() - begin
-    wanted, found, different = left(stage, whole), [], set()
+    wanted, found, different = left(stage, out), [], set()
     for number in range(times):
-        out = place / f"kills-{os.getpid()}-{number}"
-        found.append(trial(stage, shared, out, rng.uniform(0, seconds)))
+        shutil.rmtree(out, ignore_errors=True)
+        # what the trial before has left alive is not this one's
+        found.append(trial(stage, shared, out, f"{out.name}-{number}", rng.uniform(0, seconds)))
         names = {n for n in wanted if found[-1]["left"].get(n) != wanted[n]}
         different |= names | (found[-1]["left"].keys() - wanted)
         print(f"  {stage} {number}: {found[-1]['before']} before, {len(names)} differ", flush=True)
-        if not found[-1]["status"] and found[-1]["left"] == wanted:
-            shutil.rmtree(out)
     for name in sorted(different):
         print(f"  {stage}: {name} is not the same")
     return {

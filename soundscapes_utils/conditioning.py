@@ -67,7 +67,7 @@ def _tokens(pipe, texts, guided=False):
     return torch.cat([tokens, stream[..., None]], dim=2).float().cpu()
 
 
-def sound_tensors(pipe, config, paths, start):
+def sound_tensors(paths, pipe, config, start):
     """Encode and (for AudioLDM) embed segments as a `FinetuneConfig` asks: latents, clip, audio."""
     # each of the U-Net's levels but the last halves the latent once more
     unit = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)

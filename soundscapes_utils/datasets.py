@@ -527,15 +527,10 @@ def _announce(source, dest, archives):
     free = shutil.disk_usage(dest).free
     size = sum(archive.size for archive in archives if not (dest / archive.name).exists())
     need = size + sum(archive.unpacked for archive in archives)
-    print(
-        f"{source['title']}, {source['url']}\n"
-        f"  to fetch {size / 1e9:.2f} GB, disk needed {need / 1e9:.2f} GB, free in {dest} "
-        f"{free / 1e9:.2f} GB\n"
-        f"  licence: {source['licence']}\n"
-        f"  please cite: {source['citation']}"
-    )
+    sizes = f"{need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB are free"
+    print(f"{source['title']}, {source['url']}\n  to fetch {size / 1e9:.2f} GB; in {dest} {sizes}")
+    print(f"  licence: {source['licence']}\n  please cite: {source['citation']}")
     if need > free:
-        sizes = f"{need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB are free"
         raise DatasetError(f"{dest}: {sizes}; free some space or choose another folder")
     if sys.stdin.isatty() and input("Fetch it now? [Y/n] ").strip().lower().startswith("n"):
         raise DatasetError(f"{source['title']} is not fetched; give the folder of a copy instead")

@@ -268,15 +268,13 @@ def memorisation(train, test, generated, share=0.05):
 
     A dict: ``nearer``, probability that a generated clip is nearer than a test clip (½: no copying
     seen), with its one-sided ``p_value``; ``flagged``, share of generated clips that are nearer than
-    `share` of the test clips are (the ``threshold``); the three n; ``clips``, a table with each one's
-    ``nearest`` row of `train`, the nearest first. The rank test of Meehan, Chaudhuri and Dasgupta,
-    AISTATS 2020. Low diversity where training clips are dense is seen as near too, without a copy.
+    `share` of the test clips are (the ``threshold``); ``n_generated``; ``clips``, a table with the
+    ``nearest`` row of `train` to each, the nearest first. The rank test of Meehan, Chaudhuri and
+    Dasgupta (AISTATS 2020). Low diversity where training clips are dense looks near, too.
     """
     import pandas as pd
     from scipy.stats import mannwhitneyu
 
-    if not 0 < share < 1:
-        raise ValueError(f"share must lie between 0 and 1, got {share}")
     train, test = _pair(train, test, names=("training set", "test set"))
     generated = _pair(train, generated, names=("training set", "generated set"))[1]
     expected = _nearest(test, train)[1]
@@ -290,8 +288,6 @@ def memorisation(train, test, generated, share=0.05):
         "p_value": float(ranks.pvalue),
         "flagged": float(clips["flagged"].mean()),
         "threshold": threshold,
-        "n_train": len(train),
-        "n_test": len(test),
         "n_generated": len(generated),
         "clips": clips.sort_values("distance", kind="stable", ignore_index=True),
     }

@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from . import audio, captions, conditioning, datasets, embeddings, fad, ldm, metadata, store
+from . import audio, captions, conditioning, datasets, embeddings, fad, ldm, metadata, mixing, store
 
 _CARD = Path(__file__).with_name("finetuned_card.md")
 CLIPS_PER_FILE = 64  # of latents in the cache; a killed run loses at most these
@@ -54,7 +54,8 @@ class FinetuneConfig:
     """What `finetune` is to do; names as in diffusers' examples.
 
     - ``checkpoint``: where to start: "builtin", a folder or a hub name of AudioLDM or AudioLDM 2.
-    - ``dataset_root``: a set of captioned sounds, as `metadata.read_clips` takes it.
+    - ``dataset_root``: a set of captioned sounds, as `metadata.read_clips` takes it, or a plan of mixes
+      that nobody made: they are made as they are encoded, 64 at a time, at the checkpoint's rate.
     - ``out_dir`` becomes a diffusers folder; next to it lie curves and samples (``<name>.logs``),
       resumable states (``<name>.states``) and latents and embeddings (``<name>.cache``, or
       ``cache_dir``, which several runs can share).
@@ -63,9 +64,8 @@ class FinetuneConfig:
       the steps on it falls to zero on a cosine (1: constant, as in the baseline trainer).
       ``max_grad_norm``: the norm to which gradients are clipped. ``ema_decay`` of the averaged weights,
       which are what is saved.
-    - ``train``: "full", all weights of the U-Net; "attention", those of its attention layers; "lora",
-      adapters of ``lora_rank`` there, merged into what is saved and kept beside it; "auto": "full" for
-      AudioLDM, "lora" for AudioLDM 2.
+    - ``train``: "full" (all weights of the U-Net, "auto" for AudioLDM); "attention" (its attention
+      layers); "lora" (adapters of ``lora_rank`` there, kept beside the merged weights; for AudioLDM 2).
     - ``mixed_precision``: "no", "bf16" or (on a GPU) "fp16", for autocast; weights stay float32.
       ``gradient_checkpointing``: less memory, about a third slower.
     - ``snr_gamma`` above 0: min-SNR weights of the loss (5 in its paper).
@@ -81,8 +81,8 @@ class FinetuneConfig:
       the validation split, always with the same seeds, scored in ``sample_embeddings`` (names, or names
       and paths, for `embeddings.get_embedding`); 0: never.
     - ``wandb_project``: also log there. ``data_licence``: for the card. ``seed``: of all that is drawn.
-    - ``info``: entries for the checkpoint's note: ``training_dataset`` in words, and ``heard``, the
-      training folds by data set, to which those that the start was trained on are added.
+    - ``info`` for its note: ``training_dataset`` in words, and ``heard``, the training folds
+      by data set, to which the start's are added.
     """
 
     checkpoint: str
@@ -227,10 +227,7 @@ def _train(run):
 
 
 def launch(config, processes=1):
-    """Fine-tune in several processes, as `accelerate launch` would: from a notebook or a script.
-
-    Each has a GPU, or all share the CPU. Their configuration is in ``<out_dir>.logs/config.yaml``.
-    """
+    """Fine-tune in several processes, as `accelerate launch` would, each on a GPU or all on the CPU."""
     if processes == 1:
         return finetune(config)
     gpus = torch.cuda.device_count()
@@ -427,7 +424,8 @@ def load_data(pipe, config, clips=None, accelerator=None):
             part = rows.iloc[start : start + CLIPS_PER_FILE]
             content = store.content_key(made_from, start, part["digest"].tolist())
             file = folder / f"{split}-{start:06d}-{content}.safetensors"
-            jobs[file] = split, conditioning.sound_tensors, (pipe, config, part["path"], start)
+            reading = part, file.with_suffix(".mixes"), conditioning.sound_tensors, pipe, config, start
+            jobs[file] = split, _read_sounds, reading
     if accelerator is not None and accelerator.num_processes > 1:
         for file in list(jobs)[accelerator.process_index :: accelerator.num_processes]:
             conditioning.cached_tensors(file, *jobs[file][1:])
@@ -445,6 +443,20 @@ def load_data(pipe, config, clips=None, accelerator=None):
     return parts
 
 
+def _planned(clips):
+    """Whether these are mixes that were planned, and none of them made."""
+    return "foreground" in clips and not clips["path"].map(os.path.exists).any()
+
+
+def _read_sounds(clips, folder, read, *arguments):
+    """Call `read` with paths; mixes that are only planned lie in `folder` until it is done."""
+    if not _planned(clips):
+        return read(clips["path"], *arguments)
+    found = read(mixing.render_mixes(clips, folder, ldm.SAMPLE_RATE)["path"], *arguments)
+    shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
 def _read_clips(config):
     """Read the set: ``split, path, caption, …`` of the splits that are needed."""
     clips = metadata.read_clips(config.dataset_root)
@@ -455,9 +467,12 @@ def _read_clips(config):
 def _usable(config, clips):
     """Set aside what cannot be trained on, with reasons in ``<out_dir>.logs/set_aside.csv``."""
     worded = clips[captions.caption_columns(clips)].fillna("").map(str.strip).any(axis=1)
+    read = clips[["foreground", "background"] if _planned(clips) else ["path"]]
+    files = pd.DataFrame({"path": pd.unique(read.to_numpy().ravel())})
     find = functools.partial(_fault, known=store.Records(_cache(config), "faults"))
     with ThreadPoolExecutor() as pool:
-        faults = list(pool.map(find, clips["path"], _digests(config, clips)))
+        files["fault"] = list(pool.map(find, files["path"], _digests(config, files)))
+    faults = read.map(files.set_index("path")["fault"].get).max(axis=1)
     faults = np.where(worded, faults, "has no caption")
     why = ""
     if (bad := faults != "").any():
@@ -483,6 +498,8 @@ def _fault(path, digest, known):
 def _digests(config, clips):
     """Digests of sounds, in the clips' order; of one that is not there, an empty one."""
     known = store.Records(_cache(config), "digests")
+    if _planned(clips):
+        return mixing.recipe_keys(clips, ldm.SAMPLE_RATE, known)
     return [store.known_digest(p, known) if Path(p).is_file() else "" for p in clips["path"]]
 
 
@@ -640,15 +657,18 @@ class _Run:
         """Generate fixed prompts with fixed seeds and score them against the validation clips."""
         config, folder = self.config, _next_to(self.config, "logs")
         clips = self.clips[self.clips["split"] == "val"]
-        sources = _spread(clips.get("source_id", clips["path"]), _REFERENCE_CLIPS)
+        shown = _spread(clips, _REFERENCE_CLIPS)
+        sources = shown.get("source_id", shown["path"]).tolist()
         options = {"groups": {"real": sources}, "repeats": 50, "seed": config.seed}
         if not self.embeddings:  # opened once, and so is the reference embedded
-            real = audio.excerpts(_spread(clips["path"], _REFERENCE_CLIPS), config.segment_s)
+            real = _read_sounds(shown, folder / "mixes", audio.excerpts, config.segment_s)
             for item in config.sample_embeddings:
                 ruler = embeddings.get_embedding(*[item] if isinstance(item, str) else item)
                 self.embeddings[ruler.name] = ruler, ruler.embed(real, ldm.SAMPLE_RATE, silence="allow")
         with self.averaged(weights):
-            sounds, rate = _sample(self.pipe, config, _spread(clips["caption"], config.n_watched))
+            sounds, rate = _sample(
+                self.pipe, config, _spread(clips, config.n_watched)["caption"].tolist()
+            )
         for i, y in enumerate(sounds):
             file = folder / "samples" / f"step-{step:08d}" / f"{i:02d}.wav"
             audio.save_audio(file, y / max(1.0, float(np.abs(y).max())), rate)
@@ -696,9 +716,9 @@ class _Run:
         self.__dict__ |= note["run"]
 
 
-def _spread(items, n):
-    """Take at most `n` of a column, evenly over it."""
-    return items.iloc[np.linspace(0, len(items) - 1, min(n, len(items))).astype(int)].tolist()
+def _spread(clips, n):
+    """Take at most `n` of a table, evenly over it."""
+    return clips.iloc[np.linspace(0, len(clips) - 1, min(n, len(clips))).astype(int)]
 
 
 def _sample(pipe, config, prompts):

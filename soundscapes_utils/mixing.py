@@ -775,6 +775,11 @@ class _Jobs:
         return _Job(mix["clip_id"], f"{self._out_dir}/{mix['split']}/{name}", recipe, key)
 
 
+def recipe_keys(mixes, sample_rate, known):
+    """Tell what each planned mix comes from, by content; `known` remembers sources: `store.Records`."""
+    return [job.key for job in _Jobs(mixes, None, "", sample_rate, "numpy", False, known)]
+
+
 def _source(path, known):
     """A source and what tells its content: without records of `known` ones, size and time only."""
     try:

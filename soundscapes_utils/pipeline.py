@@ -307,11 +307,14 @@ _FOREIGN = ("PYTHON", "JUPYTER", "IPYTHON", "JPY_", "MPLBACKEND", "MATPLOTLIBRC"
 @contextmanager
 def _environment(offline, jobs):
     """Settings for the kernels: this package, this Python's kernel, and no needless network."""
-    before = dict(os.environ)
+    from unittest import mock
+
     # the path of a socket holds about 100 characters
     place = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
     private = tempfile.mkdtemp(prefix="soundscapes-", dir=place)
-    kept = {k: v for k, v in before.items() if not k.startswith(_FOREIGN) or k == "PYTHONPYCACHEPREFIX"}
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN) or k == "PYTHONPYCACHEPREFIX"
+    }
     ours = {"JUPYTER_RUNTIME_DIR": private, "IPYTHONDIR": private, "JUPYTER_PREFER_ENV_PATH": "1"}
     ours |= {"PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1"}
     if not sys.flags.safe_path:  # else this package was found where kernels find it too
@@ -321,14 +324,9 @@ def _environment(offline, jobs):
     if jobs > 1:  # one's share of the cores, alone too: sounds depend on it in their last bit
         wishes["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     words = [sys.executable, "-I", "-c", _WARDEN, private]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True):
-        os.environ.clear()
-        os.environ.update(wishes | kept | ours)
-        try:
-            yield
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+    warden = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+    with warden, mock.patch.dict(os.environ, wishes | kept | ours, clear=True):
+        yield
 
 
 def _sockets():

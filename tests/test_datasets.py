@@ -912,7 +912,7 @@ def test_need_licence_and_citation_are_said_beforehand(web, fetch_esc, esc_root,
             fetch_esc()
     assert not web.asked
     said = capsys.readouterr().out
-    assert "to fetch 0.65 GB, disk needed 1.55 GB" in said and "free in" in said
+    assert "to fetch 0.65 GB" in said and "1.55 GB needed, 1.00 GB are free" in said
     assert "licence: CC BY-NC 3.0" in said and "please cite: K. J. Piczak" in said
     fetch_esc()
     capsys.readouterr()

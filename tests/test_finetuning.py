@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from soundscapes_utils import audio, conditioning, finetuning, ldm, metadata, store
+from soundscapes_utils import audio, conditioning, finetuning, ldm, metadata, mixing, store
 
 TEXTS = ["a dog is barking", "rain", "a dog is barking in the rain"] * 3
 
@@ -864,6 +864,63 @@ def test_bad_rows_of_a_table_are_set_aside_and_the_rest_trains(config, sounds):
     assert aside["reason"][:2].tolist() == ["has no caption"] * 2 and aside["split"][4] == "val"
     for place, word in ((2, "3.wav"), (3, "no such file"), (4, "silent")):
         assert word in aside["reason"][place]
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """Twelve planned mixes of 1 s, of sounds that are longer than a segment."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(10):
+        path = tmp_path / "sources" / f"{i}.wav"
+        path.parent.mkdir(exist_ok=True)
+        audio.save_audio(path, 0.2 * rng.normal(size=44_100).clip(-3, 3), 44_100)
+        rows.append((str(path), "dog" if i < 5 else "park", f"{i}", i % 5 + 1))
+    clips = pd.DataFrame(rows, columns=["path", "label", "source_id", "fold"])
+    return mixing.plan_mixes(clips[:5], clips[5:], 12, duration_s=1.0)
+
+
+def trained_on(table, folder, config):
+    table = table.assign(
+        path=[Path(p).relative_to(folder) if folder.name in p else p for p in table["path"]]
+    )
+    file = store.write_table(table, folder / "mixes.csv")
+    result = finetuning.finetune(replace(config, dataset_root=str(file), out_dir=str(folder / "out")))
+    weights = result.checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    return result, weights.read_bytes()
+
+
+def test_mixes_that_were_only_planned_train_the_same_bytes_as_their_files(config, plan, tmp_path):
+    config = replace(config, sample_epochs=2, n_watched=2, sample_embeddings=("logmel-stats",))
+    made = mixing.render_mixes(plan, tmp_path / "made", ldm.SAMPLE_RATE)
+    files, weights = trained_on(made, tmp_path / "made", config)
+    planned, same = trained_on(plan, tmp_path / "planned", config)
+    assert same == weights
+    columns = files.log.columns.drop(["seconds", "samples_per_s"])
+    pd.testing.assert_frame_equal(planned.log[columns], files.log[columns])
+    pd.testing.assert_frame_equal(planned.scores, files.scores)
+    left = {p.parent.parent.name for p in (tmp_path / "planned").rglob("*.wav")}
+    assert left == {"samples"}
+
+
+@pytest.mark.parametrize("role", ["foreground", "background"])
+def test_planned_mixes_of_a_bad_source_are_set_aside(config, plan, tmp_path, role):
+    bad = plan[role].iloc[0]
+    Path(bad).write_bytes(b"RIFF")
+    with pytest.warns(UserWarning, match=rf"of 10 clips are set aside.*{bad}"):
+        trained_on(plan, tmp_path / "planned", config)
+    aside = pd.read_csv(tmp_path / "planned" / "out.logs" / "set_aside.csv")
+    read = plan[plan["split"] != "test"]  # nothing is asked of the test split
+    assert len(aside) == (read[role] == bad).sum()
+
+
+def test_planned_mixes_know_sources_by_content(config, plan, tmp_path):
+    _, weights = trained_on(plan, tmp_path / "planned", config)
+    assert trained_on(plan, tmp_path / "planned", config)[1] == weights
+    audio.save_audio(plan["foreground"].iloc[0], np.sin(np.arange(44_100) / 9) / 2, 44_100)
+    assert trained_on(plan, tmp_path / "planned", config)[1] != weights
+    Path(plan["background"].iloc[0]).unlink()
+    with pytest.raises(store.DataError, match="this source is not there"):
+        trained_on(plan, tmp_path / "planned", config)
 
 
 def test_a_set_of_bad_rows_alone_says_what_is_wrong_with_them(config, sounds):
