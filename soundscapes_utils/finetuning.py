@@ -81,8 +81,8 @@ class FinetuneConfig:
       the validation split, always with the same seeds, scored in ``sample_embeddings`` (names, or names
       and paths, for `embeddings.get_embedding`); 0: never.
     - ``wandb_project``: also log there. ``data_licence``: for the card. ``seed``: of all that is drawn.
-    - ``info`` for its note: ``training_dataset`` in words, and ``heard``, the training folds
-      by data set, to which the start's are added.
+    - ``info`` for the checkpoint's note: ``training_dataset`` in words; ``heard``, the training folds by
+      data set, to which the start's are added.
     """
 
     checkpoint: str
