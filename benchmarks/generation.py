@@ -508,6 +508,26 @@ def generated_mels(backend, plan):
     return torch.cat(mels)[: len(plan)]
 
 
+@torch.no_grad()
+def denoised(backend, latents, labels, start):
+    """Add noise to latents up to a timestep; let the model take it away again under their prompts."""
+    pipe, settings = backend.pipe, backend.settings
+    prompts = generation.plan_clips(sorted(set(labels)), 1, duration_s=2.56).set_index("label")["prompt"]
+    told = ldm.embed_text(pipe, prompts[labels].tolist())
+    untold = ldm.embed_text(pipe, [""]).expand_as(told)
+    draws = torch.Generator().manual_seed(0)
+    scheduler, w = pipe.scheduler, settings["guidance_scale"]
+    scheduler.set_timesteps(settings["steps"])
+    times = [t for t in scheduler.timesteps if t <= start]
+    noise = torch.randn(latents.shape, generator=draws)
+    z = scheduler.add_noise(latents, noise, times[0].expand(len(latents)))
+    for t in times:
+        with_text, without = (pipe.unet(z, t, None, class_labels=c).sample for c in (told, untold))
+        out = without + w * (with_text - without)
+        z = scheduler.step(out, t, z, eta=settings["eta"], generator=draws).prev_sample
+    return ldm.decode_latents(pipe, z)
+
+
 def stages(esc10, yamnet, checkpoint, n, iterations):
     """Print how often a judge is right on what each stage leaves of each class."""
     info = ldm.checkpoint_info(checkpoint)
@@ -531,8 +551,11 @@ def stages(esc10, yamnet, checkpoint, n, iterations):
     kinds = {
         "log-mel": (mels, test["label"]),
         "latent": (ldm.decode_latents(backend.pipe, latents), test["label"]),
-        "generated": (generated_mels(backend, plan), plan["label"]),
     }
+    for start in (300, 500, 700):
+        mel = denoised(backend, latents, test["label"], start)
+        kinds[f"noised to t {start}, denoised"] = mel, test["label"]
+    kinds["generated"] = generated_mels(backend, plan), plan["label"]
     found = {("recordings as they are", ""): right(sounds, test["label"])}
     for k in iterations:
         backend.pipe.vocoder.register_to_config(iterations=k)
@@ -545,6 +568,12 @@ def stages(esc10, yamnet, checkpoint, n, iterations):
     by_class = {key: answers.groupby(level=0).mean() for key, answers in found.items()}
     table = pd.DataFrame(by_class).T.rename_axis(["stage", "vocoder iterations"]).reset_index()
     show(f"{named}: accuracy of each class", table)
+    spreads = {
+        kind: pd.Series(mel.std(dim=(1, 2)).numpy(), np.asarray(labels)).groupby(level=0).mean()
+        for kind, (mel, labels) in kinds.items()
+    }
+    table = pd.DataFrame(spreads).T.rename_axis("stage").reset_index()
+    show("standard deviation of the log-mels, nats: how uneven a sound is", table)
 
 
 def accuracy(stage, iterations, right):

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from . import audio, ldm, store
 
 _GENERATED, _OF_T5 = 1.0, 2.0
-_TEXTS_PER_PASS = 32  # captions of AudioLDM 2 that are encoded at once
+_PER_PASS = 16  # log-mels, or captions of AudioLDM 2, that are encoded at once
 
 
 def unet_inputs(unet, condition):
@@ -50,7 +50,7 @@ def text_tensors(pipe, texts):
         places = np.flatnonzero(lengths == length)
         empty_of[places] = number
         empty.append(_tokens(pipe, [texts[places[0]]], guided=True)[0])
-        for part in np.split(places, range(_TEXTS_PER_PASS, len(places), _TEXTS_PER_PASS)):
+        for part in np.split(places, range(_PER_PASS, len(places), _PER_PASS)):
             for i, row in zip(part, _tokens(pipe, [texts[i] for i in part]), strict=True):
                 rows[i] = row
     filled = pad_sequence([*rows, *empty], batch_first=True)
@@ -72,15 +72,16 @@ def sound_tensors(paths, pipe, config, start):
     # each of the U-Net's levels but the last halves the latent once more
     unit = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     frames = max(1, round(config.segment_s * ldm.SAMPLE_RATE / ldm.HOP / unit)) * unit
-    latents, segments, owner = [], [], []
+    mels, segments, owner = [], [], []
     for i, path in enumerate(paths, start=start):
         y, _ = audio.load_audio(path, ldm.SAMPLE_RATE)
         rng = np.random.default_rng([config.seed, i])
         # of a clip that is no longer than a segment there is only one
         for _ in range(config.segments_per_clip if len(y) > frames * ldm.HOP else 1):
             segments.append(audio.loudest_segment(y, frames * ldm.HOP, ldm.TRIES, rng))
-            latents.append(ldm.encode_mel(pipe, ldm.waveform_to_mel(segments[-1], frames)[None]))
+            mels.append(ldm.waveform_to_mel(segments[-1], frames))
             owner.append(i)
+    latents = [ldm.encode_mel(pipe, part) for part in torch.stack(mels).split(_PER_PASS)]
     found = {"latents": torch.cat(latents), "clip": torch.tensor(owner)}
     if not hasattr(pipe, "language_model"):
         clap = ldm.load_clap(str(config.checkpoint))

@@ -5,7 +5,6 @@ through the model whose shape does not depend on what else is waiting. So it has
 a batch, in another order, in a shard or after an interruption: on one machine, with as many threads.
 """
 
-import functools
 import hashlib
 import importlib.util
 import inspect
@@ -361,15 +360,15 @@ def _load_pipeline(source, index, dtype):
         def precondition_noise(self, sigma):
             return torch.as_tensor(sigma).atan() / math.pi * 2
 
-    weights = functools.partial(ldm.weight_options, source)
-    parts, own = {}, [part for part, names in index.items() if isinstance(names, list)]
+    named = [part for part, names in index.items() if isinstance(names, list)]
+    parts, weights = {}, ldm.weight_options(source, named)
     if index.get("language_model") == ["transformers", "GPT2Model"]:
         # as published; the pipeline calls what only the model with a head has
-        options = {"subfolder": "language_model", "dtype": dtype, **weights(["language_model"])}
-        parts["language_model"] = GPT2LMHeadModel.from_pretrained(source, **options)
+        options = ldm.weight_options(source, [part := "language_model"])
+        parts[part] = GPT2LMHeadModel.from_pretrained(source, subfolder=part, dtype=dtype, **options)
     swapped = index.get("scheduler") == ["diffusers", "CosineDPMSolverMultistepScheduler"]
     parts |= {"scheduler": None} if swapped else {}
-    pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **weights(own), **parts)
+    pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **weights, **parts)
     if swapped:
         solver = {"subfolder": "scheduler", "algorithm_type": "sde-dpmsolver++"}
         pipe.register_modules(scheduler=CosineSDESolver.from_pretrained(source, **solver))

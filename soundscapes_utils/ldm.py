@@ -392,7 +392,7 @@ def waveform_to_mel(y, n_frames):
 def encode_mel(pipe, mel):
     """Encode log-mels [batch, frames, 64] to scaled modes of the VAE [batch, channels, time, mel]."""
     dist = pipe.vae.encode(mel[:, None].to(pipe.device)).latent_dist
-    return (dist.mode() * pipe.vae.config.scaling_factor).cpu()
+    return (dist.mode() * pipe.vae.config.scaling_factor).cpu().contiguous()
 
 
 @torch.no_grad()
