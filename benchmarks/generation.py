@@ -552,7 +552,7 @@ def stages(esc10, yamnet, checkpoint, n, iterations):
         "log-mel": (mels, test["label"]),
         "latent": (ldm.decode_latents(backend.pipe, latents), test["label"]),
     }
-    for start in (300, 500, 700):
+    for start in (100, 300, 500, 700):
         mel = denoised(backend, latents, test["label"], start)
         kinds[f"noised to t {start}, denoised"] = mel, test["label"]
     kinds["generated"] = generated_mels(backend, plan), plan["label"]

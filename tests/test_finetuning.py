@@ -1072,6 +1072,18 @@ def test_losses_of_audioldm2_are_those_of_a_loop_around_the_pipelines_own_encodi
     assert log["val_audio_ema"].isna().all(), "there is no embedding of a sound"
 
 
+def test_sounds_encoded_together_are_those_encoded_one_by_one(config2):
+    config = replace(config2, segments_per_clip=1)
+    pipe = ldm.load_pipeline(config.checkpoint, "cpu")
+    paths = metadata.read_clips(config.dataset_root)["path"].tolist()
+    paths = (paths * 40)[:35]  # more than two passes
+    together = conditioning.sound_tensors(paths, pipe, config, 0)
+    alone = [conditioning.sound_tensors([path], pipe, config, i) for i, path in enumerate(paths)]
+    for name in ("latents", "clip"):
+        torch.testing.assert_close(together[name], torch.cat([part[name] for part in alone]))
+    assert len(torch.unique(together["latents"], dim=0)) > 2, "sounds that differ"
+
+
 def test_audioldm2_resumes_with_the_same_bytes(config2, plain2, tmp_path, monkeypatch):
     parted = replace(config2, out_dir=str(tmp_path / "parted"))
     killed_at(3, parted, monkeypatch)
