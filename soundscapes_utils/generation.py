@@ -323,7 +323,7 @@ def _open_diffusers(name, options):
     _require(dtype in known, f"unknown dtype {dtype!r}: choose one of {', '.join(known)}")
     source, info = ldm.resolve(checkpoint), ldm.checkpoint_info(checkpoint)
     index = ldm.pipeline_index(checkpoint, _PIPELINES.get(name))
-    if name == "audioldm":
+    if index["_class_name"] in ldm.PIPELINES:
         pipe = ldm.load_pipeline(checkpoint, "cpu").to(dtype=getattr(torch, dtype))
     else:
         pipe = _load_pipeline(source, index, getattr(torch, dtype))
@@ -349,10 +349,9 @@ def _open_diffusers(name, options):
 
 
 def _load_pipeline(source, index, dtype):
-    """Open any pipeline; Stable Audio's sampler of diffusers needs torchsde, this one does not."""
+    """Open any other pipeline; Stable Audio's sampler of diffusers needs torchsde, this one does not."""
     import torch
     from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler
-    from transformers import GPT2LMHeadModel
 
     from . import ldm
 
@@ -361,14 +360,10 @@ def _load_pipeline(source, index, dtype):
             return torch.as_tensor(sigma).atan() / math.pi * 2
 
     named = [part for part, names in index.items() if isinstance(names, list)]
-    parts, weights = {}, ldm.weight_options(source, named)
-    if index.get("language_model") == ["transformers", "GPT2Model"]:
-        # as published; the pipeline calls what only the model with a head has
-        options = ldm.weight_options(source, [part := "language_model"])
-        parts[part] = GPT2LMHeadModel.from_pretrained(source, subfolder=part, dtype=dtype, **options)
+    weights = ldm.weight_options(source, named)
     swapped = index.get("scheduler") == ["diffusers", "CosineDPMSolverMultistepScheduler"]
-    parts |= {"scheduler": None} if swapped else {}
-    pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **weights, **parts)
+    weights |= {"scheduler": None} if swapped else {}
+    pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **weights)
     if swapped:
         solver = {"subfolder": "scheduler", "algorithm_type": "sde-dpmsolver++"}
         pipe.register_modules(scheduler=CosineSDESolver.from_pretrained(source, **solver))
