@@ -323,7 +323,7 @@ def _open_diffusers(name, options):
     _require(dtype in known, f"unknown dtype {dtype!r}: choose one of {', '.join(known)}")
     source, info = ldm.resolve(checkpoint), ldm.checkpoint_info(checkpoint)
     index = ldm.pipeline_index(checkpoint, _PIPELINES.get(name))
-    if index["_class_name"] in ldm.PIPELINES:
+    if noted := index["_class_name"] in ldm.PIPELINES:
         pipe = ldm.load_pipeline(checkpoint, "cpu").to(dtype=getattr(torch, dtype))
     else:
         pipe = _load_pipeline(source, index, getattr(torch, dtype))
@@ -340,7 +340,7 @@ def _open_diffusers(name, options):
         acts = argument in takes
         _require(acts or settings[key] is None, f"{checkpoint}: its pipeline has no option {key}")
         if settings[key] is None and acts:
-            settings[key] = info[key] if name == "audioldm" else takes[argument].default
+            settings[key] = info[key] if noted else takes[argument].default
     if settings["steps"] is None and type(pipe).__name__ == "StableAudio3Pipeline":
         settings["steps"] = 8 if pipe.scheduler.config.stochastic_sampling else 100  # as its __call__
     settings["weights"] = ldm.checkpoint_digest(source)

@@ -1,5 +1,6 @@
 import errno
 import inspect
+import json
 import os
 import re
 import signal
@@ -199,6 +200,17 @@ def test_audioldm2_sounds_the_same_whatever_its_index_calls_the_language_model(b
     np.testing.assert_array_equal(ours, wanted)
     half = generation.get_backend(name, checkpoint=folder, dtype="float16", **options)
     assert half.pipe.language_model.dtype == half.pipe.unet.dtype
+
+
+@pytest.mark.parametrize("name", ["audioldm2", "auto"])
+def test_settings_of_an_audioldm2_are_those_of_its_note_or_published(checkpoints, tmp_path, name):
+    import shutil
+
+    folder = Path(shutil.copytree(checkpoints["audioldm2"], tmp_path / "tuned"))
+    for note, steps in ({}, 200), ({"steps": 7}, 7):
+        (folder / ldm.INFO_FILE).write_text(json.dumps(note))
+        settings = generation.get_backend(name, checkpoint=folder, device="cpu").settings
+        assert [settings[k] for k in ("steps", "guidance_scale", "eta")] == [steps, 3.5, 0.0]
 
 
 def test_variants_alone_open_with_every_backend_of_diffusers(backends, checkpoints, tmp_path):
