@@ -31,7 +31,7 @@ def tables_of(folder, seed):
         names = scores["metric"] + kind + " (" + scores["embedding"] + ")"
         rows = {"table": "distances", "figure": names, "of": scores["candidate"]}
         found.append(pd.DataFrame(rows).assign(value=scores[column], n=scores["n_candidate"]))
-    wide = scores.pivot(index=["metric", "embedding"], columns="candidate", values="value")
+    wide = scores.pivot_table("value", ["metric", "embedding"], "candidate")
     change = (wide["finetuned"] - wide[scores["candidate"].iloc[0]]).dropna().reset_index(name="value")
     names = change["metric"] + ", change by fine-tuning (" + change["embedding"] + ")"
     rows = {"table": "distances", "figure": names, "of": "finetuned", "value": change["value"]}
